@@ -1,0 +1,56 @@
+"""What a checkpoint and a bundle say about their model, as plain JSON. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mixmim_serve.config import Architecture, Preprocessing, architecture_from_dict, preprocessing_from_dict
+from mixmim_serve.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Description:
+    """All that rebuilds a model and its input, and where the weights come from."""
+
+    arch: Architecture
+    preprocessing: Preprocessing
+    labels: tuple[str, ...] = ()  # one a class, in the order of the logits
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # JSON values: source, command, data, versions
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", tuple(self.labels))
+        if self.labels and len(self.labels) != self.arch.num_classes:
+            raise ConfigError(f"{len(self.labels)} labels for {self.arch.num_classes} classes: give one a class.")
+        if self.preprocessing.image_size != self.arch.image_size:
+            raise ConfigError(
+                f"preprocessing gives {self.preprocessing.image_size} px, the network takes {self.arch.image_size} px."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; `from_dict` is the inverse."""
+        return {
+            "architecture": dataclasses.asdict(self.arch),
+            "preprocessing": dataclasses.asdict(self.preprocessing),
+            "labels": list(self.labels),
+            "provenance": dict(self.provenance),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Description:
+        """The inverse of `to_dict`; keys that are not of a description are left alone.
+
+        Raises:
+            ConfigError: for missing or wrong values.
+        """
+        try:
+            return cls(
+                arch=architecture_from_dict(values["architecture"]),
+                preprocessing=preprocessing_from_dict(values["preprocessing"]),
+                labels=tuple(values.get("labels", ())),
+                provenance=values.get("provenance", {}),
+            )
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"the model description is incomplete: {error} is missing or wrong.") from error

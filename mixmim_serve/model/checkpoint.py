@@ -1,0 +1,103 @@
+"""Our checkpoint: one safetensors file, weights plus all that rebuilds the model.
+
+The metadata key `mixmim` holds the JSON of a `Description`, so `load_checkpoint(path)` needs nothing else
+(as in whisper: dims, model, weights).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mixmim_serve.description import Description
+from mixmim_serve.errors import CheckpointError, ConfigError
+from mixmim_serve.files import atomic_path
+from mixmim_serve.model import Encoder, build_model
+
+METADATA_KEY = "mixmim"
+FORMAT = 1  # raised when an older reader would misread the file
+
+
+def save_checkpoint(
+    path: Path, weights: Mapping[str, Tensor], description: Description, dtype: torch.dtype | None = None
+) -> None:
+    """Write weights and description; the file appears whole or not at all.
+
+    `dtype` stores floating-point weights in another precision (fp16 halves the file); they load as float32.
+    """
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in weights.items()}
+    metadata = {METADATA_KEY: json.dumps({"format": FORMAT, **description.to_dict()}), "format": "pt"}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def read_checkpoint(path: Path) -> tuple[Description, dict[str, Tensor]]:
+    """The description and the weights as stored.
+
+    Raises:
+        CheckpointError: when the file is missing, damaged or not written by us.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; expected a .safetensors checkpoint.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(METADATA_KEY)
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file: for other formats use `mixmim import`."
+        ) from error
+    if text is None:
+        raise CheckpointError(f"{path} holds weights without a description of ours: run `mixmim import` on it first.")
+    return _parse_description(path, text), weights
+
+
+def load_checkpoint(path: Path) -> tuple[Encoder, Description]:
+    """The model in float32, in evaluation mode, and its description.
+
+    Raises:
+        CheckpointError: when the file cannot be read or its weights do not fit its description.
+    """
+    description, weights = read_checkpoint(path)
+    model = build_model(description.arch)
+    check_weights(path, {name: tuple(tensor.shape) for name, tensor in weights.items()}, model)
+    model.load_state_dict(weights)
+    return model.eval(), description
+
+
+def check_weights(path: Path, found: Mapping[str, tuple[int, ...]], model: nn.Module) -> None:
+    """Compare names and shapes with what the model needs.
+
+    Raises:
+        CheckpointError: naming the first missing, unknown or misshapen weights.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    missing = sorted(expected.keys() - found.keys())
+    unknown = sorted(found.keys() - expected.keys())
+    misshapen = [
+        f"{name} is {list(found[name])} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    for what, names in (("lacks", missing), ("has unknown", unknown), ("has misshapen", misshapen)):
+        if names:
+            rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise CheckpointError(f"{path} {what} weights: {', '.join(names[:3])}{rest}. Is it a MixMIM checkpoint?")
+
+
+def _parse_description(path: Path, text: str) -> Description:
+    try:
+        values = json.loads(text)
+        if values.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{path} is of format {values.get('format')}, this version reads {FORMAT}: update mixmim-serve."
+            )
+        return Description.from_dict(values)
+    except (ValueError, AttributeError, ConfigError) as error:
+        raise CheckpointError(f"{path} has a damaged description: {error}") from error

@@ -1,0 +1,278 @@
+"""The MixMIM encoder, from pixels to embedding: a Swin transformer with large windows and no shifts.
+
+Written afresh from arXiv 2205.13137 (section 3) and Swin (arXiv 2103.14030); held to the golden arrays of the
+official implementation. Parameter names are the official ones, so a released checkpoint needs no renaming.
+
+Windows never shift, so the tokens are cut into windows once a stage and put back once, not once a block.
+
+Shape suffixes:
+    B images   C colour channels   H, W grid   L tokens (H * W)   D channels of a token
+    K windows of an image   N tokens of a window   A attention heads   U units (32 x 32 pixels)
+    M masks: 1 when the batch shares one, else B
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mixmim_serve.config import MLP_RATIO, PATCH_SIZE, STAGES, Architecture
+
+# Added to the score of a token of the other image: exp underflows to exactly 0 in every precision, fp16 can hold it,
+# and unlike -inf no runtime turns it into NaN. (The official code subtracts 1e30, 65500 in fp16.)
+BLOCKED = -1e4
+
+
+@dataclass(frozen=True)
+class EncoderOutput:
+    """What the encoder says of a batch of images."""
+
+    embedding_BD: Tensor  # after the final norm, mean over tokens
+    stages_BDHW: tuple[Tensor, ...]  # feature maps at strides 4, 8, 16, 32, before patch merging and the final norm
+    logits_BC: Tensor | None  # None without a classification head
+
+
+class Encoder(nn.Module):
+    """Pixels to feature maps, embedding and, with a head, logits."""
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        self.arch = arch
+        self.patch_embed = PatchEmbed(arch.embed_dim)
+        self.register_buffer("absolute_pos_embed", position_embedding(arch.grids[0], arch.embed_dim))
+        self.layers = nn.ModuleList(Stage(arch, stage) for stage in range(STAGES))
+        self.norm = nn.LayerNorm(arch.embedding_size)
+        if arch.num_classes:
+            self.head = nn.Linear(arch.embedding_size, arch.num_classes)
+        self.apply(initialize)
+
+    def forward(self, pixels_BCHW: Tensor) -> EncoderOutput:
+        """Normalised pixels (B, 3, size, size) to embedding, feature maps and logits."""
+        tokens_BHWD = self.add_position(self.patch_embed(pixels_BCHW))
+        stages = self.run_stages(tokens_BHWD)
+        embedding_BD = self.norm(stages[-1]).mean(dim=(1, 2))
+        logits_BC = self.head(embedding_BD) if self.arch.num_classes else None
+        return EncoderOutput(embedding_BD, tuple(stage.permute(0, 3, 1, 2) for stage in stages), logits_BC)
+
+    def add_position(self, tokens_BHWD: Tensor) -> Tensor:
+        """Add the frozen position embedding."""
+        positions: Tensor = self.absolute_pos_embed
+        return tokens_BHWD + positions.view(1, *tokens_BHWD.shape[1:])
+
+    def run_stages(self, tokens_BHWD: Tensor, from_partner_MU: Tensor | None = None) -> list[Tensor]:
+        """Every stage's tokens (B, H, W, D), before its patch merging.
+
+        `from_partner_MU` is True for the units that a partner image gave: tokens then attend only within their own
+        image.
+        """
+        stages = []
+        for layer in self.layers:
+            blocked = None if from_partner_MU is None else layer.blocked(from_partner_MU, tokens_BHWD.dtype)
+            tokens_BHWD = layer(tokens_BHWD, blocked)
+            stages.append(tokens_BHWD)
+            tokens_BHWD = layer.downsample(tokens_BHWD)
+        return stages
+
+
+class PatchEmbed(nn.Module):
+    """Pixels to tokens: 4 x 4 patches, linear, layer norm."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, PATCH_SIZE, stride=PATCH_SIZE)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        """(B, 3, 4H, 4W) to (B, H, W, D)."""
+        tokens: Tensor = self.norm(self.proj(pixels_BCHW).permute(0, 2, 3, 1))
+        return tokens
+
+
+class Stage(nn.Module):
+    """Blocks over one grid; `downsample` then halves it (the last stage's does nothing)."""
+
+    def __init__(self, arch: Architecture, stage: int) -> None:
+        super().__init__()
+        dim, heads = arch.dims[stage], arch.heads[stage]
+        self.grid = arch.grids[stage]
+        self.window = min(arch.windows[stage], self.grid)
+        self.blocks = nn.ModuleList(
+            Block(dim, WindowAttention(dim, heads, self.window)) for _ in range(arch.depths[stage])
+        )
+        self.downsample = PatchMerging(dim) if stage < STAGES - 1 else nn.Identity()
+
+    def forward(self, tokens_BHWD: Tensor, blocked_MKNN: Tensor | None = None) -> Tensor:
+        """(B, H, W, D) to the same shape; `blocked_MKNN` comes from `blocked`."""
+        x_BKND = self.to_windows(tokens_BHWD)
+        for block in self.blocks:
+            x_BKND = block(x_BKND, blocked_MKNN)
+        return self.from_windows(x_BKND)
+
+    def to_windows(self, tokens_BHWD: Tensor) -> Tensor:
+        """(B, H, W, D) to (B, K, N, D), windows in reading order."""
+        side, window, dim = self.grid // self.window, self.window, tokens_BHWD.shape[-1]
+        if side == 1:
+            return tokens_BHWD.reshape(-1, 1, window * window, dim)
+        cells = tokens_BHWD.reshape(-1, side, window, side, window, dim)
+        return cells.transpose(2, 3).reshape(-1, side * side, window * window, dim)
+
+    def from_windows(self, x_BKND: Tensor) -> Tensor:
+        """(B, K, N, D) back to (B, H, W, D)."""
+        side, window, dim = self.grid // self.window, self.window, x_BKND.shape[-1]
+        if side == 1:
+            return x_BKND.reshape(-1, window, window, dim)
+        cells = x_BKND.reshape(-1, side, side, window, window, dim)
+        return cells.transpose(2, 3).reshape(-1, self.grid, self.grid, dim)
+
+    def blocked(self, from_partner_MU: Tensor, dtype: torch.dtype) -> Tensor:
+        """Scores to add, (M, K, N, N): 0 between tokens of one image, `BLOCKED` between the two.
+
+        The mask over units is repeated (nearest) to this stage's grid.
+        """
+        units = math.isqrt(from_partner_MU.shape[-1])
+        owner_MHW = from_partner_MU.reshape(-1, units, units)
+        repeat = self.grid // units
+        if repeat > 1:
+            # Expand, not repeat_interleave: the latter becomes a slow scatter of ops in an exported graph.
+            cells = owner_MHW[:, :, None, :, None].expand(-1, -1, repeat, -1, repeat)
+            owner_MHW = cells.reshape(-1, self.grid, self.grid)
+        owner_MKN = self.to_windows(owner_MHW.unsqueeze(-1)).squeeze(-1)
+        different = owner_MKN.unsqueeze(-1) != owner_MKN.unsqueeze(-2)
+        return different.to(dtype) * BLOCKED
+
+
+class PatchMerging(nn.Module):
+    """2 x 2 neighbours into one token of twice the channels."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, tokens_BHWD: Tensor) -> Tensor:
+        """(B, H, W, D) to (B, H/2, W/2, 2D); neighbours in the order (dy, dx) = (0,0), (1,0), (0,1), (1,1)."""
+        height, width, dim = tokens_BHWD.shape[1:]
+        pairs = tokens_BHWD.reshape(-1, height // 2, 2, width // 2, 2, dim)
+        merged = pairs.permute(0, 1, 3, 4, 2, 5).reshape(-1, height // 2, width // 2, 4 * dim)
+        reduced: Tensor = self.reduction(self.norm(merged))
+        return reduced
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, dim: int, attention: Attention, norm_eps: float = 1e-5) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.attn = attention
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.mlp = MLP(dim)
+
+    def forward(self, x_BKND: Tensor, blocked_MKNN: Tensor | None = None) -> Tensor:
+        """(B, K, N, D) to the same shape."""
+        x_BKND = x_BKND + self.attn(self.norm1(x_BKND), blocked_MKNN)
+        return x_BKND + self.mlp(self.norm2(x_BKND))
+
+
+class MLP(nn.Module):
+    """Linear, GELU, linear."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, MLP_RATIO * dim)
+        self.fc2 = nn.Linear(MLP_RATIO * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return out
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention within each of K groups of N tokens."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x_BKND: Tensor, blocked_MKNN: Tensor | None = None) -> Tensor:
+        """(B, K, N, D) to the same shape.
+
+        Windows are folded into the batch, or into the heads when there is a mask (which is shared by the batch,
+        not by the windows): five-dimensional inputs would fall back to the unfused kernel.
+        """
+        groups, tokens, dim = x_BKND.shape[1:]
+        qkv = self.qkv(x_BKND)
+        bias = self.bias(blocked_MKNN)
+        if bias is not None:
+            bias = bias.to(qkv.dtype)
+        if bias is not None and bias.dim() == 4:
+            qkv = qkv.reshape(-1, groups, tokens, 3, self.heads, dim // self.heads).permute(3, 0, 1, 4, 2, 5)
+            q, k, v = qkv.flatten(2, 3).unbind(0)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+            out = out.unflatten(1, (groups, self.heads)).transpose(2, 3)
+        else:
+            qkv = qkv.reshape(-1, tokens, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
+            q, k, v = qkv.unbind(0)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
+        projected: Tensor = self.proj(out.reshape(-1, groups, tokens, dim))
+        return projected
+
+    def bias(self, blocked_MKNN: Tensor | None) -> Tensor | None:
+        """Scores to add: (M, K * A, N, N) with a mask, (A, N, N) or None without."""
+        if blocked_MKNN is None:
+            return None
+        return blocked_MKNN.repeat_interleave(self.heads, dim=1)
+
+
+class WindowAttention(Attention):
+    """Attention with Swin's learned bias per relative position (arXiv 2103.14030, equation 4)."""
+
+    position_rank: Tensor
+
+    def __init__(self, dim: int, heads: int, window: int) -> None:
+        super().__init__(dim, heads)
+        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, heads))
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+        side = torch.arange(window)
+        self.register_buffer("position_rank", (side[:, None] * (2 * window - 1) + side).flatten(), persistent=False)
+        self.center = 2 * window * (window - 1)  # row of the table for a token and itself
+
+    def bias(self, blocked_MKNN: Tensor | None) -> Tensor:
+        """The learned bias (A, N, N), or with a mask (M, K * A, N, N)."""
+        # The table's row for a pair is a difference of two ranks. Made here from N numbers: an index of N * N int64
+        # for every block would outweigh the tables themselves in an exported graph.
+        index_NN = self.position_rank[:, None] - self.position_rank[None, :] + self.center
+        rows = self.relative_position_bias_table.index_select(0, index_NN.flatten())
+        bias_ANN = rows.unflatten(0, index_NN.shape).permute(2, 0, 1)
+        if blocked_MKNN is None:
+            return bias_ANN
+        return (bias_ANN + blocked_MKNN.unsqueeze(2)).flatten(1, 2)
+
+
+def position_embedding(grid: int, dim: int) -> Tensor:
+    """The frozen 2-D sine-cosine embedding, (1, grid * grid, dim): first half of the channels for the column.
+
+    As in MAE's `util/pos_embed.py`, computed in float64. mmpretrain puts the row first, which is why checkpoints
+    carry these values.
+    """
+    omega = 1.0 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    angles_GD = torch.arange(grid, dtype=torch.float64)[:, None] * omega
+    axis_GD = torch.cat([angles_GD.sin(), angles_GD.cos()], dim=1)
+    columns = axis_GD[None, :, :].expand(grid, -1, -1)
+    rows = axis_GD[:, None, :].expand(-1, grid, -1)
+    return torch.cat([columns, rows], dim=2).reshape(1, grid * grid, dim).float()
+
+
+def initialize(module: nn.Module) -> None:
+    """Official initialisation: Xavier-uniform linear weights, zero biases; convolution and norms as torch does."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

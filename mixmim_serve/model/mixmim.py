@@ -1,0 +1,170 @@
+"""MixMIM pretraining: mix two images, encode, decode both, compare (arXiv 2205.13137, section 3).
+
+The pretraining model is the plain encoder plus mixing and a decoder. Shape suffixes as in `encoder.py`, and
+P for the 32 * 32 * 3 pixel values of a unit. `from_partner_MU` is True where a unit was taken from the partner.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mixmim_serve.config import UNIT_SIZE, Architecture
+from mixmim_serve.errors import ConfigError
+from mixmim_serve.model.encoder import Attention, Block, Encoder, initialize, position_embedding
+
+TARGET_EPS = 1e-6  # added to a unit's variance before its pixels are normalised
+
+
+@dataclass(frozen=True)
+class PretrainingOutput:
+    """One pretraining forward pass."""
+
+    loss: Tensor  # scalar
+    encoded_BUD: Tensor  # tokens of the mixed images after the final norm
+    predicted_2BUP: Tensor  # per mixed image: the view of its own tokens (first B), that of the partner's (last B)
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Pairs of images, mixed and taken apart again; all (B, 3, size, size) in normalised pixel units."""
+
+    mixed: Tensor  # image a with the chosen units of image b
+    image_a: Tensor  # image a where it was visible, predicted where b covered it
+    image_b: Tensor  # image b where it was visible, predicted elsewhere
+
+
+class MixMIM(Encoder):
+    """The encoder with mixing and a decoder; `arch.decoder` must be set.
+
+    Raises:
+        ConfigError: when the architecture has no decoder.
+    """
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__(arch)
+        decoder = arch.decoder
+        if decoder is None:
+            raise ConfigError("this architecture has no decoder: use Encoder, or give it a DecoderConfig.")
+        self.normalize_targets = decoder.normalize_targets
+        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder.dim))
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        self.register_buffer("decoder_pos_embed", position_embedding(arch.grids[-1], decoder.dim))
+        self.decoder_embed = nn.Linear(arch.embedding_size, decoder.dim)
+        self.decoder_blocks = nn.ModuleList(
+            Block(decoder.dim, Attention(decoder.dim, decoder.heads), decoder.norm_eps) for _ in range(decoder.depth)
+        )
+        self.decoder_norm = nn.LayerNorm(decoder.dim, eps=decoder.norm_eps)
+        self.decoder_pred = nn.Linear(decoder.dim, UNIT_SIZE * UNIT_SIZE * 3)
+        for module in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
+            module.apply(initialize)
+
+    def pretrain(self, pixels_BCHW: Tensor, from_partner_MU: Tensor) -> PretrainingOutput:
+        """Mix image i with image B - 1 - i, reconstruct both, and measure how well."""
+        tokens_BHWD = self.patch_embed(pixels_BCHW)
+        encoded_BUD = self.encode_mixed(tokens_BHWD, tokens_BHWD.flip(0), from_partner_MU)
+        predicted_2BUP = self.decode(encoded_BUD, from_partner_MU)
+        loss = self.reconstruction_loss(predicted_2BUP, pixels_BCHW, from_partner_MU)
+        return PretrainingOutput(loss, encoded_BUD, predicted_2BUP)
+
+    def reconstruct(self, a_BCHW: Tensor, b_BCHW: Tensor, from_partner_MU: Tensor) -> Reconstruction:
+        """Mix pairs of images and predict what each of them hid of the other.
+
+        Predictions of a model with normalised targets are scaled back with the hidden unit's own mean and deviation,
+        so brightness and contrast of a predicted unit come from the original (reference: MAE's visualisation).
+        """
+        a_tokens, b_tokens = self.patch_embed(torch.cat([a_BCHW, b_BCHW])).chunk(2)
+        predicted_2BUP = self.decode(self.encode_mixed(a_tokens, b_tokens, from_partner_MU), from_partner_MU)
+        a_predicted, b_predicted = predicted_2BUP.chunk(2)
+        from_b = from_partner_MU.unsqueeze(-1)
+        a_BUP, b_BUP = to_units(a_BCHW), to_units(b_BCHW)
+        return Reconstruction(
+            mixed=from_units(torch.where(from_b, b_BUP, a_BUP)),
+            image_a=from_units(torch.where(from_b, self.to_pixels(a_predicted, a_BUP), a_BUP)),
+            image_b=from_units(torch.where(from_b, b_BUP, self.to_pixels(b_predicted, b_BUP))),
+        )
+
+    def encode_mixed(self, own_BHWD: Tensor, partner_BHWD: Tensor, from_partner_MU: Tensor) -> Tensor:
+        """Patch tokens of two images to encoded tokens (B, U, D) of their mixture."""
+        mixed_BHWD = mix(own_BHWD, partner_BHWD, from_partner_MU)
+        last_BHWD = self.run_stages(self.add_position(mixed_BHWD), from_partner_MU)[-1]
+        encoded: Tensor = self.norm(last_BHWD).flatten(1, 2)
+        return encoded
+
+    def decode(self, encoded_BUD: Tensor, from_partner_MU: Tensor) -> Tensor:
+        """Encoded tokens to predicted units (2B, U, P): mask tokens stand first for the partner's, then for the own."""
+        x_BUD = self.decoder_embed(encoded_BUD)
+        mask_token = self.mask_token.to(x_BUD.dtype)
+        from_partner = from_partner_MU.unsqueeze(-1)
+        views = [torch.where(from_partner, mask_token, x_BUD), torch.where(from_partner, x_BUD, mask_token)]
+        positions: Tensor = self.decoder_pos_embed
+        x_BKUD = (torch.cat(views) + positions).unsqueeze(1)
+        for block in self.decoder_blocks:
+            x_BKUD = block(x_BKUD)
+        predicted: Tensor = self.decoder_pred(self.decoder_norm(x_BKUD)).squeeze(1)
+        return predicted
+
+    def reconstruction_loss(self, predicted_2BUP: Tensor, pixels_BCHW: Tensor, from_partner_MU: Tensor) -> Tensor:
+        """Mean squared error over all units, each predicted from the view in which it was hidden."""
+        own_BUP, partner_BUP = predicted_2BUP.float().chunk(2)
+        predicted_BUP = torch.where(from_partner_MU.unsqueeze(-1), own_BUP, partner_BUP.flip(0))
+        return (predicted_BUP - self.targets(to_units(pixels_BCHW))).square().mean()
+
+    def targets(self, units_BUP: Tensor) -> Tensor:
+        """What the decoder should say of these units."""
+        if not self.normalize_targets:
+            return units_BUP
+        mean, deviation = unit_statistics(units_BUP)
+        return (units_BUP - mean) / deviation
+
+    def to_pixels(self, predicted_BUP: Tensor, original_BUP: Tensor) -> Tensor:
+        """The inverse of `targets`, with the original units' statistics."""
+        if not self.normalize_targets:
+            return predicted_BUP
+        mean, deviation = unit_statistics(original_BUP)
+        return predicted_BUP * deviation + mean
+
+
+def mix(own_BHWD: Tensor, partner_BHWD: Tensor, from_partner_MU: Tensor) -> Tensor:
+    """Replace the chosen units' tokens by the partner's, at the same places."""
+    units = math.isqrt(from_partner_MU.shape[-1])
+    repeat = own_BHWD.shape[1] // units
+    cells = from_partner_MU.reshape(-1, units, 1, units, 1).expand(-1, -1, repeat, -1, repeat)
+    return torch.where(cells.reshape(-1, units * repeat, units * repeat, 1), partner_BHWD, own_BHWD)
+
+
+def random_units(units: int, ratio: float, generator: torch.Generator) -> Tensor:
+    """A mask (1, U), True for `int(units * ratio)` units drawn at random on the CPU.
+
+    Raises:
+        ConfigError: when that is no unit, or all of them.
+    """
+    count = int(units * ratio)
+    if not 0 < count < units:
+        raise ConfigError(f"a mask ratio of {ratio} takes {count} of {units} units: choose one between 0 and 1.")
+    from_partner_MU = torch.zeros(1, units, dtype=torch.bool)
+    from_partner_MU[0, torch.randperm(units, generator=generator)[:count]] = True
+    return from_partner_MU
+
+
+def to_units(pixels_BCHW: Tensor) -> Tensor:
+    """(B, 3, H, W) to (B, U, P), a unit's values ordered row, column, channel."""
+    units = pixels_BCHW.shape[-1] // UNIT_SIZE
+    cells = pixels_BCHW.reshape(-1, 3, units, UNIT_SIZE, units, UNIT_SIZE)
+    return cells.permute(0, 2, 4, 3, 5, 1).reshape(-1, units * units, UNIT_SIZE * UNIT_SIZE * 3)
+
+
+def from_units(units_BUP: Tensor) -> Tensor:
+    """The inverse of `to_units`."""
+    units = math.isqrt(units_BUP.shape[1])
+    cells = units_BUP.reshape(-1, units, units, UNIT_SIZE, UNIT_SIZE, 3)
+    return cells.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, units * UNIT_SIZE, units * UNIT_SIZE)
+
+
+def unit_statistics(units_BUP: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and (unbiased) deviation of each unit over its pixels and channels, (B, U, 1) each."""
+    variance, mean = torch.var_mean(units_BUP, dim=-1, keepdim=True)
+    return mean, (variance + TARGET_EPS).sqrt()

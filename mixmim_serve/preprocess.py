@@ -1,0 +1,249 @@
+"""Image bytes to network input, the only evaluation preprocessing of the project.
+
+    bytes --decode--> upright RGB image --resize_and_crop--> uint8 HWC --normalize--> float32 CHW
+
+What `decode` makes of each kind of pixel (the first frame of an animation, the first page of a TIFF):
+
+    1, L, P, YCbCr, LAB     as Pillow converts them to RGB
+    CMYK                    Pillow's plain formula, Adobe's inversion undone; ICC profiles are ignored
+    alpha, transparency     dropped, not blended: the stored colour stays, as in torchvision's `convert("RGB")`
+    16 bits a channel       the high byte, also of grey, which Pillow alone would clip to white; of 12 bits the top 8
+    32-bit integer, float   no white is agreed on: the lowest finite value becomes 0, the highest 255
+
+The orientation in EXIF is applied when it can be read and ignored otherwise. Every refusal is an `ImageError`.
+Nothing here changes Pillow's global settings, so any number of threads may decode at once. A decoding of `MAX_PIXELS`
+holds 4 bytes a pixel (256 MB) at least, up to four times that for WebP.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image
+from PIL.TiffImagePlugin import BITSPERSAMPLE, TILELENGTH, TILEWIDTH, TiffImageFile
+
+from mixmim_serve.config import Preprocessing
+from mixmim_serve.errors import ImageError, ImageTooLargeError, UndecodableImageError, UnsupportedImageError
+
+MAX_IMAGE_BYTES = 20_000_000
+MAX_PIXELS = 64_000_000  # below the 89 megapixels from which Pillow itself warns
+
+# Pillow's name of an accepted format: how its files begin. MPO (two JPEGs of a stereo camera) begins and opens as JPEG.
+# HEIC shares AVIF's container; the brands at its start tell them apart.
+_SIGNATURES = {
+    "JPEG": rb"\xff\xd8\xff",
+    "PNG": rb"\x89PNG\r\n\x1a\n",
+    "WEBP": rb"RIFF.{4}WEBP",
+    "GIF": rb"GIF8[79]a",
+    "TIFF": rb"(II|MM)([*+]\0|\0[*+])",
+    "BMP": rb"BM",
+    "AVIF": rb".{4}ftyp(avi[fs]|(mif1|msf1).{4}(.{4}){0,16}?avi[fs])",
+}
+ACCEPTED_FORMATS = tuple(_SIGNATURES)
+_ACCEPTED = f"{', '.join(ACCEPTED_FORMATS[:-1])} or {ACCEPTED_FORMATS[-1]}"
+
+_TRANSPOSE = {  # EXIF 2.3, tag 0x0112: what makes each orientation upright; 1 is upright, others are invalid
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Two attacks that pixel limits miss. Cameras write 1 to 20 scans; 20 MB of random bytes after a JPEG hold about 305
+# start-of-scan marks by chance. A TIFF of 64 megapixels in the smallest tiles (16 x 16) has 250,000 of them.
+_MAX_JPEG_SCANS = 500  # each costs a pass over all pixels: 12 s for 500 at 64 megapixels
+_MAX_TIFF_VALUES = 300_000  # numbers in one tag; Pillow makes objects of each: 20 MB of offsets took 1.2 GB and 20 s
+_TIFF_BYTE_TYPES = (1, 2, 7)  # BYTE, ASCII, UNDEFINED: stay one bytes object
+
+_MAX_RESIZED_SIDE = 8192  # pixels; above it only the part that the crop keeps is computed
+
+Pixels = NDArray[np.uint8]
+Values = NDArray[np.float32]
+
+
+def preprocess(data: bytes, preprocessing: Preprocessing) -> Values:
+    """Encoded image -> the network's input, float32 (3, size, size).
+
+    Raises:
+        ImageError: the image is refused; see `decode`.
+    """
+    return normalize(resize_and_crop(decode(data), preprocessing), preprocessing)
+
+
+def decode(data: bytes, *, max_bytes: int = MAX_IMAGE_BYTES, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Encoded image -> upright RGB image of 8 bits a channel, without metadata; see the module for each pixel mode.
+
+    Raises:
+        ImageTooLargeError: more bytes, or by its header more pixels, than the limits (Pillow's own of 178 megapixels
+            holds besides).
+        UnsupportedImageError: no image, or none of `ACCEPTED_FORMATS`.
+        UndecodableImageError: empty, truncated or damaged.
+    """
+    name = _identify(data, max_bytes)
+    try:
+        image = _open(data, name, max_pixels)
+        image.load()
+        return _to_rgb(_upright(image))
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow and its plugins raise a dozen classes for bad files, struct.error among them
+        raise _refusal(error, name, max_pixels) from error
+
+
+def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Pixels:
+    """RGB image -> uint8 (size, size, 3): shorter side to `resize_size`, then the centre.
+
+    Bit-equal to torchvision's `Resize(resize_size, BICUBIC)` (antialiased) and `CenterCrop(image_size)` on PIL images.
+    An image so elongated that its longer side would pass `_MAX_RESIZED_SIDE` is resized only where the crop lies:
+    the same filter at the same places, in memory independent of the length. Pillow may then
+    filter columns before rows, so its rounding (2 of 255) and the clipping of overshoot between the passes differ.
+    """
+    short = min(image.size)
+    width, height = (int(preprocessing.resize_size * side / short) for side in image.size)
+    size = preprocessing.image_size
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    right, bottom = left + size, top + size
+    if max(width, height) <= _MAX_RESIZED_SIDE:
+        resized = image.resize((width, height), Image.Resampling.BICUBIC)
+        return np.array(resized.crop((left, top, right, bottom)))
+    across, down = image.width, image.height
+    box = (left * across / width, top * down / height, right * across / width, bottom * down / height)
+    return np.array(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def normalize(pixels: Pixels, preprocessing: Preprocessing) -> Values:
+    """uint8 (H, W, 3) -> contiguous float32 (3, H, W): scaled to [0, 1], less the mean, over the deviation."""
+    values = np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
+    values /= 255
+    values -= _per_channel(preprocessing.mean)
+    values /= _per_channel(preprocessing.std)
+    return values
+
+
+def denormalize(values: Values, preprocessing: Preprocessing) -> Pixels:
+    """float32 (3, H, W) -> uint8 (H, W, 3), rounded and clipped: a picture of network input or reconstruction."""
+    scaled = (values * _per_channel(preprocessing.std) + _per_channel(preprocessing.mean)) * 255
+    return np.ascontiguousarray(scaled.round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
+
+
+def read_limited(path: str | os.PathLike[str], max_bytes: int = MAX_IMAGE_BYTES) -> bytes:
+    """The bytes of an image file.
+
+    Raises:
+        ImageTooLargeError: more than `max_bytes`; no more than that is read.
+        ImageError: no file, not a regular one (a pipe would block), or not readable.
+    """
+    file = Path(path)
+    try:
+        if file.exists() and not file.is_file():
+            raise ImageError(f"cannot read {path}: it is not a file.")
+        with file.open("rb") as opened:
+            data = opened.read(max_bytes + 1)
+    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
+        reason = getattr(error, "strerror", None) or "not a file name"
+        raise ImageError(f"cannot read {path}: {reason.lower()}.") from error
+    if len(data) > max_bytes:
+        raise ImageTooLargeError(f"{path} has more than the limit of {max_bytes:,} bytes: make it smaller.")
+    return data
+
+
+def _identify(data: bytes, max_bytes: int) -> str:
+    if not data:
+        raise UndecodableImageError(f"the image is empty: send the bytes of a {_ACCEPTED} file.")
+    if len(data) > max_bytes:
+        raise ImageTooLargeError(f"the image has {len(data):,} bytes, the limit is {max_bytes:,}: send a smaller one.")
+    for name, signature in _SIGNATURES.items():
+        if re.match(signature, data, re.DOTALL):
+            return name
+    raise UnsupportedImageError(f"the data is not an image of an accepted format: send {_ACCEPTED}.")
+
+
+def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
+    """The header only; all limits are checked here, before any pixel is decoded."""
+    if name == "TIFF":
+        _check_tiff_directory(data)
+    if name == "JPEG" and data.count(b"\xff\xda") > _MAX_JPEG_SCANS:
+        raise UndecodableImageError(f"the JPEG image has more than {_MAX_JPEG_SCANS} scans: save it again.")
+    image = Image.open(BytesIO(data), formats=(name,))
+    _check_pixels("the image", *image.size, max_pixels)
+    if isinstance(image, TiffImageFile):  # libtiff decodes whole tiles, which may be larger than the image
+        tags = image.tag_v2
+        _check_pixels("a tile of the image", int(tags.get(TILEWIDTH, 1)), int(tags.get(TILELENGTH, 1)), max_pixels)
+    return image
+
+
+def _check_pixels(what: str, width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise ImageTooLargeError(
+            f"{what} has {width} x {height} pixels, the limit is {max_pixels:,} in all: send a smaller one."
+        )
+
+
+def _check_tiff_directory(data: bytes) -> None:
+    """Refuse absurdly long tags before Pillow expands them. Layout: TIFF 6.0, section 2; BigTIFF has wider fields."""
+    order = "<" if data.startswith(b"II") else ">"
+    start_at, start, count, entry = (8, "Q", "Q", "HHQQ") if b"+" in data[:4] else (4, "I", "H", "HHII")
+    (offset,) = struct.unpack_from(order + start, data, start_at)
+    (entries,) = struct.unpack_from(order + count, data, offset)
+    offset += struct.calcsize(order + count)
+    end = offset + entries * struct.calcsize(order + entry)
+    for _, kind, values, _ in struct.iter_unpack(order + entry, data[offset:end]):
+        if kind not in _TIFF_BYTE_TYPES and values > _MAX_TIFF_VALUES:
+            raise UndecodableImageError(f"the TIFF image has a tag of {values:,} numbers: save it again.")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:  # after load(): PNG keeps EXIF behind the pixels, and TIFF turns itself
+        method = _TRANSPOSE.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged EXIF, in as many ways as a damaged image
+        method = None
+    image.info.clear()  # used or ignored by policy; convert() would warn about transparency and metadata stay alive
+    return image if method is None else image.transpose(method)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I;16"):
+        # Pillow leaves 12-bit TIFF values at 0..4095; such an image is still the TIFF object, for TIFF turns itself.
+        twelve = isinstance(image, TiffImageFile) and image.tag_v2.get(BITSPERSAMPLE) == (12,)
+        image = Image.fromarray((np.asarray(image) >> (4 if twelve else 8)).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        image = Image.fromarray(_stretch(np.array(image, dtype=np.float32)))
+    return image.convert("RGB")
+
+
+def _stretch(values: Values) -> Pixels:
+    """float32 (H, W), altered in place -> uint8 with the lowest finite value at 0 and the highest at 255; NaN is 0."""
+    finite = np.isfinite(values)
+    low, high = values.min(where=finite, initial=np.inf), values.max(where=finite, initial=-np.inf)
+    with np.errstate(all="ignore"):  # no spread, or one beyond float32: all become 0
+        np.subtract(values, low, out=values)
+        np.multiply(values, 255 / (high - low), out=values)
+        np.nan_to_num(values, copy=False, posinf=255, neginf=0)
+        return values.round(out=values).clip(0, 255, out=values).astype(np.uint8)
+
+
+def _refusal(error: Exception, name: str, max_pixels: int) -> ImageError:
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):  # a warning may be an error
+        return ImageTooLargeError(
+            f"the {name} image has more than the limit of {max_pixels:,} pixels: send a smaller one."
+        )
+    if isinstance(error, MemoryError):
+        return ImageTooLargeError(f"the {name} image needs more memory than there is: send a smaller one.")
+    if "truncated" in str(error).lower():
+        return UndecodableImageError(f"the {name} image is truncated: send the complete file.")
+    return UndecodableImageError(f"the {name} image is damaged, incomplete or of a rare variant: save it again as PNG.")
+
+
+def _per_channel(values: tuple[float, ...]) -> Values:
+    return np.array(values, np.float32)[:, None, None]

@@ -1,0 +1,1 @@
+"""Training: a folder of images becomes a checkpoint."""
