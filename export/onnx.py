@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -93,13 +94,16 @@ def graphs_of(model: Encoder) -> dict[str, Graph]:
 
 def export_graph(graph: Graph, images: Tensor, weights: Path, target: Path) -> None:
     """Write `target`, an ONNX graph with a dynamic batch whose weights lie in `weights` beside it."""
+    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)  # one object: every input has the same batch
     with _tracing():
+        # Exported here and not inside torch.onnx, which falls back to other ways, fixed batch included, without a word.
+        traced = torch.export.export(
+            graph.eval(), graph.examples(images), dynamic_shapes=tuple({0: batch} for _ in graph.inputs)
+        )
         program = torch.onnx.export(
-            graph.eval(),
-            graph.examples(images),
+            traced,
             input_names=list(graph.inputs),
             output_names=list(graph.outputs),
-            dynamic_shapes=tuple({0: torch.export.Dim("batch", min=1, max=MAX_BATCH)} for _ in graph.inputs),
             opset_version=OPSET,
             dynamo=True,
             optimize=False,
@@ -135,12 +139,12 @@ def stored_tensors(path: Path) -> dict[str, Stored]:
     """The index of a safetensors file: an 8-byte length, that much JSON, then the tensors' bytes."""
     with path.open("rb") as file:
         header = int.from_bytes(file.read(8), "little")
-        index: Mapping[str, dict[str, object]] = json.loads(file.read(header))
+        index: dict[str, dict[str, Any]] = json.loads(file.read(header))
     tensors = {}
     for name, entry in index.items():
         if name != "__metadata__":
-            begin, end = entry["data_offsets"]  # type: ignore[misc]
-            shape = tuple(entry["shape"])  # type: ignore[call-overload]
+            begin, end = entry["data_offsets"]
+            shape = tuple(entry["shape"])
             tensors[name] = Stored(str(entry["dtype"]), shape, 8 + header + begin, end - begin)
     return tensors
 

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from mixmim_serve.config import Architecture, Preprocessing, architecture_from_dict, preprocessing_from_dict
-from mixmim_serve.errors import ConfigError
+from mixmim_serve.errors import CheckpointError, ConfigError
+
+METADATA_KEY = "mixmim"  # of a safetensors checkpoint
+FORMAT = 1  # of a checkpoint; raised when an older reader would misread the file
 
 
 @dataclass(frozen=True)
@@ -54,3 +61,31 @@ class Description:
             )
         except (KeyError, TypeError) as error:
             raise ConfigError(f"the model description is incomplete: {error} is missing or wrong.") from error
+
+
+def read_description(path: Path) -> Description:
+    """What a checkpoint of ours says of itself; its weights are not read.
+
+    Raises:
+        CheckpointError: when the file is missing, damaged or not written by us.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; expected a .safetensors checkpoint.")
+    try:
+        with safe_open(path, framework="np") as file:
+            text = (file.metadata() or {}).get(METADATA_KEY)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file: for other formats use `mixmim import`."
+        ) from error
+    if text is None:
+        raise CheckpointError(f"{path} holds weights without a description of ours: run `mixmim import` on it first.")
+    try:
+        values = json.loads(text)
+        if values.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{path} is of format {values.get('format')}, this version reads {FORMAT}: update mixmim-serve."
+            )
+        return Description.from_dict(values)
+    except (ValueError, AttributeError, ConfigError) as error:
+        raise CheckpointError(f"{path} has a damaged description: {error}") from error

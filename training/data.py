@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ class PretrainingImages(Dataset["np.ndarray | str"]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, key: tuple[int, int]) -> np.ndarray | str:  # type: ignore[override]
+    def __getitem__(self, key: tuple[int, int]) -> np.ndarray | str:
         """The image for (epoch, index): the pair seeds its augmentation, whichever worker draws it."""
         epoch, index = key
         try:
@@ -79,10 +80,10 @@ def build_loader(folder: Path, size: int, config: PretrainConfig) -> tuple[DataL
     if len(paths) < config.batch_size:
         raise DataError(f"{folder} holds {len(paths)} images, fewer than a batch of {config.batch_size}: add images.")
     sampler = EpochSampler(len(paths), config.seed)
-    loader = DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         PretrainingImages(paths, size, config),
         batch_size=config.batch_size,
-        sampler=sampler,  # type: ignore[arg-type]
+        sampler=sampler,
         num_workers=config.workers,
         persistent_workers=config.workers > 0,
         collate_fn=collate,

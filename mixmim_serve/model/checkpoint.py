@@ -11,17 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mixmim_serve.description import Description
-from mixmim_serve.errors import CheckpointError, ConfigError
+from mixmim_serve.description import FORMAT, METADATA_KEY, Description, read_description
+from mixmim_serve.errors import CheckpointError
 from mixmim_serve.files import atomic_path
 from mixmim_serve.model import Encoder, build_model
-
-METADATA_KEY = "mixmim"
-FORMAT = 1  # raised when an older reader would misread the file
 
 
 def save_checkpoint(
@@ -43,19 +40,10 @@ def read_checkpoint(path: Path) -> tuple[Description, dict[str, Tensor]]:
     Raises:
         CheckpointError: when the file is missing, damaged or not written by us.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; expected a .safetensors checkpoint.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(METADATA_KEY)
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is not a whole safetensors file: for other formats use `mixmim import`."
-        ) from error
-    if text is None:
-        raise CheckpointError(f"{path} holds weights without a description of ours: run `mixmim import` on it first.")
-    return _parse_description(path, text), weights
+    description = read_description(path)
+    with safe_open(path, framework="pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    return description, weights
 
 
 def load_checkpoint(path: Path) -> tuple[Encoder, Description]:
@@ -89,15 +77,3 @@ def check_weights(path: Path, found: Mapping[str, tuple[int, ...]], model: nn.Mo
         if names:
             rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise CheckpointError(f"{path} {what} weights: {', '.join(names[:3])}{rest}. Is it a MixMIM checkpoint?")
-
-
-def _parse_description(path: Path, text: str) -> Description:
-    try:
-        values = json.loads(text)
-        if values.get("format") != FORMAT:
-            raise CheckpointError(
-                f"{path} is of format {values.get('format')}, this version reads {FORMAT}: update mixmim-serve."
-            )
-        return Description.from_dict(values)
-    except (ValueError, AttributeError, ConfigError) as error:
-        raise CheckpointError(f"{path} has a damaged description: {error}") from error

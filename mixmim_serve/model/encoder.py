@@ -14,7 +14,9 @@ Shape suffixes:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +41,8 @@ class EncoderOutput:
 class Encoder(nn.Module):
     """Pixels to feature maps, embedding and, with a head, logits."""
 
+    absolute_pos_embed: Tensor
+
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
         self.arch = arch
@@ -60,8 +64,7 @@ class Encoder(nn.Module):
 
     def add_position(self, tokens_BHWD: Tensor) -> Tensor:
         """Add the frozen position embedding."""
-        positions: Tensor = self.absolute_pos_embed
-        return tokens_BHWD + positions.view(1, *tokens_BHWD.shape[1:])
+        return tokens_BHWD + self.absolute_pos_embed.view(1, *tokens_BHWD.shape[1:])
 
     def run_stages(self, tokens_BHWD: Tensor, from_partner_MU: Tensor | None = None) -> list[Tensor]:
         """Every stage's tokens (B, H, W, D), before its patch merging.
@@ -70,7 +73,7 @@ class Encoder(nn.Module):
         image.
         """
         stages = []
-        for layer in self.layers:
+        for layer in cast(Iterable[Stage], self.layers):
             blocked = None if from_partner_MU is None else layer.blocked(from_partner_MU, tokens_BHWD.dtype)
             tokens_BHWD = layer(tokens_BHWD, blocked)
             stages.append(tokens_BHWD)
@@ -175,7 +178,8 @@ class Block(nn.Module):
     def forward(self, x_BKND: Tensor, blocked_MKNN: Tensor | None = None) -> Tensor:
         """(B, K, N, D) to the same shape."""
         x_BKND = x_BKND + self.attn(self.norm1(x_BKND), blocked_MKNN)
-        return x_BKND + self.mlp(self.norm2(x_BKND))
+        out_BKND: Tensor = x_BKND + self.mlp(self.norm2(x_BKND))
+        return out_BKND
 
 
 class MLP(nn.Module):
@@ -216,7 +220,7 @@ class Attention(nn.Module):
             qkv = qkv.reshape(-1, groups, tokens, 3, self.heads, dim // self.heads).permute(3, 0, 1, 4, 2, 5)
             q, k, v = qkv.flatten(2, 3).unbind(0)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-            out = out.unflatten(1, (groups, self.heads)).transpose(2, 3)
+            out = out.view(-1, groups, self.heads, tokens, dim // self.heads).transpose(2, 3)
         else:
             qkv = qkv.reshape(-1, tokens, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
             q, k, v = qkv.unbind(0)
@@ -250,10 +254,11 @@ class WindowAttention(Attention):
         # for every block would outweigh the tables themselves in an exported graph.
         index_NN = self.position_rank[:, None] - self.position_rank[None, :] + self.center
         rows = self.relative_position_bias_table.index_select(0, index_NN.flatten())
-        bias_ANN = rows.unflatten(0, index_NN.shape).permute(2, 0, 1)
+        bias_ANN: Tensor = rows.view(*index_NN.shape, -1).permute(2, 0, 1)
         if blocked_MKNN is None:
             return bias_ANN
-        return (bias_ANN + blocked_MKNN.unsqueeze(2)).flatten(1, 2)
+        bias_MKANN = bias_ANN + blocked_MKNN.unsqueeze(2)
+        return bias_MKANN.flatten(1, 2)
 
 
 def position_embedding(grid: int, dim: int) -> Tensor:

@@ -44,6 +44,8 @@ class MixMIM(Encoder):
         ConfigError: when the architecture has no decoder.
     """
 
+    decoder_pos_embed: Tensor
+
     def __init__(self, arch: Architecture) -> None:
         super().__init__(arch)
         decoder = arch.decoder
@@ -76,9 +78,9 @@ class MixMIM(Encoder):
         Predictions of a model with normalised targets are scaled back with the hidden unit's own mean and deviation,
         so brightness and contrast of a predicted unit come from the original (reference: MAE's visualisation).
         """
-        a_tokens, b_tokens = self.patch_embed(torch.cat([a_BCHW, b_BCHW])).chunk(2)
+        a_tokens, b_tokens = halves(self.patch_embed(torch.cat([a_BCHW, b_BCHW])))
         predicted_2BUP = self.decode(self.encode_mixed(a_tokens, b_tokens, from_partner_MU), from_partner_MU)
-        a_predicted, b_predicted = predicted_2BUP.chunk(2)
+        a_predicted, b_predicted = halves(predicted_2BUP)
         from_b = from_partner_MU.unsqueeze(-1)
         a_BUP, b_BUP = to_units(a_BCHW), to_units(b_BCHW)
         return Reconstruction(
@@ -100,8 +102,7 @@ class MixMIM(Encoder):
         mask_token = self.mask_token.to(x_BUD.dtype)
         from_partner = from_partner_MU.unsqueeze(-1)
         views = [torch.where(from_partner, mask_token, x_BUD), torch.where(from_partner, x_BUD, mask_token)]
-        positions: Tensor = self.decoder_pos_embed
-        x_BKUD = (torch.cat(views) + positions).unsqueeze(1)
+        x_BKUD = (torch.cat(views) + self.decoder_pos_embed).unsqueeze(1)
         for block in self.decoder_blocks:
             x_BKUD = block(x_BKUD)
         predicted: Tensor = self.decoder_pred(self.decoder_norm(x_BKUD)).squeeze(1)
@@ -109,7 +110,7 @@ class MixMIM(Encoder):
 
     def reconstruction_loss(self, predicted_2BUP: Tensor, pixels_BCHW: Tensor, from_partner_MU: Tensor) -> Tensor:
         """Mean squared error over all units, each predicted from the view in which it was hidden."""
-        own_BUP, partner_BUP = predicted_2BUP.float().chunk(2)
+        own_BUP, partner_BUP = halves(predicted_2BUP.float())
         predicted_BUP = torch.where(from_partner_MU.unsqueeze(-1), own_BUP, partner_BUP.flip(0))
         return (predicted_BUP - self.targets(to_units(pixels_BCHW))).square().mean()
 
@@ -126,6 +127,12 @@ class MixMIM(Encoder):
             return predicted_BUP
         mean, deviation = unit_statistics(original_BUP)
         return predicted_BUP * deviation + mean
+
+
+def halves(x_2B: Tensor) -> tuple[Tensor, Tensor]:
+    """The first and the last B of 2B items. (`chunk` would fix B when the graph is traced for export.)"""
+    first, last = x_2B.reshape(2, -1, *x_2B.shape[1:]).unbind(0)
+    return first, last
 
 
 def mix(own_BHWD: Tensor, partner_BHWD: Tensor, from_partner_MU: Tensor) -> Tensor:

@@ -202,8 +202,9 @@ def _reorder_merging(tensor: Tensor) -> Tensor:
 
     The last axis is the merged one, both for the norm (4C) and for the linear layer's weight (2C, 4C).
     """
-    by_neighbour = tensor.unflatten(-1, (-1, 4)).transpose(-1, -2)
-    return by_neighbour[..., [0, 2, 1, 3], :].flatten(-2).contiguous()
+    by_neighbour = tensor.view(*tensor.shape[:-1], -1, 4).transpose(-1, -2)
+    reordered: Tensor = by_neighbour[..., [0, 2, 1, 3], :].flatten(-2).contiguous()
+    return reordered
 
 
 def _labels(content: Mapping[str, Any]) -> tuple[str, ...]:

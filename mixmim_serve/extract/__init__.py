@@ -1,0 +1,1 @@
+"""Many images to features, in order, decoding ahead of the engine."""

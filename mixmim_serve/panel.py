@@ -1,0 +1,57 @@
+"""A picture of one reconstruction: both originals, their mixture, and both images as the network completes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from mixmim_serve.config import Preprocessing
+from mixmim_serve.preprocess import denormalize
+
+TILE = 256  # pixels, at least
+GAP = 8
+CAPTION = 28
+TILES = {  # array of the reconstruct graph, and what a person reads above it
+    "image_a": "image A",
+    "image_b": "image B",
+    "mixed": "mixed, as the network sees it",
+    "reconstruction_a": "A, covered parts predicted",
+    "reconstruction_b": "B, covered parts predicted",
+}
+
+
+def draw_panel(arrays: Mapping[str, NDArray[Any]], preprocessing: Preprocessing) -> Image.Image:
+    """Five captioned tiles in a row, from arrays (3, size, size) in normalised pixel units.
+
+    Covered parts are predictions with the patch normalisation undone by the original's own mean and deviation.
+    """
+    scale = max(1, TILE // preprocessing.image_size)
+    side = preprocessing.image_size * scale
+    panel = Image.new("RGB", (len(TILES) * (side + GAP) + GAP, side + CAPTION + GAP), "white")
+    draw = ImageDraw.Draw(panel)
+    font = ImageFont.load_default(size=15)
+    for number, (name, caption) in enumerate(TILES.items()):
+        left = GAP + number * (side + GAP)
+        tile = Image.fromarray(denormalize(arrays[name], preprocessing))
+        panel.paste(tile.resize((side, side), Image.Resampling.NEAREST), (left, CAPTION))
+        draw.text((left, CAPTION // 2), caption, fill="black", font=font, anchor="lm")
+    return panel
+
+
+def png(image: Image.Image) -> bytes:
+    """The image as PNG bytes."""
+    buffer = BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def npz(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    """The arrays as the bytes of an .npz file."""
+    buffer = BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    return buffer.getvalue()

@@ -1,0 +1,1 @@
+"""HTTP in, engine out: an ASGI app of our own, mounted in a BentoML service."""

@@ -1,0 +1,65 @@
+"""Start the BentoML server in place of this process."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import sys
+from pathlib import Path
+
+from mixmim_serve.bundle import open_bundle
+from mixmim_serve.config import size_name
+from mixmim_serve.engines.base import ENGINES
+from mixmim_serve.errors import ConfigError, EngineError
+
+TARGET = "mixmim_serve.service.bento:MixMIMService"
+GRACE = 30  # seconds for requests in flight after SIGTERM
+
+
+def launch(bundle: Path, host: str, port: int, engine: str) -> None:
+    """Check what can be checked, say how to try it, then become `bentoml serve`.
+
+    Raises:
+        BundleError: when the bundle cannot be read.
+        ConfigError: when the address is taken or not ours.
+        EngineError: for an unknown engine.
+    """
+    description = open_bundle(bundle).description
+    if engine not in ENGINES:
+        raise EngineError(f"unknown engine {engine!r}: choose one of {', '.join(ENGINES)}.")
+    check_address(host, port)
+    print(  # noqa: T201
+        f"serving {size_name(description.arch)} from {bundle} at http://{host}:{port}\n"
+        f"try: curl -F image=@examples/hat.jpg http://{host}:{port}/embed",
+        flush=True,
+    )
+    environment = os.environ | {
+        "MIXMIM_BUNDLE": str(bundle.resolve()),
+        "MIXMIM_ENGINE": engine,
+        "MIXMIM_SUPERVISOR": str(os.getpid()),  # exec keeps it
+    }
+    environment.setdefault("BENTOML_DO_NOT_TRACK", "true")  # "1" would not switch its telemetry off
+    environment.setdefault("BENTOML_HOME", str(_cache() / f"bentoml-{port}"))  # one a server, or they share state
+    command = [sys.executable, "-m", "bentoml", "serve", TARGET, "--host", host, "--port", str(port)]
+    os.execve(sys.executable, [*command, "--timeout-graceful-shutdown", str(GRACE)], environment)  # noqa: S606
+
+
+def check_address(host: str, port: int) -> None:
+    """Bind once, because a server that dies later says it in a traceback.
+
+    Raises:
+        ConfigError: when the address cannot be bound.
+    """
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(f"port {port} is in use: choose another with --port.") from error
+        raise ConfigError(f"cannot bind {host}:{port}: {error.strerror or error}.") from error
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixmim-serve"

@@ -1,0 +1,91 @@
+"""What people ask of an engine: embeddings, classes, reconstructions. Shared by the service and the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixmim_serve.bundle import Bundle
+from mixmim_serve.engines import Engine
+from mixmim_serve.errors import BundleError, ConfigError
+
+Floats = NDArray[np.float32]
+
+RECONSTRUCT_OUTPUTS = ("mixed", "reconstruction_a", "reconstruction_b")
+
+
+@dataclass(frozen=True)
+class Class:
+    """One guess of a classification."""
+
+    index: int
+    label: str
+    probability: float
+
+
+def require_head(bundle: Bundle) -> None:
+    """Check that the bundle can classify.
+
+    Raises:
+        BundleError: when it cannot.
+    """
+    if not bundle.arch.num_classes:
+        raise BundleError(
+            "this model has no classification head: fine-tune it on labelled images, or use its embeddings."
+        )
+
+
+def require_decoder(bundle: Bundle) -> None:
+    """Check that the bundle can reconstruct.
+
+    Raises:
+        BundleError: when it cannot.
+    """
+    if "reconstruct" not in bundle.graphs:
+        raise BundleError("this model has no decoder: only pretraining checkpoints can reconstruct images.")
+
+
+def top_classes(bundle: Bundle, logits: Floats, count: int = 5) -> list[Class]:
+    """The most probable classes of one image, best first; `logits` is (classes,)."""
+    exponents = np.exp(logits.astype(np.float64) - logits.max())
+    probabilities = exponents / exponents.sum()
+    order = np.argsort(-probabilities, kind="stable")[:count]
+    labels = bundle.description.labels
+    return [Class(int(index), labels[index] if labels else str(index), float(probabilities[index])) for index in order]
+
+
+def random_mask(units: int, ratio: float = 0.5, seed: int = 0) -> NDArray[np.bool_]:
+    """Which units come from the partner, (units,), `int(units * ratio)` of them; the same for the same seed.
+
+    Raises:
+        ConfigError: when that is none of the units, or all.
+    """
+    count = int(units * ratio)
+    if not 0 < count < units:
+        raise ConfigError(f"a mask ratio of {ratio} takes {count} of {units} units: choose one between 0 and 1.")
+    mask = np.zeros(units, np.bool_)
+    mask[np.random.default_rng(seed).permutation(units)[:count]] = True
+    return mask
+
+
+def reconstruct_inputs(image_a: Floats, image_b: Floats, mask: NDArray[np.bool_]) -> dict[str, NDArray[Any]]:
+    """Inputs of the reconstruct graph for one pair, the batch left out."""
+    return {"image_a": image_a, "image_b": image_b, "from_partner": mask}
+
+
+def reconstruct_pair(
+    engine: Engine, image_a: Floats, image_b: Floats, ratio: float = 0.5, seed: int = 0
+) -> dict[str, NDArray[Any]]:
+    """Inputs and outputs of the reconstruct graph for one pair of preprocessed images (3, size, size).
+
+    Raises:
+        BundleError: when the bundle cannot reconstruct.
+        ConfigError: for a ratio that covers nothing, or all.
+    """
+    require_decoder(engine.bundle)
+    inputs = reconstruct_inputs(image_a, image_b, random_mask(engine.bundle.arch.units, ratio, seed))
+    outputs = engine.run("reconstruct", {name: array[None] for name, array in inputs.items()}, RECONSTRUCT_OUTPUTS)
+    return inputs | {name: array[0] for name, array in outputs.items()}

@@ -1,0 +1,144 @@
+"""The rules of the house: which way imports flow, and that serving never loads torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+PACKAGES = ("mixmim_serve", "export", "training")
+
+# Lowest first. A module may import its own layer and those below it. (docs/architecture.md)
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("mixmim_serve.errors", "mixmim_serve.config", "mixmim_serve.version", "mixmim_serve.files"),
+    ("mixmim_serve.description", "mixmim_serve.preprocess", "mixmim_serve.bundle", "mixmim_serve.images"),
+    ("mixmim_serve.engines", "mixmim_serve.model"),
+    ("mixmim_serve.tasks", "mixmim_serve.panel"),
+    ("mixmim_serve.service", "mixmim_serve.extract"),
+    ("mixmim_serve.cli",),
+)
+BESIDE = ("export", "training")  # may use the first four layers, and not each other
+MAY_IMPORT_TORCH = ("mixmim_serve.model", "mixmim_serve.engines.torch", "export", "training")
+HEAVY = ("torch", "onnx", "onnxscript", "onnxruntime", "bentoml", "pyarrow")
+
+
+def modules() -> dict[str, Path]:
+    """Every module by its dotted name."""
+    found = {}
+    for package in PACKAGES:
+        for path in (REPOSITORY / package).rglob("*.py"):
+            parts = path.relative_to(REPOSITORY).with_suffix("").parts
+            found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+def imports(path: Path) -> tuple[set[str], set[str]]:
+    """Modules that are imported at the top of a file, and those inside its functions."""
+    tree = ast.parse(path.read_text())
+    top: set[str] = set()
+    inside: set[str] = set()
+    deferred = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+    }
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [str(node.module)]
+        (inside if id(node) in deferred else top).update(names)
+    return top, inside
+
+
+def layer(module: str) -> int:
+    """Position in LAYERS."""
+    for position, names in enumerate(LAYERS):
+        if any(module == name or module.startswith(f"{name}.") for name in names):
+            return position
+    raise AssertionError(f"{module} stands in no layer: add it to LAYERS")
+
+
+def test_imports_flow_one_way() -> None:
+    broken = []
+    for module, path in modules().items():
+        top, inside = imports(path)
+        for target in top | inside:
+            package = target.partition(".")[0]
+            if package not in PACKAGES or target == "mixmim_serve" or module == "mixmim_serve":
+                continue
+            own = module.partition(".")[0]
+            if own in BESIDE:
+                allowed = package == own or (package == "mixmim_serve" and layer(target) <= 3)
+            elif package in BESIDE:
+                allowed = module == "mixmim_serve.cli" and target in inside
+            else:
+                # open_engine and the layers' own folders look inside themselves; nothing looks up
+                allowed = layer(target) <= layer(module)
+            if not allowed:
+                broken.append(f"{module} imports {target}")
+    assert not broken
+
+
+def test_torch_is_imported_only_where_it_belongs() -> None:
+    for module, path in modules().items():
+        names = {name.partition(".")[0] for name in imports(path)[0]}
+        if not module.startswith(MAY_IMPORT_TORCH):
+            assert not names & {"torch", "onnx", "onnxscript", "onnx_ir"}, module
+
+
+TORCH_FREE = sorted(name for name in modules() if not name.startswith(MAY_IMPORT_TORCH))
+
+
+@pytest.mark.parametrize("module", [name for name in TORCH_FREE if ".service" in name or name.count(".") < 2])
+def test_serving_modules_import_without_torch(module: str) -> None:
+    code = f"import sys, {module}; assert 'torch' not in sys.modules and 'onnx' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = f"""
+import sys
+from typer.testing import CliRunner
+from mixmim_serve.cli import app
+for arguments in (["--help"], ["embed", "--help"], ["serve", "--help"]):
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0 and "Usage" in result.output
+assert not sys.modules.keys() & set({HEAVY!r}), sys.modules.keys() & set({HEAVY!r})
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_no_extra_brings_both_onnx_runtimes() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+
+    def closure(extra: str) -> set[str]:
+        names = set()
+        for requirement in extras[extra]:
+            if requirement.startswith("mixmim-serve["):
+                for inner in requirement.removeprefix("mixmim-serve[").rstrip("]").split(","):
+                    names |= closure(inner)
+            else:
+                names.add(requirement.partition(">")[0].partition("=")[0].strip())
+        return names
+
+    base = {requirement.partition(">")[0].partition("=")[0] for requirement in project["dependencies"]}
+    assert not base & {"onnxruntime", "onnxruntime-gpu", "torch", "onnx"}
+    for extra in extras:
+        assert not {"onnxruntime", "onnxruntime-gpu"} <= closure(extra), extra
+    assert "onnxruntime" in closure("cpu")
+    assert "torch" not in closure("cpu") | closure("gpu") | closure("extract")
+
+
+def test_files_stay_readable() -> None:
+    long = {path.name: lines for path in modules().values() if (lines := len(path.read_text().splitlines())) > 350}
+    assert not long
