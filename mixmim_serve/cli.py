@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +37,7 @@ EXTRAS = {
 
 def main() -> None:
     """Run the command; errors of ours are one sentence on standard error and exit code 1."""
+    warnings.filterwarnings("ignore", module="PIL")  # of odd files that decode all the same
     try:
         app()
     except MixMIMError as error:

@@ -130,7 +130,7 @@ class MixMIM(Encoder):
 
 
 def halves(x_2B: Tensor) -> tuple[Tensor, Tensor]:
-    """The first and the last B of 2B items. (`chunk` would fix B when the graph is traced for export.)"""
+    """The first and the last B of 2B items; `chunk` would fix B when the graph is traced for export."""
     first, last = x_2B.reshape(2, -1, *x_2B.shape[1:]).unbind(0)
     return first, last
 

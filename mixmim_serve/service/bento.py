@@ -10,6 +10,7 @@ import gc
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 import bentoml
@@ -32,6 +33,7 @@ class MixMIMService:
     """One bundle, one engine, one process."""
 
     def __init__(self) -> None:
+        warnings.filterwarnings("ignore", module="PIL")  # of odd files that decode all the same
         try:
             self.runtime = load_runtime()
         except MixMIMError as error:

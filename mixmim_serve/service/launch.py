@@ -29,9 +29,10 @@ def launch(bundle: Path, host: str, port: int, engine: str) -> None:
     if engine not in ENGINES:
         raise EngineError(f"unknown engine {engine!r}: choose one of {', '.join(ENGINES)}.")
     check_address(host, port)
+    photo = "examples/hat.jpg" if Path("examples/hat.jpg").is_file() else "photo.jpg"
     print(  # noqa: T201
         f"serving {size_name(description.arch)} from {bundle} at http://{host}:{port}\n"
-        f"try: curl -F image=@examples/hat.jpg http://{host}:{port}/embed",
+        f"try: curl -F image=@{photo} http://{host}:{port}/embed",
         flush=True,
     )
     environment = os.environ | {

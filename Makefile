@@ -1,0 +1,46 @@
+# The two commands of the README, and the checks that CI runs. Everything lives in .venv.
+PYTHON ?= python3
+PORT ?= 3000
+BUNDLE ?= tiny
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: serve test test-slow check format bench clean
+
+serve: .venv/serve.ok  ## install what serving needs (no torch) and serve the shipped model
+	$(BIN)/mixmim serve $(BUNDLE) --port $(PORT)
+
+test: .venv/dev.ok  ## the whole default test suite
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: .venv/dev.ok  ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+check: .venv/dev.ok  ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/dev.ok
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/dev.ok  ## k-nearest-neighbour accuracy of the shipped model; DATA is a folder with clothing10 in it
+	$(BIN)/python benchmarks/knn.py $(BUNDLE) $(DATA)/clothing10 --untrained
+
+.venv/python.ok:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "mixmim-serve needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/serve.ok: .venv/python.ok pyproject.toml constraints.txt
+	$(PIP) --editable '.[cpu]'
+	@touch $@
+
+.venv/dev.ok: .venv/python.ok pyproject.toml constraints.txt
+	$(PIP) --editable '.[dev]'
+	@touch $@ .venv/serve.ok
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,100 @@
+"""k-nearest-neighbour accuracy of a bundle's embeddings on labelled folders: DATA/train/CLASS, DATA/val/CLASS.
+
+    python benchmarks/knn.py tiny data/clothing10 --untrained
+
+Cosine similarity, votes weighted by exp(similarity / 0.07) (the protocol of DINO, arXiv 2104.14294). `--untrained`
+measures the same network with random weights, exported and run in the same way, beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import tempfile
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from mixmim_serve.bundle import WEIGHTS, open_bundle
+from mixmim_serve.engines import Engine, open_engine
+from mixmim_serve.extract.run import run_files
+from mixmim_serve.images import list_images
+from mixmim_serve.tasks import Floats
+
+NEIGHBOURS = (1, 5, 10, 20)
+TEMPERATURE = 0.07
+
+
+def main() -> None:
+    """Print a JSON report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", help="a bundle folder, or the name of a shipped one")
+    parser.add_argument("data", type=Path, help="a folder with train/CLASS and val/CLASS")
+    parser.add_argument("--untrained", action="store_true", help="measure the same network untrained, too")
+    arguments = parser.parse_args()
+    bundle = Path(arguments.bundle)
+    if not bundle.exists():
+        bundle = Path(__file__).parent.parent / "mixmim_serve" / "bundles" / arguments.bundle
+    report = {
+        "date": date.today().isoformat(),
+        "hardware": platform.processor() or platform.machine(),
+        "onnxruntime": onnxruntime.__version__,
+        "data": str(arguments.data.name),
+        "fingerprint": open_bundle(bundle).fingerprint,
+        "trained": measure(open_engine(bundle), arguments.data),
+    }
+    if arguments.untrained:
+        with tempfile.TemporaryDirectory() as folder:
+            report["untrained"] = measure(open_engine(untrained_bundle(bundle, Path(folder))), arguments.data)
+    print(json.dumps(report, indent=2))
+
+
+def measure(engine: Engine, data: Path) -> dict[str, float]:
+    """Top-1 accuracy in percent for each number of neighbours."""
+    train, train_labels = embed_folder(engine, data / "train")
+    val, val_labels = embed_folder(engine, data / "val")
+    similarity = val @ train.T
+    return {f"k={k}": round(100 * accuracy(similarity, train_labels, val_labels, k), 2) for k in NEIGHBOURS} | {
+        "train": len(train),
+        "val": len(val),
+    }
+
+
+def embed_folder(engine: Engine, folder: Path) -> tuple[Floats, np.ndarray]:
+    """Unit vectors and class names of every readable image."""
+    results = [result for result in run_files(engine, list_images(folder), ["embedding"]) if not result.error]
+    vectors = np.stack([result.outputs["embedding"] for result in results])
+    labels = np.array([result.path.relative_to(folder).parts[0] for result in results])
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True), labels
+
+
+def accuracy(similarity: Floats, train_labels: np.ndarray, val_labels: np.ndarray, k: int) -> float:
+    """Share of validation images whose neighbours vote for their class."""
+    nearest = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
+    weights = np.exp(np.take_along_axis(similarity, nearest, axis=1) / TEMPERATURE)
+    classes = np.unique(train_labels)
+    votes = np.stack([(weights * (train_labels[nearest] == name)).sum(axis=1) for name in classes], axis=1)
+    return float((classes[votes.argmax(axis=1)] == val_labels).mean())
+
+
+def untrained_bundle(bundle: Path, folder: Path) -> Path:
+    """The bundle's network with fresh weights (seed 0), exported in the same way."""
+    import torch
+
+    from export.build import export_bundle
+    from mixmim_serve.model import build_model
+    from mixmim_serve.model.checkpoint import read_checkpoint, save_checkpoint
+
+    description, _ = read_checkpoint(bundle / WEIGHTS)
+    torch.manual_seed(0)
+    weights = build_model(description.arch).state_dict()
+    save_checkpoint(folder / "untrained.safetensors", weights, dataclasses.replace(description, provenance={}))
+    return export_bundle(folder / "untrained.safetensors", folder / "bundle", half_weights=True).bundle.path
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""The batcher with a small engine of known answers: what shares a batch, and who gets which result."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from mixmim_serve.engines.base import Arrays
+from mixmim_serve.errors import EngineError
+from mixmim_serve.service.batcher import Batcher
+
+PATIENCE = 20  # seconds until a test that would hang fails
+FACTORS = {"double": 2, "triple": 3}  # outputs of the engine, as multiples of its input
+
+
+class Multiplier:
+    """Multiplies its inputs, and keeps every batch it saw; the first run waits until `release` is set."""
+
+    name = "multiplier"
+
+    def __init__(self, *, sizes: Sequence[int] = (), poison: Sequence[int] = (), extra_rows: int = 0) -> None:
+        self.sizes, self.poison, self.extra_rows = sizes, poison, extra_rows
+        self.batches: list[list[int]] = []
+        self.asked: list[list[str]] = []
+        self.started, self.release = threading.Event(), threading.Event()
+
+    def run(self, graph: str, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> Arrays:
+        values = inputs["pixels"][:, 0].astype(int).tolist()
+        if self.sizes:  # here, so that no request succeeds unless it truly shared its batch
+            assert len(values) == self.sizes[len(self.batches)]
+        self.batches.append(values)
+        self.asked.append(list(outputs))
+        self.started.set()
+        assert self.release.wait(PATIENCE)
+        assert graph == "encoder"
+        if bad := sorted(set(values) & set(self.poison)):
+            raise ValueError(f"cannot take {bad}")
+        rows = np.concatenate([inputs["pixels"], inputs["pixels"][: self.extra_rows]])
+        return {name: rows * FACTORS[name] for name in outputs}
+
+
+@pytest.fixture
+def thread() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(1) as executor:
+        yield executor
+
+
+def pixels(value: int) -> dict[str, NDArray[Any]]:
+    return {"pixels": np.full(3, value, np.float32)}
+
+
+def finish[T](work: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run(asyncio.wait_for(work, PATIENCE))
+
+
+async def behind_another(
+    batcher: Batcher,
+    engine: Multiplier,
+    requests: Sequence[tuple[int, Sequence[str]]],
+    meanwhile: Callable[[list[asyncio.Task[Arrays]]], None] = lambda _: None,
+) -> list[Arrays | BaseException]:
+    """Results of requests that all waited while the engine ran another one, the value 0."""
+    first = asyncio.create_task(batcher.run(pixels(0), ["double"]))
+    assert await asyncio.to_thread(engine.started.wait, PATIENCE)
+    tasks = [asyncio.create_task(batcher.run(pixels(value), outputs)) for value, outputs in requests]
+    await asyncio.sleep(0)  # each runs up to its place in the queue
+    assert len(batcher.waiting) == len(requests)
+    meanwhile(tasks)
+    engine.release.set()
+    results = await asyncio.gather(first, *tasks, return_exceptions=True)
+    assert results[0]["double"].tolist() == [0, 0, 0]
+    return results[1:]
+
+
+def test_requests_that_wait_share_a_batch_and_get_their_own_row(thread: ThreadPoolExecutor) -> None:
+    engine = Multiplier(sizes=[1, 5])
+    batcher = Batcher(engine, "encoder", thread)
+    results = finish(behind_another(batcher, engine, [(value, ["double"]) for value in (1, 2, 3, 4, 5)]))
+    assert [result["double"].tolist() for result in results] == [[2 * value] * 3 for value in (1, 2, 3, 4, 5)]
+    assert engine.batches == [[0], [1, 2, 3, 4, 5]]
+
+
+def test_the_queue_drains_greedily_up_to_the_largest_batch(thread: ThreadPoolExecutor) -> None:
+    engine = Multiplier(sizes=[1, 4, 4, 2])
+    batcher = Batcher(engine, "encoder", thread, max_batch=4)
+    results = finish(behind_another(batcher, engine, [(value, ["double"]) for value in range(1, 11)]))
+    assert [result["double"][0] for result in results] == [2 * value for value in range(1, 11)]
+    assert engine.batches == [[0], [1, 2, 3, 4], [5, 6, 7, 8], [9, 10]]  # first come, first served
+
+
+def test_a_lone_request_does_not_wait_for_company(thread: ThreadPoolExecutor) -> None:
+    engine = Multiplier(sizes=[1, 1])
+    engine.release.set()
+    batcher = Batcher(engine, "encoder", thread)
+
+    async def one_by_one() -> list[float]:
+        return [(await batcher.run(pixels(value), ["triple"]))["triple"][0] for value in (7, 8)]
+
+    assert finish(one_by_one()) == [21, 24]
+
+
+def test_a_batch_runs_the_union_of_outputs_and_each_gets_its_choice(thread: ThreadPoolExecutor) -> None:
+    engine = Multiplier(sizes=[1, 3])
+    batcher = Batcher(engine, "encoder", thread)
+    requests = [(1, ["double"]), (2, ["triple"]), (3, ["triple", "double"])]
+    one, two, three = finish(behind_another(batcher, engine, requests))
+    assert engine.asked == [["double"], ["double", "triple"]]
+    assert {name: array[0] for name, array in one.items()} == {"double": 2}
+    assert {name: array[0] for name, array in two.items()} == {"triple": 6}
+    assert {name: array[0] for name, array in three.items()} == {"triple": 9, "double": 6}
+
+
+@pytest.mark.parametrize("poison", [[1], [5], [8], [2, 3], [1, 2, 3, 4, 5, 6, 7, 8]])
+def test_a_poisoned_item_fails_alone(thread: ThreadPoolExecutor, poison: list[int]) -> None:
+    engine = Multiplier(poison=poison)
+    batcher = Batcher(engine, "encoder", thread)
+    results = finish(behind_another(batcher, engine, [(value, ["double"]) for value in range(1, 9)]))
+    assert engine.batches[1] == [1, 2, 3, 4, 5, 6, 7, 8]
+    for value, result in enumerate(results, start=1):
+        if value in poison:
+            assert isinstance(result, ValueError)
+            assert str(result) == f"cannot take [{value}]"  # its own failure, not that of the batch
+        else:
+            assert result["double"].tolist() == [2 * value] * 3
+
+
+def test_the_batcher_works_on_after_a_failure(thread: ThreadPoolExecutor) -> None:
+    engine = Multiplier(poison=[1])
+    engine.release.set()
+    batcher = Batcher(engine, "encoder", thread)
+
+    async def fail_then_succeed() -> float:
+        with pytest.raises(ValueError, match="cannot take"):
+            await batcher.run(pixels(1), ["double"])
+        return (await batcher.run(pixels(2), ["double"]))["double"][0]
+
+    assert finish(fail_then_succeed()) == 4
+
+
+@pytest.mark.parametrize("extra_rows", [1, 2])
+def test_another_number_of_results_is_an_error_and_no_answer(thread: ThreadPoolExecutor, extra_rows: int) -> None:
+    engine = Multiplier()
+    batcher = Batcher(engine, "encoder", thread)
+
+    def lose_count(_: object) -> None:
+        engine.extra_rows = extra_rows
+
+    async def requests() -> list[Arrays | BaseException]:
+        first = asyncio.create_task(batcher.run(pixels(0), ["double"]))
+        tasks = [first, *(asyncio.create_task(batcher.run(pixels(value), ["double"])) for value in (1, 2, 3))]
+        lose_count(first)
+        engine.release.set()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    results = finish(requests())
+    assert [type(result) for result in results] == [EngineError] * 4
+    assert "another number of results" in str(results[0])
+
+
+def test_cancelled_requests_never_reach_the_engine(thread: ThreadPoolExecutor) -> None:
+    engine = Multiplier(sizes=[1, 2])
+    batcher = Batcher(engine, "encoder", thread)
+
+    def leave(tasks: list[asyncio.Task[Arrays]]) -> None:
+        tasks[0].cancel()
+        tasks[2].cancel()
+
+    results = finish(behind_another(batcher, engine, [(value, ["double"]) for value in (1, 2, 3, 4)], leave))
+    assert engine.batches == [[0], [2, 4]]
+    assert [type(results[0]), type(results[2])] == [asyncio.CancelledError] * 2
+    assert [results[1]["double"][0], results[3]["double"][0]] == [4, 8]
+
+
+def test_a_queue_of_cancelled_requests_runs_nothing(thread: ThreadPoolExecutor) -> None:
+    engine = Multiplier(sizes=[1])
+    batcher = Batcher(engine, "encoder", thread)
+
+    def leave(tasks: list[asyncio.Task[Arrays]]) -> None:
+        for task in tasks:
+            task.cancel()
+
+    finish(behind_another(batcher, engine, [(1, ["double"]), (2, ["double"])], leave))
+    assert engine.batches == [[0]]
+    assert not batcher.waiting
