@@ -41,7 +41,7 @@ def main() -> None:
         bundle = Path(__file__).parent.parent / "mixmim_serve" / "bundles" / arguments.bundle
     report = {
         "date": date.today().isoformat(),
-        "hardware": platform.processor() or platform.machine(),
+        "hardware": cpu_name(),
         "onnxruntime": onnxruntime.__version__,
         "data": str(arguments.data.name),
         "fingerprint": open_bundle(bundle).fingerprint,
@@ -51,6 +51,13 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             report["untrained"] = measure(open_engine(untrained_bundle(bundle, Path(folder))), arguments.data)
     print(json.dumps(report, indent=2))
+
+
+def cpu_name() -> str:
+    """What the processor calls itself."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def measure(engine: Engine, data: Path) -> dict[str, float]:
