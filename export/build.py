@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
+import onnxruntime
 import torch
 from safetensors.numpy import save_file
 from torch import Tensor
@@ -44,13 +45,14 @@ def export_bundle(checkpoint: Path, target: Path, *, half_weights: bool = False,
         BundleError: when `target` is in the way, or ONNX Runtime disagrees with torch.
     """
     _check_target(target, overwrite)
-    description, weights = read_checkpoint(checkpoint)
+    model, description = load_checkpoint(checkpoint)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
         folder = Path(temporary) / target.name
         folder.mkdir()
-        save_checkpoint(folder / WEIGHTS, weights, description, torch.float16 if half_weights else torch.float32)
-        model, _ = load_checkpoint(folder / WEIGHTS)
+        dtype = torch.float16 if half_weights else torch.float32
+        save_checkpoint(folder / WEIGHTS, model.state_dict(), description, dtype)
+        model, _ = load_checkpoint(folder / WEIGHTS)  # as stored: fp16 rounds
         graphs = graphs_of(model)
         golden = write_graphs(folder, graphs, torch.from_numpy(photos(description.preprocessing)))
         bundle = seal(folder, description, graphs, half_weights)
@@ -85,7 +87,11 @@ def seal(folder: Path, description: Description, graphs: Mapping[str, Graph], ha
         graphs={name: graph.outputs for name, graph in graphs.items()},
         precision=precision,
         fingerprint=fingerprint(description, precision, {key: t.numpy().tobytes() for key, t in stored.items()}),
-        versions={"mixmim-serve": __version__, **{name: version(name) for name in ("torch", "onnx", "onnxscript")}},
+        versions={
+            "mixmim-serve": __version__,
+            **{name: version(name) for name in ("torch", "onnx", "onnxscript")},
+            "onnxruntime": onnxruntime.__version__,  # what the graphs were compared with; either package brings it
+        },
         checksums={path.name: sha256(path) for path in sorted(folder.iterdir())},
     )
     bundle.save_config()
@@ -103,7 +109,12 @@ def _check_target(target: Path, overwrite: bool) -> None:
 
 def _move(folder: Path, target: Path) -> None:
     """Put the finished folder in place; an old bundle is moved aside first, so that one of the two is always whole."""
+    old = folder.parent / f"{target.name}.old"
     if target.exists():
-        old = folder.parent / f"{target.name}.old"
         target.rename(old)
-    folder.rename(target)
+    try:
+        folder.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise

@@ -110,10 +110,10 @@ def open_bundle(path: Path) -> Bundle:
             path=path,
             description=Description.from_dict(values),
             graphs={name: tuple(outputs) for name, outputs in values["graphs"].items()},
-            precision=values["precision"],
+            precision=dict(values["precision"]),
             fingerprint=values["fingerprint"],
-            versions=values["versions"],
-            checksums=values["sha256"],
+            versions=dict(values["versions"]),
+            checksums=dict(values["sha256"]),
         )
     except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         raise BundleError(f"{config} is damaged ({error}): export the bundle again.") from error

@@ -126,7 +126,7 @@ def info(
 @app.command()
 def embed(
     bundle: BundleArgument,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="Files; a folder counts as its images.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGES", help="Files; a folder counts as its images.")],
     output: Annotated[Path | None, typer.Option(help="A .npy file: float32, one row an image, in order.")] = None,
 ) -> None:
     """Embed images: JSON lines on standard output, or one .npy file.
@@ -161,7 +161,7 @@ def embed(
 @app.command()
 def classify(
     bundle: BundleArgument,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="Files; a folder counts as its images.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGES", help="Files; a folder counts as its images.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 5,
 ) -> None:
     """Classify images, one JSON line each; the bundle needs a head.
@@ -286,7 +286,7 @@ def pretrain(
 @app.command()
 def serve(
     bundle: Annotated[
-        Path, typer.Argument(metavar="[BUNDLE]", help="A bundle folder, or the name of a shipped one.")
+        Path, typer.Argument(metavar="BUNDLE", help="A bundle folder, or the name of a shipped one.")
     ] = Path("tiny"),
     port: Annotated[int, typer.Option(min=1, max=65535, help="TCP port.")] = 3000,
     host: Annotated[str, typer.Option(help="Address to bind; 0.0.0.0 lets other machines in.")] = "127.0.0.1",

@@ -50,8 +50,8 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def npz(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+def npz(arrays: Mapping[str, Any]) -> bytes:
     """The arrays as the bytes of an .npz file."""
     buffer = BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
+    np.savez(buffer, **arrays)
     return buffer.getvalue()

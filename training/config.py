@@ -38,8 +38,16 @@ class PretrainConfig:
             raise ConfigError("batch_size must be at least 2: each image is mixed with another one of its batch.")
         if not 0 < self.mask_ratio < 1 or not 0 < self.min_crop <= 1:
             raise ConfigError("mask_ratio and min_crop are shares between 0 and 1.")
+        if self.workers < 0:
+            raise ConfigError(f"workers must be 0 (decode in the training process) or more, got {self.workers}.")
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ConfigError(f"warmup_epochs must be below the {self.epochs} epochs, got {self.warmup_epochs}.")
+        units = self.arch.units  # refuses an unknown size and an impossible image size, too
+        if not 0 < int(units * self.mask_ratio) < units:
+            raise ConfigError(
+                f"a mask ratio of {self.mask_ratio} takes {int(units * self.mask_ratio)} of {units} units: "
+                "enlarge image_size, or choose a ratio nearer to 0.5."
+            )
 
     @property
     def arch(self) -> Architecture:

@@ -1,7 +1,7 @@
 """Pretraining: images in, a run folder out.
 
 RUN/config.json         the resolved configuration
-RUN/metrics.jsonl       one line every `log_every` steps: step, epoch, loss, lr, images_per_second
+RUN/metrics.jsonl       one line every `log_every` steps and after the last: step, epoch, loss, lr, rate (images/s)
 RUN/unreadable.txt      images that could not be read, with the reason
 RUN/checkpoints/*.safetensors, RUN/final.safetensors
 """
@@ -45,7 +45,7 @@ def pretrain(config: PretrainConfig, images: Path, run: Path, console: Console |
     trainer = Trainer(config, images, run)
     trainer.create_run()
     with _progress(console) as progress:
-        task = progress.add_task("pretrain", total=config.epochs * len(trainer.loader), rate=0.0, loss=float("nan"))
+        task = progress.add_task("pretrain", total=trainer.steps, rate=0.0, loss=float("nan"))
         for epoch in range(config.epochs):
             for metrics in trainer.train_epoch(epoch):
                 progress.update(task, completed=trainer.step, rate=metrics.rate, loss=metrics.loss)
@@ -104,7 +104,8 @@ class Trainer:
         self.forward = torch.compile(self.model.pretrain) if config.compile else self.model.pretrain
         self.optimizer = build_optimizer(self.model, config)
         self.masks = torch.Generator().manual_seed(config.seed)
-        self.step = 0
+        self.step, self.steps = 0, config.epochs * len(self.loader)
+        self.meter = Meter()
         self.unreadable: dict[str, None] = {}  # ordered and without doubles
         self.last: Metrics | None = None
 
@@ -127,19 +128,19 @@ class Trainer:
             DataError: when none of the images could be read.
         """
         self.sampler.epoch = epoch
-        meter = Meter()
         trained = 0
         for index, batch in enumerate(self.loader):
             self.note_unreadable(batch)
             if len(batch.pixels_BHWC) >= 2:
-                lr = self.set_learning_rate(epoch + index / len(self.loader))
-                meter.add(self.train_step(batch), len(batch.pixels_BHWC))
+                self.set_learning_rate(epoch + index / len(self.loader))
+                self.meter.add(self.train_step(batch), len(batch.pixels_BHWC))
                 trained += 1
             self.step += 1
-            if self.step % self.config.log_every == 0 and meter.steps:
-                self.last = meter.read(self.step, self.step / len(self.loader), lr)
+            if (self.step % self.config.log_every == 0 or self.step == self.steps) and self.meter.steps:
+                lr = self.optimizer.param_groups[0]["lr"]
+                self.last = self.meter.read(self.step, self.step / len(self.loader), lr)
                 self.log(self.last)
-                meter = Meter()
+                self.meter = Meter()
                 yield self.last
         if not trained:
             raise DataError(f"none of the images in {self.images} could be read: see {self.run / 'unreadable.txt'}.")
@@ -163,12 +164,10 @@ class Trainer:
         )
         return ((pixels_BHWC.float() - mean) / std).permute(0, 3, 1, 2).contiguous()
 
-    def set_learning_rate(self, epoch: float) -> float:
+    def set_learning_rate(self, epoch: float) -> None:
         """The schedule's value for a fractional epoch."""
-        lr = learning_rate(epoch, self.config)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        return lr
+            group["lr"] = learning_rate(epoch, self.config)
 
     def note_unreadable(self, batch: Batch) -> None:
         """Keep each unreadable image once, in the run folder too."""

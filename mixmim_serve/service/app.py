@@ -154,7 +154,8 @@ async def classify(request: Request) -> Response:
     """The `top` (5) most probable classes of each image."""
     runtime = _runtime(request)
     require_head(runtime.bundle)
-    top = int(query_number(request, "top", 5, 1, runtime.bundle.arch.num_classes))
+    classes = runtime.bundle.arch.num_classes
+    top = query_number(request, "top", min(5, classes), 1, classes)
     images = await read_images(request)
     with Admission(runtime, len(images)):
         results = await runtime.encode(images, ["logits"])
@@ -169,7 +170,7 @@ async def reconstruct(request: Request) -> Response:
     """
     runtime = _runtime(request)
     require_decoder(runtime.bundle)
-    seed = int(query_number(request, "seed", 0, 0, 2**32 - 1))
+    seed = query_number(request, "seed", 0, 0, 2**32 - 1)
     mask = random_mask(runtime.bundle.arch.units, query_number(request, "ratio", 0.5, 0, 1), seed)
     images = await read_images(request)
     if len(images) != 2:

@@ -5,8 +5,9 @@ Nothing that a client sends is ever used as a path or a URL: an image is bytes i
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -14,11 +15,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mixmim_serve.errors import BundleError, ConfigError, EngineError, ImageError, MixMIMError
+from mixmim_serve.errors import BundleError, ConfigError, ImageError, MixMIMError
+
+log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 32 * 2**20
 MAX_IMAGES = 64  # in one request
 FIELD = "image"
+
+Number = TypeVar("Number", int, float)
 
 HOW_TO_SEND = f"send multipart files named {FIELD!r}, or one image as the body with an image/* content type."
 
@@ -76,13 +81,16 @@ async def read_images(request: Request) -> list[bytes]:
         return [await request.body()]
     if kind != "multipart/form-data":
         raise RequestError(415, f"content type {kind or 'missing'!r} is not accepted: {HOW_TO_SEND}")
-    async with request.form(max_files=MAX_IMAGES + 1, max_fields=MAX_IMAGES) as form:
-        parts = form.getlist(FIELD)
-        if not parts:
-            raise RequestError(400, f"the form has no field {FIELD!r}: {HOW_TO_SEND}", FIELD)
-        if len(parts) > MAX_IMAGES:
-            raise RequestError(413, f"{len(parts)} images in one request, at most {MAX_IMAGES} are taken.", FIELD)
-        return [await _read_part(part, number) for number, part in enumerate(parts)]
+    try:
+        async with request.form(max_files=MAX_IMAGES, max_fields=MAX_IMAGES) as form:
+            parts = form.getlist(FIELD)
+            if not parts:
+                raise RequestError(400, f"the form has no field {FIELD!r}: {HOW_TO_SEND}", FIELD)
+            return [await _read_part(part, number) for number, part in enumerate(parts)]
+    except HTTPException as error:  # of Starlette's parser
+        if not error.detail.startswith("Too many"):
+            raise
+        raise RequestError(413, f"more than {MAX_IMAGES} parts in one request: send several.", FIELD) from error
 
 
 async def _read_part(part: UploadFile | str, number: int) -> bytes:
@@ -91,19 +99,22 @@ async def _read_part(part: UploadFile | str, number: int) -> bytes:
     return await part.read()
 
 
-def query_number(request: Request, name: str, default: float, low: float, high: float) -> float:
-    """A number from the query string.
+def query_number(request: Request, name: str, default: Number, low: Number, high: Number) -> Number:
+    """A number from the query string, of the type of its default.
 
     Raises:
-        RequestError: when it is no number, or out of range.
+        RequestError: when it is no such number, or out of range.
     """
     text = request.query_params.get(name)
+    if text is None:
+        return default
     try:
-        value = default if text is None else float(text)
+        value = type(default)(text)
     except ValueError:
-        value = float("nan")
-    if not low <= value <= high:
-        raise RequestError(400, f"{name} must be a number from {low:g} to {high:g}, got {text!r}.", name)
+        value = None
+    if value is None or not low <= value <= high:
+        kind = "a whole number" if isinstance(default, int) else "a number"
+        raise RequestError(400, f"{name} must be {kind} from {low} to {high}, got {text!r}.", name)
     return value
 
 
@@ -120,14 +131,17 @@ def error_response(error: Exception) -> JSONResponse:
         status, message = 404, str(error)
     else:
         status, message = 500, "the server failed on this request; its log has the reason."
-    headers = {"Retry-After": "1"} if status in (429, 503) else None
+    headers = {"Retry-After": "1"} if status in (429, 503) else getattr(error, "headers", None)
     return JSONResponse({"error": {"message": message, "param": param}}, status, headers)
 
 
 def exception_handlers() -> dict[Any, Callable[[Request, Exception], Awaitable[JSONResponse]]]:
-    """For Starlette; the family of ours, and its own HTTP exceptions in the same shape."""
+    """For Starlette: the family of ours, its own HTTP exceptions and whatever else goes wrong, in one shape."""
 
-    async def answer(_: Request, error: Exception) -> JSONResponse:
-        return error_response(error)
+    async def answer(request: Request, error: Exception) -> JSONResponse:
+        response = error_response(error)
+        if response.status_code == 500 and isinstance(error, MixMIMError):  # others are raised again and logged
+            log.error("%s failed", request.url.path, exc_info=error)
+        return response
 
-    return {MixMIMError: answer, HTTPException: answer, EngineError: answer}
+    return {MixMIMError: answer, HTTPException: answer, Exception: answer}

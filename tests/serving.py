@@ -1,0 +1,96 @@
+"""What the tests of the HTTP routes share: a client of the app, and an engine that a test can hold up."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from conftest import REPOSITORY
+from numpy.typing import NDArray
+
+from mixmim_serve.engines import Engine
+from mixmim_serve.engines.base import Arrays
+from mixmim_serve.service.app import Runtime, create_app
+
+with warnings.catch_warnings():  # Starlette would rather have httpx2, which BentoML does not use yet
+    warnings.simplefilter("ignore")
+    from starlette.testclient import TestClient
+
+PHOTOS = {path.stem: path for path in sorted((REPOSITORY / "examples").glob("*.jpg"))}
+HAT, SHOES = PHOTOS["hat"].read_bytes(), PHOTOS["shoes"].read_bytes()
+BAD = REPOSITORY / "tests" / "data" / "robustness" / "bad"
+NPY, NPZ, JPEG = {"accept": "application/x-npy"}, {"accept": "application/x-npz"}, {"content-type": "image/jpeg"}
+CLASS_NAMES = ["cat", "dog", "owl"]
+PATIENCE = 20  # seconds until a test that would hang fails
+
+
+class Gate:
+    """A call that waits until the test sets `release`."""
+
+    def __init__(self) -> None:
+        self.reached, self.release = threading.Event(), threading.Event()
+
+    def __call__(self) -> None:
+        self.reached.set()
+        assert self.release.wait(PATIENCE)
+
+
+@dataclasses.dataclass
+class Around:
+    """An engine with something done before each run."""
+
+    engine: Engine
+    before: Callable[[], object]
+
+    def __post_init__(self) -> None:
+        self.bundle, self.name = self.engine.bundle, self.engine.name
+        self.ran: list[tuple[str, list[str]]] = []
+
+    def run(self, graph: str, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> Arrays:
+        self.ran.append((graph, list(outputs)))
+        self.before()
+        return self.engine.run(graph, inputs, outputs)
+
+
+@contextlib.contextmanager
+def client_of(engine: Engine, *, raises: bool = True) -> Iterator[TestClient]:
+    """A client of the app with this engine; `raises` lets errors that nobody foresaw through to the test."""
+    app = create_app()
+    app.state.runtime = Runtime(engine)
+    with TestClient(app, raise_server_exceptions=raises) as client:
+        yield client
+    assert app.state.runtime.in_flight == 0
+    app.state.runtime.close()
+
+
+def files(*images: bytes) -> list[tuple[str, tuple[str, bytes]]]:
+    """A multipart form; the names are none of the server's business."""
+    return [("image", ("../../etc/passwd", image)) for image in images]
+
+
+def refusal(response: Any) -> tuple[int, str, str | None]:
+    """Status, message and param, after a look at the shape that all errors share."""
+    body = response.json()
+    assert body.keys() == {"error"}
+    assert body["error"].keys() == {"message", "param"}
+    assert response.headers["content-type"] == "application/json"
+    return response.status_code, body["error"]["message"], body["error"]["param"]
+
+
+def take_out(folder: Path, part: str) -> Path:
+    """Make a bundle say that it has no head, or no decoder."""
+    values = json.loads((folder / "config.json").read_text())
+    if part == "head":
+        values["architecture"]["num_classes"], values["labels"] = 0, []
+        values["graphs"]["encoder"].remove("logits")
+    else:
+        values["architecture"]["decoder"] = None
+        del values["graphs"]["reconstruct"]
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
