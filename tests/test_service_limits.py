@@ -85,6 +85,26 @@ def test_an_endless_body_is_read_up_to_the_limit(engine: Engine, kind: str) -> N
     assert "above 32 MiB" in body["error"]["message"]
 
 
+def test_a_client_that_leaves_is_no_fault_of_the_server(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    app = create_app()
+    app.state.runtime = Runtime(engine)
+    messages = iter([{"type": "http.request", "body": b"x", "more_body": True}, {"type": "http.disconnect"}])
+    sent = []
+
+    async def receive() -> dict[str, Any]:
+        return next(messages)
+
+    async def answer(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", b"image/jpeg")]
+    scope = {"type": "http", "method": "POST", "path": "/embed", "query_string": b"", "headers": headers}
+    asyncio.run(asyncio.wait_for(app(scope, receive, answer), PATIENCE))  # raises nothing
+    app.state.runtime.close()
+    assert sent[0]["status"] == 400
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
 def test_more_images_than_room_are_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mixmim_serve.service.app.MAX_IN_FLIGHT", 3)
     gate = Gate()

@@ -21,17 +21,18 @@ def launch(bundle: Path, host: str, port: int, engine: str) -> None:
     """Check what can be checked, say how to try it, then become `bentoml serve`.
 
     Raises:
-        BundleError: when the bundle cannot be read.
+        BundleError: when the bundle cannot be read, or was altered.
         ConfigError: when the address is taken or not ours.
         EngineError: for an unknown engine.
     """
-    description = open_bundle(bundle).description
+    opened = open_bundle(bundle)
+    opened.verify()  # the server does it again; here it is one sentence, there a traceback inside BentoML's log
     if engine not in ENGINES:
         raise EngineError(f"unknown engine {engine!r}: choose one of {', '.join(ENGINES)}.")
     check_address(host, port)
     photo = "examples/hat.jpg" if Path("examples/hat.jpg").is_file() else "photo.jpg"
     print(  # noqa: T201
-        f"serving {size_name(description.arch)} from {bundle} at http://{host}:{port}\n"
+        f"serving {size_name(opened.arch)} from {bundle} at http://{host}:{port}\n"
         f"try: curl -F image=@{photo} http://{host}:{port}/embed",
         flush=True,
     )

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -125,6 +125,8 @@ def error_response(error: Exception) -> JSONResponse:
         status, message = error.status_code, str(error.detail)
     elif isinstance(error, RequestError | ImageError):
         status, message = error.status, str(error)
+    elif isinstance(error, ClientDisconnect):
+        status, message = 400, "the client left before its request was read."  # nobody reads this answer
     elif isinstance(error, ConfigError):
         status, message = 400, str(error)
     elif isinstance(error, BundleError):
@@ -144,4 +146,4 @@ def exception_handlers() -> dict[Any, Callable[[Request, Exception], Awaitable[J
             log.error("%s failed", request.url.path, exc_info=error)
         return response
 
-    return {MixMIMError: answer, HTTPException: answer, Exception: answer}
+    return {MixMIMError: answer, HTTPException: answer, ClientDisconnect: answer, Exception: answer}
