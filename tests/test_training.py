@@ -7,6 +7,7 @@ import io
 import json
 import math
 import random
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -532,3 +533,16 @@ def test_the_command_passes_refusals_on(photos: Path, tmp_path: Path) -> None:
         assert isinstance(result.exception, ConfigError)
         assert sentence in str(result.exception)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("compiler", "sentence"), [("/bin/c++", "torch.compile takes"), (None, "no C.. compiler found")]
+)
+def test_the_plan_says_whether_the_network_is_compiled(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: str | None, sentence: str
+) -> None:
+    monkeypatch.setattr("training.trainer.shutil.which", lambda _: compiler)
+    trainer = Trainer(dataclasses.replace(SMALL, compile=True), photos, tmp_path / "run")
+    assert trainer.plan().startswith("tiny at 64 px on cpu: 24 images, 2 epochs of 3 steps; ")
+    assert re.search(sentence, trainer.plan())
+    assert trainer.compiled == bool(compiler)

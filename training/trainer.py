@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -44,6 +46,7 @@ def pretrain(config: PretrainConfig, images: Path, run: Path, console: Console |
     console = console or Console(stderr=True)
     trainer = Trainer(config, images, run)
     trainer.create_run()
+    console.log(trainer.plan())
     with _progress(console) as progress:
         task = progress.add_task("pretrain", total=trainer.steps, rate=0.0, loss=float("nan"))
         for epoch in range(config.epochs):
@@ -101,7 +104,8 @@ class Trainer:
         self.preprocessing = Preprocessing.evaluation(config.arch.image_size)
         self.loader, self.sampler = build_loader(images, config.arch.image_size, config)
         self.model = MixMIM(config.arch).to(self.device).train()
-        self.forward = torch.compile(self.model.pretrain) if config.compile else self.model.pretrain
+        self.compiled = config.compile and can_compile(self.device)
+        self.forward = torch.compile(self.model.pretrain) if self.compiled else self.model.pretrain
         self.optimizer = build_optimizer(self.model, config)
         self.masks = torch.Generator().manual_seed(config.seed)
         self.step, self.steps = 0, config.epochs * len(self.loader)
@@ -120,6 +124,17 @@ class Trainer:
         (self.run / "checkpoints").mkdir(parents=True)
         with atomic_path(self.run / "config.json") as path:
             path.write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
+
+    def plan(self) -> str:
+        """What is about to happen, and why the first step may take long."""
+        images = len(self.loader.dataset)  # type: ignore[arg-type]
+        line = f"{self.config.size} at {self.config.arch.image_size} px on {self.device.type}: {images} images, "
+        line += f"{self.config.epochs} epochs of {len(self.loader)} steps"
+        if self.compiled:
+            return f"{line}; torch.compile takes the first minute or two"
+        if self.config.compile:
+            return f"{line}; no C++ compiler found, so without torch.compile, which is slower"
+        return line
 
     def train_epoch(self, epoch: int) -> Iterator[Metrics]:
         """One pass over the images; yields the metrics as they are logged.
@@ -201,6 +216,12 @@ class Trainer:
         }
         description = Description(self.config.arch, self.preprocessing, provenance=provenance)
         save_checkpoint(path, self.model.state_dict(), description)
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile has what it needs; on a CPU that is a C++ compiler."""
+    compilers = (os.environ.get("CXX"), "g++", "clang++", "c++")
+    return device.type != "cpu" or any(name and shutil.which(name) for name in compilers)
 
 
 def _progress(console: Console) -> Progress:
