@@ -542,6 +542,7 @@ def test_the_plan_says_whether_the_network_is_compiled(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: str | None, sentence: str
 ) -> None:
     monkeypatch.setattr("training.trainer.shutil.which", lambda _: compiler)
+    monkeypatch.setattr("training.trainer.torch.compile", lambda function: function)
     trainer = Trainer(dataclasses.replace(SMALL, compile=True), photos, tmp_path / "run")
     assert trainer.plan().startswith("tiny at 64 px on cpu: 24 images, 2 epochs of 3 steps; ")
     assert re.search(sentence, trainer.plan())
