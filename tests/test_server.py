@@ -149,6 +149,17 @@ def test_serve_starts_answers_and_ends(exported_bundle: Path, tmp_path: Path) ->
         assert f"at http://127.0.0.1:{server.port}" in server.log.read_text()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_no_worker_outlives_a_killed_server(exported_bundle: Path, tmp_path: Path) -> None:
+    with serve(exported_bundle, tmp_path) as server:
+        server.wait_until_ready()
+        server.look()
+        server.process.kill()
+        server.wait(STOP)  # for the workers, too
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", server.port))
+
+
 def test_serve_ends_by_itself_when_the_engine_cannot_load(bundle_copy: Path, tmp_path: Path) -> None:
     (bundle_copy / "encoder.onnx").write_bytes(b"no graph")
     config = json.loads((bundle_copy / "config.json").read_text())

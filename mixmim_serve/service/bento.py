@@ -6,6 +6,7 @@ neighbours (docs/decisions.md).
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import signal
@@ -19,12 +20,11 @@ from mixmim_serve.bundle import DEFAULT_BUNDLE
 from mixmim_serve.engines import open_engine
 from mixmim_serve.errors import MixMIMError
 from mixmim_serve.service.app import Runtime, create_app
+from mixmim_serve.service.launch import BUNDLE_VARIABLE, ENGINE_VARIABLE, SUPERVISOR_VARIABLE
 
 app = create_app()
 
-BUNDLE_VARIABLE = "MIXMIM_BUNDLE"
-ENGINE_VARIABLE = "MIXMIM_ENGINE"
-SUPERVISOR_VARIABLE = "MIXMIM_SUPERVISOR"  # process id of the server that `mixmim serve` became
+PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 @bentoml.service(name="mixmim-serve", workers=1, traffic={"timeout": 60})
@@ -34,6 +34,7 @@ class MixMIMService:
 
     def __init__(self) -> None:
         warnings.filterwarnings("ignore", module="PIL")  # of odd files that decode all the same
+        _end_with_server()
         try:
             self.runtime = load_runtime()
         except MixMIMError as error:
@@ -64,12 +65,22 @@ def load_runtime() -> Runtime:
     return runtime
 
 
+def _is_worker() -> bool:
+    """Whether this process is a worker that `mixmim serve` started, and not a test or `bentoml serve`."""
+    return os.environ.get(SUPERVISOR_VARIABLE) == str(os.getppid())
+
+
 def _end_server(error: MixMIMError) -> None:
     """BentoML would start a worker that cannot load again and again; `mixmim serve` ends with the reason instead."""
-    supervisor = os.environ.get(SUPERVISOR_VARIABLE)
-    if supervisor == str(os.getppid()):
+    if _is_worker():
         sys.stderr.write(f"mixmim: {error}\n")
-        os.kill(int(supervisor), signal.SIGTERM)
+        os.kill(os.getppid(), signal.SIGTERM)
+
+
+def _end_with_server() -> None:
+    """Have Linux end this worker when its server is killed; it would keep the port and its memory for ever."""
+    if _is_worker() and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _tune_garbage_collection() -> None:

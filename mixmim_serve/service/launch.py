@@ -14,6 +14,9 @@ from mixmim_serve.engines.base import ENGINES
 from mixmim_serve.errors import ConfigError, EngineError
 
 TARGET = "mixmim_serve.service.bento:MixMIMService"
+BUNDLE_VARIABLE = "MIXMIM_BUNDLE"
+ENGINE_VARIABLE = "MIXMIM_ENGINE"
+SUPERVISOR_VARIABLE = "MIXMIM_SUPERVISOR"  # process id of the server that `mixmim serve` became
 GRACE = 30  # seconds for requests in flight after SIGTERM
 
 
@@ -37,9 +40,9 @@ def launch(bundle: Path, host: str, port: int, engine: str) -> None:
         flush=True,
     )
     environment = os.environ | {
-        "MIXMIM_BUNDLE": str(bundle.resolve()),
-        "MIXMIM_ENGINE": engine,
-        "MIXMIM_SUPERVISOR": str(os.getpid()),  # exec keeps it
+        BUNDLE_VARIABLE: str(bundle.resolve()),
+        ENGINE_VARIABLE: engine,
+        SUPERVISOR_VARIABLE: str(os.getpid()),  # exec keeps it
     }
     environment.setdefault("BENTOML_DO_NOT_TRACK", "true")  # "1" would not switch its telemetry off
     environment.setdefault("BENTOML_HOME", str(_cache() / f"bentoml-{port}"))  # one a server, or they share state
