@@ -258,6 +258,7 @@ def pretrain(
     epochs: Annotated[int | None, typer.Option(help="Passes over the images.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images a step.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that decode images.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in RUN_DIR.")] = False,
 ) -> None:
     """Pretrain a backbone on your own photos.
 
@@ -279,8 +280,9 @@ def pretrain(
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if epochs is not None:  # keep the recipe's share of warm-up
         changes["warmup_epochs"] = config.warmup_epochs * epochs / config.epochs
-    final = run(dataclasses.replace(config, **changes), images, out, _console())
-    typer.echo(f"wrote {final}; next: mixmim export {final} BUNDLE_DIR")
+    final = run(dataclasses.replace(config, **changes), images, out, _console(), resume=resume)
+    if final is not None:
+        typer.echo(f"wrote {final}; next: mixmim export {final} BUNDLE_DIR")
 
 
 @app.command()

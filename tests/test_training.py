@@ -309,7 +309,8 @@ def test_pixels_are_normalised_as_for_evaluation(photos: Path, tmp_path: Path) -
 
 def test_a_run_leaves_the_documented_files(run: Run) -> None:
     files = {str(path.relative_to(run.path)) for path in run.path.rglob("*") if path.is_file()}
-    assert files == {"config.json", "metrics.jsonl", "checkpoints/epoch-0001.safetensors", "final.safetensors"}
+    names = {"config.json", "metrics.jsonl", "state.pt", "checkpoints/epoch-0001.safetensors", "final.safetensors"}
+    assert files == names
     assert run.final == run.path / "final.safetensors"
     values = json.loads((run.path / "config.json").read_text())
     assert PretrainConfig(**values | {"betas": tuple(values["betas"])}) == SMALL

@@ -53,11 +53,12 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
     def __init__(self, length: int, seed: int) -> None:
         self.length, self.seed, self.epoch = length, seed, 0
+        self.start = 0  # images of the epoch to pass over, when a run is resumed within it
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.length, generator=generator).tolist()
-        return iter([(self.epoch, index) for index in order])
+        return iter([(self.epoch, index) for index in order[self.start :]])
 
     def __len__(self) -> int:
         return self.length

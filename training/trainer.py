@@ -3,15 +3,19 @@
 RUN/config.json         the resolved configuration
 RUN/metrics.jsonl       one line every `log_every` steps and after the last: step, epoch, loss, lr, rate (images/s)
 RUN/unreadable.txt      images that could not be read, with the reason
+RUN/state.pt            what --resume goes on from
 RUN/checkpoints/*.safetensors, RUN/final.safetensors
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -34,28 +38,45 @@ from mixmim_serve.version import __version__
 from training.config import PretrainConfig
 from training.data import Batch, build_loader
 from training.optim import build_optimizer, learning_rate
+from training.state import check_config, fingerprint_of, load_state, save_state, trim_metrics
 
 
-def pretrain(config: PretrainConfig, images: Path, run: Path, console: Console | None = None) -> Path:
-    """Train on every image below `images`; returns the final checkpoint.
+def pretrain(
+    config: PretrainConfig, images: Path, run: Path, console: Console | None = None, *, resume: bool = False
+) -> Path | None:
+    """Train on every image below `images`; returns the final checkpoint, or None when SIGTERM ended the run early.
+
+    The state is saved after each epoch and on SIGTERM. With `resume` a run goes on from there; on a CPU its losses are,
+    to the last bit, those of a run that was never interrupted.
 
     Raises:
-        ConfigError: when `run` already holds something.
-        DataError: when there are too few images, or an epoch in which none could be read.
+        ConfigError: when `run` already holds something, or is to be resumed with another configuration.
+        DataError: when there are too few images, others than at the start, or an epoch in which none could be read.
     """
     console = console or Console(stderr=True)
-    trainer = Trainer(config, images, run)
-    trainer.create_run()
-    console.log(trainer.plan())
-    with _progress(console) as progress:
-        task = progress.add_task("pretrain", total=trainer.steps, rate=0.0, loss=float("nan"))
-        for epoch in range(config.epochs):
-            for metrics in trainer.train_epoch(epoch):
-                progress.update(task, completed=trainer.step, rate=metrics.rate, loss=metrics.loss)
-            if (epoch + 1) % config.checkpoint_every == 0 and epoch + 1 < config.epochs:
-                trainer.save(run / "checkpoints" / f"epoch-{epoch + 1:04d}.safetensors", epoch + 1)
-            console.log(trainer.summary(epoch))
     final = run / "final.safetensors"
+    if resume and final.exists():
+        console.log(f"{run} is finished already")
+        return final
+    trainer = Trainer(config, images, run)
+    if resume:
+        trainer.resume()
+    else:
+        trainer.create_run()
+    console.log(trainer.plan())
+    with _progress(console) as progress, _sigterm() as terminated:
+        task = progress.add_task("pretrain", total=trainer.steps, rate=0.0, loss=float("nan"))
+        for epoch in range(trainer.step // len(trainer.loader), config.epochs):
+            for metrics in trainer.train_epoch(epoch, terminated):
+                progress.update(task, completed=trainer.step, rate=metrics.rate, loss=metrics.loss)
+            whole = trainer.step == (epoch + 1) * len(trainer.loader)
+            if whole and (epoch + 1) % config.checkpoint_every == 0 and epoch + 1 < config.epochs:
+                trainer.save(run / "checkpoints" / f"epoch-{epoch + 1:04d}.safetensors", epoch + 1)
+            trainer.save_state()  # last: killed before it, the epoch is done again, checkpoint and all
+            if terminated.is_set():
+                console.log(f"stopped after step {trainer.step}; the same command with --resume goes on")
+                return None
+            console.log(trainer.summary(epoch))
     trainer.save(final, config.epochs)
     return final
 
@@ -110,6 +131,7 @@ class Trainer:
         self.masks = torch.Generator().manual_seed(config.seed)
         self.step, self.steps = 0, config.epochs * len(self.loader)
         self.meter = Meter()
+        self.images_fingerprint = fingerprint_of(self.loader.dataset.paths, images)  # type: ignore[attr-defined]
         self.unreadable: dict[str, None] = {}  # ordered and without doubles
         self.last: Metrics | None = None
 
@@ -125,6 +147,43 @@ class Trainer:
         with atomic_path(self.run / "config.json") as path:
             path.write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
 
+    def resume(self) -> None:
+        """Go on where the run's last saved state ends, or at the start when it was killed before the first.
+
+        Raises:
+            ConfigError: when the run was started with another configuration.
+            DataError: when the images are not those that it was started with.
+            CheckpointError: when the state is damaged.
+        """
+        check_config(self.run, self.config)
+        state = load_state(self.run)
+        if state is not None:
+            if state["images"] != self.images_fingerprint:
+                raise DataError(f"the images in {self.images} are not those that {self.run} was started with.")
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.masks.set_state(state["masks"])
+            self.step = state["step"]
+            self.meter = Meter(torch.tensor(state["loss"], device=self.device), state["steps"], state["seen"])
+        trim_metrics(self.run / "metrics.jsonl", self.step)
+        unreadable = self.run / "unreadable.txt"
+        if unreadable.exists():
+            self.unreadable = dict.fromkeys(unreadable.read_text().splitlines())
+
+    def save_state(self) -> None:
+        """All that `resume` needs."""
+        state = {
+            "images": self.images_fingerprint,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "masks": self.masks.get_state(),
+            "step": self.step,
+            "loss": float(self.meter.loss),
+            "steps": self.meter.steps,
+            "seen": self.meter.images,
+        }
+        save_state(self.run, state)
+
     def plan(self) -> str:
         """What is about to happen, and why the first step may take long."""
         images = len(self.loader.dataset)  # type: ignore[arg-type]
@@ -136,15 +195,18 @@ class Trainer:
             return f"{line}; no C++ compiler found, so without torch.compile, which is slower"
         return line
 
-    def train_epoch(self, epoch: int) -> Iterator[Metrics]:
-        """One pass over the images; yields the metrics as they are logged.
+    def train_epoch(self, epoch: int, terminated: threading.Event | None = None) -> Iterator[Metrics]:
+        """One pass over the images, or what is left of it; yields the metrics as they are logged.
+
+        Once `terminated` is set, the step in progress is the last.
 
         Raises:
             DataError: when none of the images could be read.
         """
-        self.sampler.epoch = epoch
-        trained = 0
-        for index, batch in enumerate(self.loader):
+        done = self.step % len(self.loader)  # of this epoch, when a run is resumed
+        self.sampler.epoch, self.sampler.start = epoch, done * self.config.batch_size
+        trained = done
+        for index, batch in enumerate(self.loader, start=done):
             self.note_unreadable(batch)
             if len(batch.pixels_BHWC) >= 2:
                 self.set_learning_rate(epoch + index / len(self.loader))
@@ -157,6 +219,8 @@ class Trainer:
                 self.log(self.last)
                 self.meter = Meter()
                 yield self.last
+            if terminated is not None and terminated.is_set():
+                return
         if not trained:
             raise DataError(f"none of the images in {self.images} could be read: see {self.run / 'unreadable.txt'}.")
 
@@ -222,6 +286,20 @@ def can_compile(device: torch.device) -> bool:
     """Whether torch.compile has what it needs; on a CPU that is a C++ compiler."""
     compilers = (os.environ.get("CXX"), "g++", "clang++", "c++")
     return device.type != "cpu" or any(name and shutil.which(name) for name in compilers)
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets instead of ending the process; only the main thread may ask for signals."""
+    terminated = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield terminated
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: terminated.set())
+    try:
+        yield terminated
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _progress(console: Console) -> Progress:

@@ -1,0 +1,184 @@
+"""A run that was interrupted, anywhere and in any way, and resumed is to the last bit a run that was not."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from rich.console import Console
+from safetensors.torch import load_file
+
+from mixmim_serve.config import Architecture, DecoderConfig
+from mixmim_serve.errors import CheckpointError, ConfigError, DataError
+from training.config import PretrainConfig
+from training.data import Batch
+from training.trainer import Trainer, pretrain
+
+# 12 photos in batches of 4: three steps an epoch, a line of the log every second step, so lines span epochs.
+SMALL = PretrainConfig(
+    size="tiny",
+    image_size=64,
+    epochs=3,
+    warmup_epochs=0.5,
+    batch_size=4,
+    base_lr=3e-2,
+    workers=0,
+    log_every=2,
+    checkpoint_every=1,
+    bf16=False,
+)
+STEPS = 9
+
+
+@pytest.fixture(autouse=True)
+def narrow_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network of a few thousand weights under the name `tiny`."""
+    narrow = Architecture(8, (1, 1, 1, 1), (1, 1, 1, 1), 64, decoder=DecoderConfig(16, 1, 2))
+    monkeypatch.setattr("training.config.architecture", lambda _: narrow)
+
+
+@pytest.fixture(scope="module")
+def photos() -> Path:
+    return REPOSITORY / "examples"
+
+
+def run(photos: Path, path: Path, *, config: PretrainConfig = SMALL, resume: bool = False) -> Path | None:
+    return pretrain(config, photos, path, Console(file=io.StringIO()), resume=resume)
+
+
+@pytest.fixture
+def whole(photos: Path, tmp_path: Path) -> Path:
+    """A run that nobody interrupted."""
+    assert run(photos, tmp_path / "whole") is not None
+    return tmp_path / "whole"
+
+
+def metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of the log but for the speed."""
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "rate"} for line in lines]
+
+
+def assert_same(path: Path, whole: Path) -> None:
+    assert metrics(path) == metrics(whole)
+    for name in ("final.safetensors", "checkpoints/epoch-0001.safetensors", "checkpoints/epoch-0002.safetensors"):
+        one, other = load_file(path / name), load_file(whole / name)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one), name
+
+
+class Killed(BaseException):
+    """Nothing in the code catches it, as nothing catches SIGKILL."""
+
+
+@pytest.mark.parametrize("step", range(STEPS))
+def test_killed_in_any_step(photos: Path, tmp_path: Path, whole: Path, step: int) -> None:
+    steps: Iterator[int] = iter(range(STEPS))
+    train_step = Trainer.train_step
+
+    def step_until(trainer: Trainer, batch: Batch) -> torch.Tensor:
+        if next(steps) == step:
+            raise Killed
+        return train_step(trainer, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train_step", step_until)
+        with pytest.raises(Killed):
+            run(photos, tmp_path / "run")
+    assert run(photos, tmp_path / "run", resume=True) is not None
+    assert_same(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 8, 9])
+def test_ended_by_sigterm_after_any_step(photos: Path, tmp_path: Path, whole: Path, step: int) -> None:
+    train_step = Trainer.train_step
+
+    def step_and_signal(trainer: Trainer, batch: Batch) -> torch.Tensor:
+        if trainer.step == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(trainer, batch)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train_step", step_and_signal)
+        assert run(photos, tmp_path / "run") is None
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] == step
+    assert not (tmp_path / "run" / "final.safetensors").exists()
+    assert run(photos, tmp_path / "run", resume=True) is not None
+    assert_same(tmp_path / "run", whole)
+
+
+IN_PROCESS = """
+import sys, time
+from pathlib import Path
+import test_resume
+from mixmim_serve.config import Architecture, DecoderConfig
+import training.config
+from training.trainer import Trainer, pretrain
+narrow = Architecture(8, (1, 1, 1, 1), (1, 1, 1, 1), 64, decoder=DecoderConfig(16, 1, 2))
+training.config.architecture = lambda _: narrow
+step = Trainer.train_step
+Trainer.train_step = lambda *arguments: time.sleep(0.2) or step(*arguments)
+sys.exit(pretrain(test_resume.SMALL, Path(sys.argv[1]), Path(sys.argv[2])) is not None)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_real_process_and_a_real_signal(photos: Path, tmp_path: Path, whole: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-c", IN_PROCESS, str(photos), str(tmp_path / "run")]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "tests")}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    log = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and log.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    assert process.wait(timeout=30) == (0 if number == signal.SIGTERM else -signal.SIGKILL)
+    assert run(photos, tmp_path / "run", resume=True) is not None
+    assert_same(tmp_path / "run", whole)
+
+
+def test_a_log_line_that_was_cut_is_written_again(photos: Path, tmp_path: Path, whole: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "save", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            run(photos, tmp_path / "run")
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "epo')
+    run(photos, tmp_path / "run", resume=True)
+    assert_same(tmp_path / "run", whole)
+
+
+def test_a_finished_run_stays_as_it_is(photos: Path, whole: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    assert run(photos, whole, resume=True) == whole / "final.safetensors"
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+
+
+def test_what_cannot_be_resumed_is_refused(photos: Path, tmp_path: Path, whole: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no run to resume"):
+        run(photos, tmp_path / "nowhere", resume=True)
+    (whole / "final.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"was started with epochs 3 \(now 4\): resume it with the options"):
+        run(photos, whole, config=dataclasses.replace(SMALL, epochs=4), resume=True)
+    (tmp_path / "others").mkdir()
+    for path in sorted(photos.glob("*.jpg"))[:8]:
+        (tmp_path / "others" / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(DataError, match="are not those that"):
+        run(tmp_path / "others", whole, resume=True)
+    (whole / "state.pt").write_bytes(b"cut")
+    with pytest.raises(CheckpointError, match=r"state\.pt is damaged"):
+        run(photos, whole, resume=True)
+    assert not (whole / "final.safetensors").exists()
