@@ -20,6 +20,7 @@ from mixmim_serve.description import Description
 from mixmim_serve.engines.base import Arrays, open_engine
 from mixmim_serve.errors import BundleError
 from mixmim_serve.files import atomic_path, sha256
+from mixmim_serve.model import Encoder
 from mixmim_serve.model.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from mixmim_serve.version import __version__
 
@@ -42,10 +43,13 @@ def export_bundle(checkpoint: Path, target: Path, *, half_weights: bool = False,
 
     Raises:
         CheckpointError: when the checkpoint cannot be read.
-        BundleError: when `target` is in the way, or ONNX Runtime disagrees with torch.
+        BundleError: when `target` is in the way, a weight does not fit in fp16, or ONNX Runtime disagrees with torch.
     """
+    target = target.absolute()  # "." has no name
     _check_target(target, overwrite)
     model, description = load_checkpoint(checkpoint)
+    if half_weights:
+        _check_fits_half(checkpoint, model)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
         folder = Path(temporary) / target.name
@@ -96,6 +100,12 @@ def seal(folder: Path, description: Description, graphs: Mapping[str, Graph], ha
     )
     bundle.save_config()
     return bundle
+
+
+def _check_fits_half(checkpoint: Path, model: Encoder) -> None:
+    for name, tensor in model.state_dict().items():
+        if tensor.abs().max() > torch.finfo(torch.float16).max:
+            raise BundleError(f"{checkpoint}: {name} holds numbers that fp16 cannot: export without --half-weights.")
 
 
 def _check_target(target: Path, overwrite: bool) -> None:

@@ -268,12 +268,13 @@ def test_encoder_outputs_have_logits_only_with_a_head() -> None:
     assert encoder_outputs(architecture("tiny", num_classes=2))[-1] == "logits"
 
 
-def test_the_fingerprint_ignores_order_and_not_names(exported_bundle: Path) -> None:
+def test_the_fingerprint_ignores_order_and_nothing_else(exported_bundle: Path) -> None:
     bundle: Bundle = open_bundle(exported_bundle)
 
-    def of(weights: dict[str, bytes]) -> str:
-        return fingerprint(bundle.description, {"weights": "float32"}, weights)
+    def of(weights: dict[str, bytes], precision: str = "float32") -> str:
+        return fingerprint(bundle.description, {"weights": precision}, weights)
 
     assert of({"a": b"1", "b": b"2"}) == of({"b": b"2", "a": b"1"})
     assert len({of({"a": b"1", "b": b"2"}), of({"a": b"2", "b": b"1"}), of({"a": b"12"}), of({"ab": b"12"})}) == 4
+    assert of({"a": b"1"}) != of({"a": b"1"}, "float16")
     assert canonical_json({"b": 1, "a": [1.5, None]}) == b'{"a":[1.5,null],"b":1}'

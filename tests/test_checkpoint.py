@@ -40,6 +40,13 @@ def test_a_checkpoint_rebuilds_the_model_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]  # no temporary file left
 
 
+def test_equal_checkpoints_are_equal_files(tmp_path: Path) -> None:
+    weights = build_model(SMALL).state_dict()
+    for number in range(8):  # the order of several metadata keys would be chance
+        save_checkpoint(tmp_path / f"{number}.safetensors", weights, DESCRIPTION)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
 def test_half_precision_on_disk_loads_as_float32(tmp_path: Path) -> None:
     model = build_model(SMALL)
     save_checkpoint(tmp_path / "a.safetensors", model.state_dict(), DESCRIPTION, torch.float16)

@@ -20,6 +20,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from mixmim_serve.config import Architecture, DecoderConfig
+from mixmim_serve.description import read_description
 from mixmim_serve.errors import CheckpointError, ConfigError, DataError
 from training.config import PretrainConfig
 from training.data import Batch
@@ -76,6 +77,7 @@ def assert_same(path: Path, whole: Path) -> None:
         one, other = load_file(path / name), load_file(whole / name)
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one), name
+    assert read_description(path / "final.safetensors") == read_description(whole / "final.safetensors")
 
 
 class Killed(BaseException):

@@ -15,7 +15,8 @@ def crop_and_flip(image: Image.Image, size: int, min_crop: float, rng: random.Ra
     """RandomResizedCrop (bicubic, antialiased) and horizontal flip to uint8 (size, size, 3)."""
     box = random_crop_box(image.width, image.height, min_crop, rng)
     flip = rng.random() < 0.5
-    crop = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    # Crop, then resize, as torchvision does: resize(box=...) would also read the pixels around the box.
+    crop = image.crop(box).resize((size, size), Image.Resampling.BICUBIC)
     if flip:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.asarray(crop)

@@ -164,6 +164,7 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             self.masks.set_state(state["masks"])
             self.step = state["step"]
+            self.last = Metrics(**state["last"]) if state["last"] else None
             self.meter = Meter(torch.tensor(state["loss"], device=self.device), state["steps"], state["seen"])
         trim_metrics(self.run / "metrics.jsonl", self.step)
         unreadable = self.run / "unreadable.txt"
@@ -178,6 +179,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "masks": self.masks.get_state(),
             "step": self.step,
+            "last": dataclasses.asdict(self.last) if self.last else None,
             "loss": float(self.meter.loss),
             "steps": self.meter.steps,
             "seen": self.meter.images,

@@ -29,7 +29,8 @@ def save_checkpoint(
     `dtype` stores floating-point weights in another precision (fp16 halves the file); they load as float32.
     """
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in weights.items()}
-    metadata = {METADATA_KEY: json.dumps({"format": FORMAT, **description.to_dict()}), "format": "pt"}
+    # One key: safetensors writes several in any order, and equal checkpoints would be unequal files.
+    metadata = {METADATA_KEY: json.dumps({"format": FORMAT, **description.to_dict()})}
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
 
