@@ -90,7 +90,7 @@ def seal(folder: Path, description: Description, graphs: Mapping[str, Graph], ha
         description=description,
         graphs={name: graph.outputs for name, graph in graphs.items()},
         precision=precision,
-        fingerprint=fingerprint(description, precision, {key: t.numpy().tobytes() for key, t in stored.items()}),
+        fingerprint=fingerprint(description, precision, {key: t.numpy().reshape(-1).data for key, t in stored.items()}),
         versions={
             "mixmim-serve": __version__,
             **{name: version(name) for name in ("torch", "onnx", "onnxscript")},

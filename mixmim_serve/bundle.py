@@ -119,7 +119,9 @@ def open_bundle(path: Path) -> Bundle:
         raise BundleError(f"{config} is damaged ({error}): export the bundle again.") from error
 
 
-def fingerprint(description: Description, precision: Mapping[str, str], weights: Mapping[str, bytes]) -> str:
+def fingerprint(
+    description: Description, precision: Mapping[str, str], weights: Mapping[str, bytes | memoryview]
+) -> str:
     """128 bits that change with anything that changes the numbers: weights, network, preprocessing, precision.
 
     Labels and provenance are left out, and so is the order of the weights.

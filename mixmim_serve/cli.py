@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mixmim_serve.errors import MixMIMError
+
+if TYPE_CHECKING:
+    from mixmim_serve.engines import Engine
 
 app = typer.Typer(
     name="mixmim",
@@ -138,18 +142,13 @@ def embed(
     import numpy as np
 
     from mixmim_serve.engines import open_engine
-    from mixmim_serve.extract.run import run_files
     from mixmim_serve.files import atomic_path
-    from mixmim_serve.images import expand
 
     vectors = []
     engine = open_engine(_bundle_path(bundle))
-    for result in run_files(engine, expand(images), ["embedding"]):
-        if result.error:
-            raise type(result.error)(f"{result.path}: {result.error}")
-        vector = result.outputs["embedding"]
+    for path, vector in _each_image(engine, images, "embedding"):
         if output is None:
-            line = {"path": str(result.path), "embedding": vector.tolist(), "fingerprint": engine.bundle.fingerprint}
+            line = {"path": str(path), "embedding": vector.tolist(), "fingerprint": engine.bundle.fingerprint}
             typer.echo(json.dumps(line))
         else:
             vectors.append(vector)
@@ -172,17 +171,13 @@ def classify(
     import json
 
     from mixmim_serve.engines import open_engine
-    from mixmim_serve.extract.run import run_files
-    from mixmim_serve.images import expand
     from mixmim_serve.tasks import require_head, top_classes
 
     engine = open_engine(_bundle_path(bundle))
     require_head(engine.bundle)
-    for result in run_files(engine, expand(images), ["logits"]):
-        if result.error:
-            raise type(result.error)(f"{result.path}: {result.error}")
-        guesses = [dataclasses.asdict(guess) for guess in top_classes(engine.bundle, result.outputs["logits"], top)]
-        typer.echo(json.dumps({"path": str(result.path), "classes": guesses}))
+    for path, logits in _each_image(engine, images, "logits"):
+        guesses = [dataclasses.asdict(guess) for guess in top_classes(engine.bundle, logits, top)]
+        typer.echo(json.dumps({"path": str(path), "classes": guesses}))
 
 
 @app.command()
@@ -301,6 +296,17 @@ def serve(
     from mixmim_serve.service.launch import launch
 
     launch(_bundle_path(bundle), host, port, engine)
+
+
+def _each_image(engine: Engine, images: list[Path], output: str) -> Iterator[tuple[Path, Any]]:
+    """One encoder output of each image, in order; the first that cannot be read ends the command."""
+    from mixmim_serve.extract.run import run_files
+    from mixmim_serve.images import expand
+
+    for result in run_files(engine, expand(images), [output]):
+        if result.error:
+            raise type(result.error)(f"{result.path}: {result.error}")
+        yield result.path, result.outputs[output]
 
 
 def _bundle_path(path: Path) -> Path:

@@ -131,6 +131,18 @@ class Preprocessing:
         return cls(image_size=image_size, resize_size=resize)
 
 
+def units_from_partner(units: int, ratio: float, advice: str = "choose one between 0 and 1") -> int:
+    """How many of the mask's units a ratio takes: `int(units * ratio)`, as the official code does.
+
+    Raises:
+        ConfigError: when that is none of them, or all.
+    """
+    count = int(units * ratio)
+    if not 0 < count < units:
+        raise ConfigError(f"a mask ratio of {ratio} takes {count} of {units} units: {advice}.")
+    return count
+
+
 def default_windows(image_size: int) -> tuple[int, ...]:
     """Window per stage: the divisor of its grid nearest (as a ratio) to 16 tokens in stages 1 and 2, to 24 after.
 

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixmim_serve.bundle import Bundle
+from mixmim_serve.config import units_from_partner
 from mixmim_serve.engines import Engine
-from mixmim_serve.errors import BundleError, ConfigError
+from mixmim_serve.errors import BundleError
 
 Floats = NDArray[np.float32]
 
@@ -63,9 +64,7 @@ def random_mask(units: int, ratio: float = 0.5, seed: int = 0) -> NDArray[np.boo
     Raises:
         ConfigError: when that is none of the units, or all.
     """
-    count = int(units * ratio)
-    if not 0 < count < units:
-        raise ConfigError(f"a mask ratio of {ratio} takes {count} of {units} units: choose one between 0 and 1.")
+    count = units_from_partner(units, ratio)
     mask = np.zeros(units, np.bool_)
     mask[np.random.default_rng(seed).permutation(units)[:count]] = True
     return mask

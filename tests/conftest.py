@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from serving import TestClient
+
+    from mixmim_serve.engines import Engine
 
 # Before anything loads torch, and for every process that a test starts: the networks here are too small to share, and
 # threads that wait for each other on a busy machine made the suite two and a half times slower (79 s against 200 s).
@@ -57,3 +64,20 @@ def exported_bundle(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFac
 def bundle_copy(exported_bundle: Path, tmp_path: Path) -> Path:
     """A copy of `exported_bundle` that a test may alter."""
     return Path(shutil.copytree(exported_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="module")
+def engine(exported_bundle: Path) -> Engine:
+    """ONNX Runtime with `exported_bundle`."""
+    from mixmim_serve.engines import open_engine
+
+    return open_engine(exported_bundle, threads=1)
+
+
+@pytest.fixture(scope="module")
+def client(engine: Engine) -> Iterator[TestClient]:
+    """A client of the HTTP routes over `engine`."""
+    from serving import client_of
+
+    with client_of(engine) as client:
+        yield client

@@ -40,13 +40,13 @@ SMALL = PretrainConfig(
     bf16=False,
 )
 STEPS = 9
+NARROW = Architecture(8, (1, 1, 1, 1), (1, 1, 1, 1), 64, decoder=DecoderConfig(16, 1, 2))
 
 
 @pytest.fixture(autouse=True)
 def narrow_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """A network of a few thousand weights under the name `tiny`."""
-    narrow = Architecture(8, (1, 1, 1, 1), (1, 1, 1, 1), 64, decoder=DecoderConfig(16, 1, 2))
-    monkeypatch.setattr("training.config.architecture", lambda _: narrow)
+    monkeypatch.setattr("training.config.architecture", lambda _: NARROW)
 
 
 @pytest.fixture(scope="module")
@@ -126,11 +126,9 @@ IN_PROCESS = """
 import sys, time
 from pathlib import Path
 import test_resume
-from mixmim_serve.config import Architecture, DecoderConfig
 import training.config
 from training.trainer import Trainer, pretrain
-narrow = Architecture(8, (1, 1, 1, 1), (1, 1, 1, 1), 64, decoder=DecoderConfig(16, 1, 2))
-training.config.architecture = lambda _: narrow
+training.config.architecture = lambda _: test_resume.NARROW
 step = Trainer.train_step
 Trainer.train_step = lambda *arguments: time.sleep(0.2) or step(*arguments)
 sys.exit(pretrain(test_resume.SMALL, Path(sys.argv[1]), Path(sys.argv[2])) is not None)

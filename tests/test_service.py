@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
@@ -34,18 +33,6 @@ from mixmim_serve.preprocess import preprocess
 from mixmim_serve.service.app import Runtime
 from mixmim_serve.service.requests import MAX_IMAGES
 from mixmim_serve.tasks import random_mask, reconstruct_pair
-
-
-@pytest.fixture(scope="module")
-def engine(exported_bundle: Path) -> Engine:
-    return open_engine(exported_bundle, threads=1)
-
-
-@pytest.fixture(scope="module")
-def client(engine: Engine) -> Iterator[TestClient]:
-    with client_of(engine) as client:
-        yield client
-
 
 # Answers
 

@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,24 +16,12 @@ import pytest
 from serving import HAT, JPEG, PATIENCE, PHOTOS, SHOES, Around, Gate, TestClient, client_of, files, refusal
 
 from mixmim_serve.config import Preprocessing
-from mixmim_serve.engines import Engine, open_engine
+from mixmim_serve.engines import Engine
 from mixmim_serve.errors import EngineError
 from mixmim_serve.extract.run import run_files
 from mixmim_serve.preprocess import preprocess
 from mixmim_serve.service.app import Runtime, create_app
 from mixmim_serve.service.requests import MAX_BODY_BYTES
-
-
-@pytest.fixture(scope="module")
-def engine(exported_bundle: Path) -> Engine:
-    return open_engine(exported_bundle, threads=1)
-
-
-@pytest.fixture(scope="module")
-def client(engine: Engine) -> Iterator[TestClient]:
-    with client_of(engine) as client:
-        yield client
-
 
 # Limits
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mixmim_serve.config import Architecture, architecture
+from mixmim_serve.config import Architecture, architecture, units_from_partner
 from mixmim_serve.errors import ConfigError
 
 
@@ -42,12 +42,8 @@ class PretrainConfig:
             raise ConfigError(f"workers must be 0 (decode in the training process) or more, got {self.workers}.")
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ConfigError(f"warmup_epochs must be below the {self.epochs} epochs, got {self.warmup_epochs}.")
-        units = self.arch.units  # refuses an unknown size and an impossible image size, too
-        if not 0 < int(units * self.mask_ratio) < units:
-            raise ConfigError(
-                f"a mask ratio of {self.mask_ratio} takes {int(units * self.mask_ratio)} of {units} units: "
-                "enlarge image_size, or choose a ratio nearer to 0.5."
-            )
+        # `arch` refuses an unknown size and an impossible image size, too.
+        units_from_partner(self.arch.units, self.mask_ratio, "enlarge image_size, or choose a ratio nearer to 0.5")
 
     @property
     def arch(self) -> Architecture:

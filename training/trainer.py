@@ -123,6 +123,10 @@ class Trainer:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(config.seed)
         self.preprocessing = Preprocessing.evaluation(config.arch.image_size)
+        self.mean, self.std = (  # of pixels in [0, 255]; made once, since each is a copy to the device
+            torch.tensor(values, device=self.device) * 255
+            for values in (self.preprocessing.mean, self.preprocessing.std)
+        )
         self.loader, self.sampler = build_loader(images, config.arch.image_size, config)
         self.model = MixMIM(config.arch).to(self.device).train()
         self.compiled = config.compile and can_compile(self.device)
@@ -131,7 +135,8 @@ class Trainer:
         self.masks = torch.Generator().manual_seed(config.seed)
         self.step, self.steps = 0, config.epochs * len(self.loader)
         self.meter = Meter()
-        self.images_fingerprint = fingerprint_of(self.loader.dataset.paths, images)  # type: ignore[attr-defined]
+        self.paths: list[Path] = self.loader.dataset.paths  # type: ignore[attr-defined]
+        self.images_fingerprint = fingerprint_of(self.paths, images)
         self.unreadable: dict[str, None] = {}  # ordered and without doubles
         self.last: Metrics | None = None
 
@@ -188,8 +193,9 @@ class Trainer:
 
     def plan(self) -> str:
         """What is about to happen, and why the first step may take long."""
-        images = len(self.loader.dataset)  # type: ignore[arg-type]
-        line = f"{self.config.size} at {self.config.arch.image_size} px on {self.device.type}: {images} images, "
+        line = (
+            f"{self.config.size} at {self.config.arch.image_size} px on {self.device.type}: {len(self.paths)} images, "
+        )
         line += f"{self.config.epochs} epochs of {len(self.loader)} steps"
         if self.compiled:
             return f"{line}; torch.compile takes the first minute or two"
@@ -239,11 +245,7 @@ class Trainer:
 
     def normalize(self, pixels_BHWC: Tensor) -> Tensor:
         """uint8 to normalised float32 (B, 3, H, W), on the device."""
-        mean, std = (
-            torch.tensor(values, device=self.device) * 255
-            for values in (self.preprocessing.mean, self.preprocessing.std)
-        )
-        return ((pixels_BHWC.float() - mean) / std).permute(0, 3, 1, 2).contiguous()
+        return ((pixels_BHWC.float() - self.mean) / self.std).permute(0, 3, 1, 2).contiguous()
 
     def set_learning_rate(self, epoch: float) -> None:
         """The schedule's value for a fractional epoch."""
@@ -276,7 +278,7 @@ class Trainer:
             "made_by": f"mixmim-serve {__version__}",
             "recipe": dataclasses.asdict(self.config),
             "epochs": epochs,
-            "images": len(self.loader.dataset),  # type: ignore[arg-type]
+            "images": len(self.paths),
             "loss": self.last.loss if self.last else None,
             "torch": torch.__version__,
         }

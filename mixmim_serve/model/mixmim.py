@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mixmim_serve.config import UNIT_SIZE, Architecture
+from mixmim_serve.config import UNIT_SIZE, Architecture, units_from_partner
 from mixmim_serve.errors import ConfigError
 from mixmim_serve.model.encoder import Attention, Block, Encoder, initialize, position_embedding
 
@@ -149,9 +149,7 @@ def random_units(units: int, ratio: float, generator: torch.Generator) -> Tensor
     Raises:
         ConfigError: when that is no unit, or all of them.
     """
-    count = int(units * ratio)
-    if not 0 < count < units:
-        raise ConfigError(f"a mask ratio of {ratio} takes {count} of {units} units: choose one between 0 and 1.")
+    count = units_from_partner(units, ratio)
     from_partner_MU = torch.zeros(1, units, dtype=torch.bool)
     from_partner_MU[0, torch.randperm(units, generator=generator)[:count]] = True
     return from_partner_MU

@@ -154,8 +154,7 @@ async def classify(request: Request) -> Response:
     """The `top` (5) most probable classes of each image."""
     runtime = _runtime(request)
     require_head(runtime.bundle)
-    classes = runtime.bundle.arch.num_classes
-    top = query_number(request, "top", min(5, classes), 1, classes)
+    top = query_number(request, "top", 5, 1, runtime.bundle.arch.num_classes)
     images = await read_images(request)
     with Admission(runtime, len(images)):
         results = await runtime.encode(images, ["logits"])
