@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from mixmim_serve.errors import DataError
@@ -12,6 +13,27 @@ IMAGE_SUFFIXES = frozenset(
 )
 
 
+def is_image_name(name: str) -> bool:
+    """Whether a relative name, `/` between its parts, is that of an image: its suffix says so and no part is hidden."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not is_hidden(name)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether any part of a relative name begins with a dot."""
+    return name.startswith(".") or "/." in name
+
+
+def list_files(folder: Path) -> list[str]:
+    """Every file below a folder by its relative name, hidden ones left out, sorted by folder, then name."""
+    names: list[str] = []
+    for directory, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        below = Path(directory).relative_to(folder).as_posix()
+        prefix = "" if below == "." else f"{below}/"
+        names.extend(prefix + name for name in files if not is_hidden(name))
+    return sorted(names, key=lambda name: name.split("/"))
+
+
 def list_images(folder: Path) -> list[Path]:
     """Every image file below a folder, hidden ones left out, sorted by path.
 
@@ -20,9 +42,7 @@ def list_images(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: give one that holds images, at any depth.")
-    found = sorted(
-        path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and _visible(path, folder)
-    )
+    found = [folder / name for name in list_files(folder) if is_image_name(name)]
     if not found:
         raise DataError(f"{folder} holds no images (looked for {', '.join(sorted(IMAGE_SUFFIXES))}).")
     return found
@@ -43,7 +63,3 @@ def expand(paths: list[Path]) -> list[Path]:
         else:
             raise DataError(f"{path}: no such file or folder.")
     return files
-
-
-def _visible(path: Path, folder: Path) -> bool:
-    return path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)

@@ -81,3 +81,44 @@ def client(engine: Engine) -> Iterator[TestClient]:
 
     with client_of(engine) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 photos in one folder: no labels, no sub-folders."""
+    from training_data import photo
+
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(24):
+        photo(number).save(folder / f"{number:02d}.jpg")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def spoilt(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """22 of the photos at two depths, a text with an image's name, a photo cut in half, and what is no image."""
+    folder = tmp_path_factory.mktemp("spoilt")
+    (folder / "holiday" / "2026").mkdir(parents=True)
+    for number, path in enumerate(sorted(photos.iterdir())[:22]):
+        (folder / ("holiday/2026" if number % 2 else "") / path.name).write_bytes(path.read_bytes())
+    (folder / "letter.jpg").write_text("Dear all, no image here.")
+    whole = (photos / "23.jpg").read_bytes()
+    (folder / "holiday" / "cut.jpeg").write_bytes(whole[: len(whole) // 2])
+    (folder / "labels.csv").write_text("00.jpg,1\n")
+    (folder / ".hidden.jpg").write_text("of the file manager")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train and val, with two classes that a person tells apart at once: 12 and 4 images each."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("labelled")
+    for part, count in (("train", 12), ("val", 4)):
+        for name, colour in (("blue", (20, 40, 220)), ("red", (220, 40, 20))):
+            (root / part / name).mkdir(parents=True)
+            for number in range(count):
+                shade = tuple(min(255, value + 3 * number) for value in colour)
+                Image.new("RGB", (48, 40), shade).save(root / part / name / f"{number}.png")
+    return root

@@ -196,7 +196,7 @@ def test_export_overwrites_only_when_told(
 def test_a_shipped_bundle_is_found_by_name(
     mixmim: Mixmim, exported_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("mixmim_serve.cli.__file__", str(tmp_path / "cli.py"))
+    monkeypatch.setattr("mixmim_serve.cli.common.__file__", str(tmp_path / "cli" / "common.py"))
     (tmp_path / "bundles").mkdir()
     (tmp_path / "bundles" / "small").symlink_to(exported_bundle)
     assert json.loads(mixmim("info", "small").out)["bundle"] == str(tmp_path / "bundles" / "small")
@@ -216,7 +216,8 @@ def test_help_ends_with_an_example(command: str) -> None:
 
 def test_all_commands_are_there() -> None:
     assert COMMANDS == [
-        "classify", "embed", "export", "extract", "import", "info", "pretrain", "reconstruct", "serve",
+        "check", "classify", "embed", "evaluate", "export", "extract", "finetune", "import", "info", "pretrain",
+        "probe", "reconstruct", "replay", "serve",
     ]  # fmt: skip
 
 

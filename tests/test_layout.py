@@ -16,7 +16,13 @@ PACKAGES = ("mixmim_serve", "export", "training")
 # Lowest first. A module may import its own layer and those below it. (docs/architecture.md)
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("mixmim_serve.errors", "mixmim_serve.config", "mixmim_serve.version", "mixmim_serve.files"),
-    ("mixmim_serve.description", "mixmim_serve.preprocess", "mixmim_serve.bundle", "mixmim_serve.images"),
+    (
+        "mixmim_serve.description",
+        "mixmim_serve.preprocess",
+        "mixmim_serve.bundle",
+        "mixmim_serve.images",
+        "mixmim_serve.sources",
+    ),
     ("mixmim_serve.engines", "mixmim_serve.model"),
     ("mixmim_serve.tasks", "mixmim_serve.panel"),
     ("mixmim_serve.service", "mixmim_serve.extract"),
@@ -24,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 BESIDE = ("export", "training")  # may use the first four layers, and not each other
 MAY_IMPORT_TORCH = ("mixmim_serve.model", "mixmim_serve.engines.torch", "export", "training")
-HEAVY = ("torch", "onnx", "onnxscript", "onnxruntime", "bentoml", "pyarrow")
+HEAVY = ("torch", "fsspec", "onnx", "onnxscript", "onnxruntime", "bentoml", "pyarrow")
 
 
 def modules() -> dict[str, Path]:
@@ -79,7 +85,7 @@ def test_imports_flow_one_way() -> None:
             if own in BESIDE:
                 allowed = package == own or (package == "mixmim_serve" and layer(target) <= 3)
             elif package in BESIDE:
-                allowed = module == "mixmim_serve.cli" and target in inside
+                allowed = module.startswith("mixmim_serve.cli") and target not in top
             else:
                 # open_engine and the layers' own folders look inside themselves; nothing looks up
                 allowed = layer(target) <= layer(module)

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,13 +18,16 @@ import torch
 from conftest import REPOSITORY
 from rich.console import Console
 from safetensors.torch import load_file
+from training_data import MEASURED
 
 from mixmim_serve.config import Architecture, DecoderConfig
 from mixmim_serve.description import read_description
 from mixmim_serve.errors import CheckpointError, ConfigError, DataError
+from mixmim_serve.sources import open_source
 from training.config import PretrainConfig
 from training.data import Batch
-from training.trainer import Trainer, pretrain
+from training.pretraining import Pretraining
+from training.trainer import Trainer, train
 
 # 12 photos in batches of 4: three steps an epoch, a line of the log every second step, so lines span epochs.
 SMALL = PretrainConfig(
@@ -36,7 +39,7 @@ SMALL = PretrainConfig(
     base_lr=3e-2,
     workers=0,
     log_every=2,
-    checkpoint_every=1,
+    keep_every=1,
     bf16=False,
 )
 STEPS = 9
@@ -55,7 +58,8 @@ def photos() -> Path:
 
 
 def run(photos: Path, path: Path, *, config: PretrainConfig = SMALL, resume: bool = False) -> Path | None:
-    return pretrain(config, photos, path, Console(file=io.StringIO()), resume=resume)
+    source = open_source(photos)
+    return train(Pretraining(config, source), source, path, Console(file=io.StringIO()), resume=resume)
 
 
 @pytest.fixture
@@ -68,16 +72,18 @@ def whole(photos: Path, tmp_path: Path) -> Path:
 def metrics(path: Path) -> list[dict[str, float]]:
     """The lines of the log but for the speed."""
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "rate"} for line in lines]
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
 
 
 def assert_same(path: Path, whole: Path) -> None:
     assert metrics(path) == metrics(whole)
-    for name in ("final.safetensors", "checkpoints/epoch-0001.safetensors", "checkpoints/epoch-0002.safetensors"):
+    for name in ("final.safetensors", "checkpoints/step-00000003.safetensors", "checkpoints/step-00000006.safetensors"):
         one, other = load_file(path / name), load_file(whole / name)
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one), name
-    assert read_description(path / "final.safetensors") == read_description(whole / "final.safetensors")
+    one_said, other_said = (read_description(each / "final.safetensors") for each in (path, whole))
+    assert one_said.provenance["loss"] == other_said.provenance["loss"]
+    assert one_said.arch == other_said.arch
 
 
 class Killed(BaseException):
@@ -89,10 +95,10 @@ def test_killed_in_any_step(photos: Path, tmp_path: Path, whole: Path, step: int
     steps: Iterator[int] = iter(range(STEPS))
     train_step = Trainer.train_step
 
-    def step_until(trainer: Trainer, batch: Batch) -> torch.Tensor:
+    def step_until(trainer: Trainer, parts: Iterable[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
         if next(steps) == step:
             raise Killed
-        return train_step(trainer, batch)
+        return train_step(trainer, parts)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "train_step", step_until)
@@ -106,18 +112,20 @@ def test_killed_in_any_step(photos: Path, tmp_path: Path, whole: Path, step: int
 def test_ended_by_sigterm_after_any_step(photos: Path, tmp_path: Path, whole: Path, step: int) -> None:
     train_step = Trainer.train_step
 
-    def step_and_signal(trainer: Trainer, batch: Batch) -> torch.Tensor:
+    def step_and_signal(trainer: Trainer, parts: Iterable[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
         if trainer.step == step - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(trainer, batch)
+        return train_step(trainer, parts)
 
     before = signal.getsignal(signal.SIGTERM)
+    ended = step == STEPS  # the last step: nothing is left to be stopped
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "train_step", step_and_signal)
-        assert run(photos, tmp_path / "run") is None
+        assert (run(photos, tmp_path / "run") is not None) == ended
     assert signal.getsignal(signal.SIGTERM) is before
-    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] == step
-    assert not (tmp_path / "run" / "final.safetensors").exists()
+    state = tmp_path / "run" / "checkpoints" / f"step-{step:08d}.state.pt"
+    assert torch.load(state, weights_only=True)["step"] == step
+    assert (tmp_path / "run" / "final.safetensors").exists() == ended
     assert run(photos, tmp_path / "run", resume=True) is not None
     assert_same(tmp_path / "run", whole)
 
@@ -127,11 +135,14 @@ import sys, time
 from pathlib import Path
 import test_resume
 import training.config
-from training.trainer import Trainer, pretrain
+from mixmim_serve.sources import open_source
+from training.pretraining import Pretraining
+from training.trainer import Trainer, train
 training.config.architecture = lambda _: test_resume.NARROW
 step = Trainer.train_step
 Trainer.train_step = lambda *arguments: time.sleep(0.2) or step(*arguments)
-sys.exit(pretrain(test_resume.SMALL, Path(sys.argv[1]), Path(sys.argv[2])) is not None)
+source = open_source(sys.argv[1])
+sys.exit(train(Pretraining(test_resume.SMALL, source), source, Path(sys.argv[2])) is not None)
 """
 
 
@@ -152,7 +163,7 @@ def test_a_real_process_and_a_real_signal(photos: Path, tmp_path: Path, whole: P
 
 def test_a_log_line_that_was_cut_is_written_again(photos: Path, tmp_path: Path, whole: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "save", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(Trainer, "save_checkpoint", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             run(photos, tmp_path / "run")
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
@@ -178,7 +189,7 @@ def test_what_cannot_be_resumed_is_refused(photos: Path, tmp_path: Path, whole: 
         (tmp_path / "others" / path.name).write_bytes(path.read_bytes())
     with pytest.raises(DataError, match="are not those that"):
         run(tmp_path / "others", whole, resume=True)
-    (whole / "state.pt").write_bytes(b"cut")
-    with pytest.raises(CheckpointError, match=r"state\.pt is damaged"):
+    (whole / "checkpoints" / "step-00000009.state.pt").write_bytes(b"cut")
+    with pytest.raises(CheckpointError, match=r"step-00000009 is damaged: delete its two files to go on from the one"):
         run(photos, whole, resume=True)
     assert not (whole / "final.safetensors").exists()

@@ -1,25 +1,26 @@
-"""Random crop and flip of pretraining, on PIL images, from a generator that the caller seeds."""
+"""Random crop on PIL images, in the loader; flip and normalisation on uint8 batches, on the device."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
+
+from mixmim_serve.config import Preprocessing
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)
 
 
-def crop_and_flip(image: Image.Image, size: int, min_crop: float, rng: random.Random) -> np.ndarray:
-    """RandomResizedCrop (bicubic, antialiased) and horizontal flip to uint8 (size, size, 3)."""
+def random_crop(image: Image.Image, size: int, min_crop: float, rng: random.Random) -> np.ndarray:
+    """RandomResizedCrop (bicubic, antialiased) to uint8 (size, size, 3)."""
     box = random_crop_box(image.width, image.height, min_crop, rng)
-    flip = rng.random() < 0.5
     # Crop, then resize, as torchvision does: resize(box=...) would also read the pixels around the box.
-    crop = image.crop(box).resize((size, size), Image.Resampling.BICUBIC)
-    if flip:
-        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.asarray(crop)
+    return np.asarray(image.crop(box).resize((size, size), Image.Resampling.BICUBIC))
 
 
 def random_crop_box(width: int, height: int, min_crop: float, rng: random.Random) -> tuple[int, int, int, int]:
@@ -39,3 +40,27 @@ def random_crop_box(width: int, height: int, min_crop: float, rng: random.Random
     w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
     left, upper = (width - w) // 2, (height - h) // 2
     return left, upper, left + w, upper + h
+
+
+def flip(pixels_BHWC: Tensor, flipped_B: Tensor) -> Tensor:
+    """Mirror the chosen images."""
+    return torch.where(flipped_B.view(-1, 1, 1, 1), pixels_BHWC.flip(2), pixels_BHWC)
+
+
+class Normalize:
+    """uint8 (B, H, W, 3) to normalised float32 (B, 3, H, W), on the device."""
+
+    def __init__(self, preprocessing: Preprocessing, device: torch.device) -> None:
+        # Made once: each is a copy to the device.
+        self.mean = torch.tensor(preprocessing.mean, device=device) * 255
+        self.std = torch.tensor(preprocessing.std, device=device) * 255
+
+    def __call__(self, pixels_BHWC: Tensor) -> Tensor:
+        """The batch as the network takes it."""
+        return ((pixels_BHWC.float() - self.mean) / self.std).permute(0, 3, 1, 2).contiguous()
+
+
+def step_seed(*parts: int) -> int:
+    """A seed of 63 bits from numbers such as (seed, step, rank): near numbers give unrelated seeds."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1

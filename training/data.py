@@ -1,12 +1,13 @@
-"""A folder of images as batches of augmented uint8 pixels; unreadable images are dropped and named."""
+"""A source of images as batches of cropped uint8 pixels, the same for any number of workers and processes.
+
+An image that cannot be read is named, and another of the source takes its place: batches keep their size.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,80 +15,148 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mixmim_serve.errors import DataError, ImageError
-from mixmim_serve.images import list_images
-from mixmim_serve.preprocess import decode, read_limited
-from training.augment import crop_and_flip
-from training.config import PretrainConfig
+from mixmim_serve.preprocess import decode
+from mixmim_serve.sources import Source
+from training.augment import random_crop
+from training.config import RunConfig
+
+SUBSTITUTES = 20  # other images to try in the place of an unreadable one
+WINDOW = 16  # runs of a source that are shuffled together, and so are open at a time
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Augmented images and what could not be read."""
+class Item(NamedTuple):
+    """One cropped image."""
 
-    pixels_BHWC: Tensor  # uint8
+    pixels: np.ndarray | None  # uint8 (size, size, 3); None when no substitute could be read either
+    label: int  # 0 where the source has no labels
+    flipped: bool  # to be mirrored, on the device
     unreadable: tuple[str, ...]  # one sentence an image
 
 
-class PretrainingImages(Dataset["np.ndarray | str"]):
-    """An image a path; the item is uint8 (size, size, 3), or the reason why there is none."""
+class Batch(NamedTuple):
+    """Cropped images, their labels, and what could not be read."""
 
-    def __init__(self, paths: list[Path], size: int, config: PretrainConfig) -> None:
-        self.paths, self.size, self.config = paths, size, config
+    pixels_BHWC: Tensor  # uint8; no image at all where one is missing
+    labels_B: Tensor  # int64
+    flipped_B: Tensor  # bool
+    unreadable: tuple[str, ...]
+
+
+class TrainingImages(Dataset[Item]):
+    """The item for (epoch, index): the pair seeds its crop, whichever worker draws it."""
+
+    def __init__(self, source: Source, size: int, config: RunConfig, classes: Sequence[str] = ()) -> None:
+        self.source, self.size, self.min_crop, self.seed = source, size, config.min_crop, config.seed
+        number = {name: position for position, name in enumerate(classes)}
+        self.labels = [number[label] for label in source.labels or ()] if classes else None
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.source.keys)
 
-    def __getitem__(self, key: tuple[int, int]) -> np.ndarray | str:
-        """The image for (epoch, index): the pair seeds its augmentation, whichever worker draws it."""
+    def __getitem__(self, key: tuple[int, int]) -> Item:
         epoch, index = key
-        try:
-            image = decode(read_limited(self.paths[index]))
-        except ImageError as error:
-            return f"{self.paths[index]}: {error}"
-        rng = random.Random(f"{self.config.seed}/{epoch}/{index}")  # noqa: S311 - augmentation, not secrets
-        return crop_and_flip(image, self.size, self.config.min_crop, rng)
+        rng = random.Random(f"{self.seed}/{epoch}/{index}")  # noqa: S311 - augmentation, not secrets
+        unreadable: list[str] = []
+        for _ in range(SUBSTITUTES):
+            try:
+                image = decode(self.source.read(index))
+            except ImageError as error:
+                unreadable.append(f"{self.source.keys[index]}: {error}")
+                index = rng.randrange(len(self))
+                continue
+            label = self.labels[index] if self.labels else 0
+            crop = random_crop(image, self.size, self.min_crop, rng)
+            return Item(crop, label, rng.random() < 0.5, tuple(unreadable))
+        return Item(None, 0, False, tuple(unreadable))
 
 
-class EpochSampler(Sampler[tuple[int, int]]):
-    """Shuffled (epoch, index) pairs; the order depends on seed and epoch alone."""
+class StepSampler(Sampler[list[tuple[int, int]]]):
+    """(epoch, index) pairs of a process's batches; the order depends on seed and epoch alone.
 
-    def __init__(self, length: int, seed: int) -> None:
-        self.length, self.seed, self.epoch = length, seed, 0
-        self.start = 0  # images of the epoch to pass over, when a run is resumed within it
+    A batch of the whole run is split over processes and accumulated parts so that image i and image B - 1 - i, which
+    are mixed, stay together: the parts' gradients add up to those of the whole batch.
+    """
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __init__(self, source: Source, config: RunConfig, rank: int = 0, processes: int = 1) -> None:
+        config.part(processes)
+        self.runs, self.seed, self.batch, self.accumulate = (
+            source.runs,
+            config.seed,
+            config.batch_size,
+            config.accumulate,
+        )
+        self.images = len(source.keys)
+        self.rank, self.parts = rank, processes * config.accumulate
+        self.epoch = 0
+        self.start = 0  # steps of the epoch to pass over, when a run is resumed within it
+        self.steps = self.images // self.batch  # of an epoch; the images left over wait for the next order
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.length, generator=generator).tolist()
-        return iter([(self.epoch, index) for index in order[self.start :]])
+        order = shuffled(self.runs, generator)
+        for step in range(self.start, self.steps):
+            batch = order[step * self.batch : (step + 1) * self.batch]
+            for part in range(self.accumulate):
+                yield [(self.epoch, index) for index in mirrored(batch, self.rank * self.accumulate + part, self.parts)]
 
     def __len__(self) -> int:
-        return self.length
+        return self.steps * self.accumulate
 
 
-def collate(items: list[np.ndarray | str]) -> Batch:
-    """Stack what could be read."""
-    readable = [torch.from_numpy(item.copy()) for item in items if not isinstance(item, str)]
-    pixels = torch.stack(readable) if readable else torch.empty(0, 0, 0, 3, dtype=torch.uint8)
-    return Batch(pixels, tuple(item for item in items if isinstance(item, str)))
+def shuffled(runs: Sequence[range], generator: torch.Generator) -> list[int]:
+    """A random order in which only a few runs are open at a time; with one run (a folder) any order may come out."""
+    order: list[int] = []
+    runs = (
+        [runs[number] for number in torch.randperm(len(runs), generator=generator).tolist()] if len(runs) > 1 else runs
+    )
+    for first in range(0, len(runs), WINDOW):
+        indices = [index for run in runs[first : first + WINDOW] for index in run]
+        order += [indices[position] for position in torch.randperm(len(indices), generator=generator).tolist()]
+    return order
 
 
-def build_loader(folder: Path, size: int, config: PretrainConfig) -> tuple[DataLoader[Batch], EpochSampler]:
-    """Batches of one epoch at a time; set `sampler.epoch` before iterating.
+def mirrored(batch: list[int], part: int, parts: int) -> list[int]:
+    """The part's slice of the first half and, mirrored, of the second."""
+    half = len(batch) // parts // 2
+    if len(batch) // parts % 2:  # fine-tuning may split into odd parts
+        return batch[part::parts]
+    end = len(batch) - part * half
+    return batch[part * half : (part + 1) * half] + batch[end - half : end]
+
+
+def collate(items: list[Item]) -> Batch:
+    """Stack the images."""
+    images = [torch.from_numpy(item.pixels.copy()) for item in items if item.pixels is not None]
+    whole = len(images) == len(items)
+    return Batch(
+        torch.stack(images) if whole else torch.empty(0, 0, 0, 3, dtype=torch.uint8),
+        torch.tensor([item.label for item in items]),
+        torch.tensor([item.flipped for item in items]),
+        tuple(reason for item in items for reason in item.unreadable),
+    )
+
+
+def build_loader(
+    dataset: TrainingImages, config: RunConfig, rank: int = 0, processes: int = 1
+) -> tuple[DataLoader[Batch], StepSampler]:
+    """A process's batches of one epoch at a time; set `sampler.epoch` before iterating.
 
     Raises:
-        DataError: when the folder holds too few images for one batch.
+        DataError: when the source holds too few images for one batch.
+        ConfigError: when the batch cannot be split over the processes.
     """
-    paths = list_images(folder)
-    if len(paths) < config.batch_size:
-        raise DataError(f"{folder} holds {len(paths)} images, fewer than a batch of {config.batch_size}: add images.")
-    sampler = EpochSampler(len(paths), config.seed)
+    if len(dataset) < config.batch_size:
+        raise DataError(
+            f"{dataset.source.name} holds {len(dataset)} images, fewer than a batch of {config.batch_size}: "
+            "add images, or lower batch_size."
+        )
+    sampler = StepSampler(dataset.source, config, rank, processes)
     loader: DataLoader[Any] = DataLoader(
-        PretrainingImages(paths, size, config),
-        batch_size=config.batch_size,
-        sampler=sampler,
+        dataset,
+        batch_sampler=sampler,
         num_workers=config.workers,
         persistent_workers=config.workers > 0,
         collate_fn=collate,
-        drop_last=True,
+        pin_memory=torch.cuda.is_available(),
     )
     return loader, sampler

@@ -166,10 +166,11 @@ class PatchMerging(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block; `drop_path` is the share of images that skip a branch while training."""
 
     def __init__(self, dim: int, attention: Attention, norm_eps: float = 1e-5) -> None:
         super().__init__()
+        self.drop_path = 0.0
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = attention
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
@@ -177,9 +178,15 @@ class Block(nn.Module):
 
     def forward(self, x_BKND: Tensor, blocked_MKNN: Tensor | None = None) -> Tensor:
         """(B, K, N, D) to the same shape."""
-        x_BKND = x_BKND + self.attn(self.norm1(x_BKND), blocked_MKNN)
-        out_BKND: Tensor = x_BKND + self.mlp(self.norm2(x_BKND))
-        return out_BKND
+        x_BKND = x_BKND + self.drop(self.attn(self.norm1(x_BKND), blocked_MKNN))
+        return x_BKND + self.drop(self.mlp(self.norm2(x_BKND)))
+
+    def drop(self, branch_BKND: Tensor) -> Tensor:
+        """Zero the branch for some images and scale it for the others (stochastic depth, arXiv 1603.09382)."""
+        if not self.training or self.drop_path == 0:
+            return branch_BKND
+        kept_B111 = branch_BKND.new_empty(len(branch_BKND), 1, 1, 1).bernoulli_(1 - self.drop_path)
+        return branch_BKND * (kept_B111 / (1 - self.drop_path))
 
 
 class MLP(nn.Module):

@@ -1,0 +1,74 @@
+"""What all commands share: the app, `main`, shipped bundles by name."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mixmim_serve.errors import MixMIMError
+
+app = typer.Typer(
+    name="mixmim",
+    help="MixMIM backbones: pretrain on your own photos, export, embed, classify, reconstruct, serve.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+BundleArgument = Annotated[
+    Path, typer.Argument(metavar="BUNDLE", help="A bundle folder, or the name of a shipped one: tiny.")
+]
+
+# Which extra brings a package that a command turned out to need.
+EXTRAS = {
+    "torch": "train",
+    "onnx": "export",
+    "onnxscript": "export",
+    "onnx_ir": "export",
+    "onnxruntime": "cpu",
+    "pyarrow": "extract",
+    "kornia": "train",
+    "matplotlib": "train",
+    "tensorboard": "train",
+    "fsspec": "remote",
+    "mlflow": "mlflow",
+    "wandb": "wandb",
+}
+
+
+def main() -> None:
+    """Run the command; errors of ours are one sentence on standard error and exit code 1."""
+    warnings.filterwarnings("ignore", module="PIL")  # of odd files that decode all the same
+    try:
+        app()
+    except MixMIMError as error:
+        _fail(str(error))
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        _fail(f"this command needs {error.name}: run pip install 'mixmim-serve[{extra}]'.")
+    except OSError as error:
+        _fail(f"{error.filename or 'input or output'}: {error.strerror or error}.")
+
+
+def bundle_path(path: Path) -> Path:
+    """The folder itself, or a shipped bundle by its name."""
+    shipped = Path(__file__).parent.parent / "bundles" / path
+    return shipped if not path.exists() and shipped.is_dir() else path
+
+
+def progress_console() -> Any:
+    """Standard error, so that results can be piped."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _fail(message: str) -> None:
+    typer.echo(f"mixmim: {message}", err=True)
+    sys.exit(1)

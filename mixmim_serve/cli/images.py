@@ -1,0 +1,141 @@
+"""Commands on images: embed, classify, reconstruct, extract."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mixmim_serve.cli.common import BundleArgument, app, bundle_path, progress_console
+
+if TYPE_CHECKING:
+    from mixmim_serve.engines import Engine
+
+Seed = Annotated[int, typer.Option(min=0, help="Chooses the units that image B covers.")]
+
+
+@app.command()
+def embed(
+    bundle: BundleArgument,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGES", help="Files; a folder counts as its images.")],
+    output: Annotated[Path | None, typer.Option(help="A .npy file: float32, one row an image, in order.")] = None,
+) -> None:
+    """Embed images: JSON lines on standard output, or one .npy file.
+
+    Example: mixmim embed tiny examples/hat.jpg --output hat.npy
+    """
+    import json
+
+    import numpy as np
+
+    from mixmim_serve.engines import open_engine
+    from mixmim_serve.files import atomic_path
+
+    vectors = []
+    engine = open_engine(bundle_path(bundle))
+    for path, vector in _each_image(engine, images, "embedding"):
+        if output is None:
+            line = {"path": str(path), "embedding": vector.tolist(), "fingerprint": engine.bundle.fingerprint}
+            typer.echo(json.dumps(line))
+        else:
+            vectors.append(vector)
+    if output is not None:
+        with atomic_path(output) as temporary, temporary.open("wb") as file:
+            np.save(file, np.stack(vectors))
+
+
+@app.command()
+def classify(
+    bundle: BundleArgument,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGES", help="Files; a folder counts as its images.")],
+    top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 5,
+) -> None:
+    """Classify images, one JSON line each; the bundle needs a head.
+
+    Example: mixmim classify my-bundle examples/hat.jpg --top 3
+    """
+    import dataclasses
+    import json
+
+    from mixmim_serve.engines import open_engine
+    from mixmim_serve.tasks import require_head, top_classes
+
+    engine = open_engine(bundle_path(bundle))
+    require_head(engine.bundle)
+    for path, logits in _each_image(engine, images, "logits"):
+        guesses = [dataclasses.asdict(guess) for guess in top_classes(engine.bundle, logits, top)]
+        typer.echo(json.dumps({"path": str(path), "classes": guesses}))
+
+
+@app.command()
+def reconstruct(
+    bundle: BundleArgument,
+    image_a: Annotated[Path, typer.Argument(metavar="A", help="The image that is partly covered.")],
+    image_b: Annotated[Path, typer.Argument(metavar="B", help="The image that covers it.")],
+    output: Annotated[Path, typer.Option(help="The panel to write.")] = Path("panel.png"),
+    ratio: Annotated[float, typer.Option(help="Share of units that B covers.")] = 0.5,
+    seed: Seed = 0,
+) -> None:
+    """Mix two images, let the network complete both, and draw a panel.
+
+    Example: mixmim reconstruct tiny examples/hat.jpg examples/shoes.jpg --output panel.png
+    """
+    from mixmim_serve.engines import open_engine
+    from mixmim_serve.files import atomic_path
+    from mixmim_serve.panel import draw_panel, png
+    from mixmim_serve.preprocess import preprocess, read_limited
+    from mixmim_serve.tasks import reconstruct_pair
+
+    engine = open_engine(bundle_path(bundle))
+    preprocessing = engine.bundle.description.preprocessing
+    a, b = (preprocess(read_limited(path), preprocessing) for path in (image_a, image_b))
+    panel = draw_panel(reconstruct_pair(engine, a, b, ratio, seed), preprocessing)
+    with atomic_path(output) as temporary:
+        temporary.write_bytes(png(panel))
+    typer.echo(f"wrote {output}")
+
+
+@app.command()
+def extract(
+    bundle: BundleArgument,
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A folder of images, at any depth.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT.parquet", help="The file to write.")],
+) -> None:
+    """Embed a folder into one Parquet file (path, embedding); unreadable images are named and skipped.
+
+    Example: mixmim extract tiny photos features.parquet
+    """
+    from rich.progress import track
+
+    from mixmim_serve.engines import open_engine
+    from mixmim_serve.extract.parquet import write_parquet
+    from mixmim_serve.extract.run import run_files
+    from mixmim_serve.images import list_images
+
+    engine = open_engine(bundle_path(bundle))
+    paths = list_images(source)
+    errors: list[str] = []
+
+    def results() -> Any:
+        for result in track(run_files(engine, paths, ["embedding"]), "extract", len(paths), console=progress_console()):
+            if result.error:
+                errors.append(f"{result.path}: {result.error}")
+            yield result
+
+    rows = write_parquet(results(), engine.bundle, source, target)
+    for error in errors:
+        typer.echo(f"skipped {error}", err=True)
+    typer.echo(f"wrote {rows} embeddings to {target}, skipped {len(errors)}")
+
+
+def _each_image(engine: Engine, images: list[Path], output: str) -> Iterator[tuple[Path, Any]]:
+    """One encoder output of each image, in order; the first that cannot be read ends the command."""
+    from mixmim_serve.extract.run import run_files
+    from mixmim_serve.images import expand
+
+    for result in run_files(engine, expand(images), [output]):
+        if result.error:
+            raise type(result.error)(f"{result.path}: {result.error}")
+        yield result.path, result.outputs[output]

@@ -1,0 +1,246 @@
+"""Commands that need torch: pretrain, finetune, probe, evaluate, check, replay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mixmim_serve.cli.common import app, bundle_path, progress_console
+
+DATA = "a folder at any depth, tar shards, Parquet, or a list of paths; local or by URL"
+Out = Annotated[Path, typer.Option(metavar="RUN", help="The run folder; must be new or empty.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override any field of the recipe.")]
+Epochs = Annotated[int | None, typer.Option(help="Passes over the images; warm-up keeps its share.")]
+BatchSize = Annotated[int | None, typer.Option(help="Images an update, over all processes.")]
+ImageSize = Annotated[int | None, typer.Option(help="Input size in pixels, a multiple of 32.")]
+Workers = Annotated[int | None, typer.Option(help="Processes that decode images.")]
+Track = Annotated[list[str] | None, typer.Option(help="mlflow or wandb, besides TensorBoard.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in RUN.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in RUN.")]
+From = Annotated[Path, typer.Option("--from", metavar="CHECKPOINT", help="A checkpoint, a bundle, or tiny.")]
+Val = Annotated[str, typer.Option(help="Images to judge on; without it DATA/val, where DATA/train and DATA/val are.")]
+
+
+@app.command()
+def pretrain(
+    data: Annotated[str, typer.Argument(metavar="DATA", help=f"Photos, no labels needed: {DATA}.")],
+    out: Out,
+    recipe: Annotated[str, typer.Option(help="tiny-cpu or base-600ep.")] = "tiny-cpu",
+    size: Annotated[str | None, typer.Option(help="tiny, base, base-384, large, large-384 or huge.")] = None,
+    image_size: ImageSize = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    knn: Annotated[str, typer.Option(metavar="DATA", help="Labelled photos (train, val) to judge on by k-NN.")] = "",
+    settings: Set = None,
+    track: Track = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Pretrain a backbone on your own photos.
+
+    Example: mixmim pretrain photos --out runs/tiny
+    """
+    from mixmim_serve.errors import DataError
+    from mixmim_serve.sources import open_source
+    from training.judging import open_labelled
+    from training.pretraining import Pretraining
+    from training.recipes import PRETRAIN
+    from training.recipes import recipe as named_recipe
+    from training.trainer import train
+
+    given = {"size": size, "image_size": image_size, "batch_size": batch_size, "workers": workers}
+    config = _with_options(named_recipe(recipe, PRETRAIN), given, epochs, settings)
+    source = open_source(data)
+    labelled = None
+    if knn:
+        train_part, val_part = open_labelled(knn)
+        if val_part is None:
+            raise DataError(f"{knn} has no folders train and val: k-NN needs images to know and images to ask about.")
+        labelled = train_part, val_part
+    _print_config(config)
+    task = Pretraining(config, source, labelled)
+    final = train(task, source, out, progress_console(), resume=resume, overwrite=overwrite, trackers=track or ())
+    if final is not None:
+        typer.echo(f"wrote {final}; next: mixmim export {final} BUNDLE_DIR")
+
+
+@app.command()
+def finetune(
+    data: Annotated[str, typer.Argument(metavar="DATA", help=f"Photos in a folder for each class: {DATA}.")],
+    start: Annotated[
+        str, typer.Option("--from", metavar="CHECKPOINT", help="A checkpoint, a bundle, tiny, or scratch.")
+    ],
+    out: Out,
+    val: Val = "",
+    recipe: Annotated[str, typer.Option(help="tiny-finetune-cpu or base-finetune-100ep.")] = "tiny-finetune-cpu",
+    image_size: ImageSize = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    settings: Set = None,
+    track: Track = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a classifier from a pretrained backbone; class names are the folders'.
+
+    Example: mixmim finetune clothing10 --from tiny --out runs/clothing
+    """
+    from training.finetuning import Finetuning
+    from training.judging import open_labelled
+    from training.recipes import FINETUNE
+    from training.recipes import recipe as named_recipe
+    from training.start import SCRATCH, read_start
+    from training.trainer import train
+
+    given = {"image_size": image_size, "batch_size": batch_size, "workers": workers}
+    config = _with_options(named_recipe(recipe, FINETUNE), given, epochs, settings)
+    images, judged = open_labelled(data, val)
+    checkpoint = None if start == SCRATCH else read_start(bundle_path(Path(start)))
+    _print_config(config)
+    task = Finetuning(config, images.classes, checkpoint, judged)
+    final = train(
+        task, images.source, out, progress_console(), resume=resume, overwrite=overwrite, trackers=track or ()
+    )
+    if final is not None:
+        typer.echo(f"wrote {final}; next: mixmim evaluate TEST_DATA --from {final} or mixmim export {final} BUNDLE_DIR")
+
+
+@app.command()
+def probe(
+    data: Annotated[str, typer.Argument(metavar="DATA", help=f"Photos in a folder for each class: {DATA}.")],
+    start: From,
+    val: Val = "",
+    save: Annotated[Path | None, typer.Option(help="Write the checkpoint with the linear probe as its head.")] = None,
+    workers: Workers = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the probe's held-out images and order.")] = 0,
+) -> None:
+    """Judge frozen features: k nearest neighbours and a linear probe, as JSON.
+
+    Example: mixmim probe clothing10 --from runs/tiny/final.safetensors
+    """
+    import json
+
+    from rich.progress import Progress
+
+    from mixmim_serve.errors import DataError
+    from training.distributed import join_world
+    from training.judging import open_labelled
+    from training.probe import probe as judge
+    from training.probe import save_with_head, start_model
+    from training.start import read_start
+
+    checkpoint = read_start(bundle_path(start))
+    images, judged = open_labelled(data, val)
+    if judged is None:
+        raise DataError(f"{data} has no folders train and val: give the images to judge on with --val.")
+    with join_world() as world, Progress(console=progress_console()) as bar:
+        task = bar.add_task("embed", total=len(images.source.keys) + len(judged.source.keys))
+        found = judge(
+            start_model(checkpoint), checkpoint.description, images, judged, world,
+            seed=seed, workers=workers or 0, progress=lambda count: bar.advance(task, count),
+        )  # fmt: skip
+    typer.echo(json.dumps(found.to_dict(), indent=2))
+    if found.head.warning:
+        typer.echo(f"note: {found.head.warning}", err=True)
+    if save:
+        save_with_head(save, checkpoint, images.classes, found)
+        typer.echo(f"wrote {save}; next: mixmim export {save} BUNDLE_DIR", err=True)
+
+
+@app.command()
+def evaluate(
+    data: Annotated[str, typer.Argument(metavar="DATA", help=f"Photos in a folder for each class: {DATA}.")],
+    start: From,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where report.json and confusion.png go.")] = Path("report"),
+    workers: Workers = 0,
+) -> None:
+    """Judge a classifier: top-1, top-5, each class, and a picture of what it confuses.
+
+    Example: mixmim evaluate clothing10/test --from runs/clothing/final.safetensors --out report
+    """
+    from rich.progress import Progress
+
+    from mixmim_serve.sources import open_source
+    from training.distributed import join_world
+    from training.evaluate import evaluate as judge
+    from training.evaluate import write_report
+    from training.start import read_start
+
+    checkpoint, source = read_start(bundle_path(start)), open_source(data)
+    with join_world() as world, Progress(console=progress_console()) as bar:
+        task = bar.add_task("classify", total=len(source.keys))
+        judged = judge(checkpoint, source, world, workers or 0, lambda count: bar.advance(task, count))
+    write_report(out, checkpoint, source, judged)
+    found = judged.accuracy
+    typer.echo(
+        f"top-1 {found.top1:.2f} %, top-5 {found.top5:.2f} % of {found.images} images; see {out / 'confusion.png'}"
+    )
+
+
+@app.command()
+def check(
+    data: Annotated[str, typer.Argument(metavar="DATA", help=f"Photos: {DATA}.")],
+    val: Val = "",
+    image_size: Annotated[int, typer.Option(help="Input size of the training to come, in pixels.")] = 224,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything found, in full.")] = False,
+) -> None:
+    """Say what is in a data set before a long run: sizes, classes, unreadable images, doubles, leaks into val.
+
+    Example: mixmim check clothing10
+    """
+    import json
+
+    from rich.progress import Progress
+
+    from mixmim_serve.sources import open_source
+    from training.check import check as look
+    from training.judging import train_and_val
+
+    data, val = train_and_val(data, val)
+    source, other = open_source(data), open_source(val) if val else None
+    with Progress(console=progress_console()) as bar:
+        task = bar.add_task("check", total=None)
+        report = look(
+            source,
+            other,
+            image_size=image_size,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else "\n".join(report.lines()))
+
+
+@app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run that ended with a gradient that is not finite.")],
+) -> None:
+    """Do the step again that ended a run, in bf16 and float32, and say where it stops being finite.
+
+    Example: mixmim replay runs/tiny
+    """
+    from training.replay import replay as replay_run
+
+    for line in replay_run(run):
+        typer.echo(line)
+
+
+def _with_options(config: Any, given: dict[str, Any], epochs: int | None, settings: list[str] | None) -> Any:
+    """The recipe with options, then with settings."""
+    import dataclasses
+
+    from training.settings import apply
+
+    changes = {name: value for name, value in given.items() if value is not None}
+    if epochs is not None:  # keep the recipe's share of warm-up
+        changes |= {"epochs": epochs, "warmup_epochs": config.warmup_epochs * epochs / config.epochs}
+    return apply(dataclasses.replace(config, **changes), settings or ())
+
+
+def _print_config(config: Any) -> None:
+    import dataclasses
+    import json
+
+    progress_console().print_json(json.dumps(dataclasses.asdict(config)), indent=None)

@@ -1,0 +1,56 @@
+"""What a source of images is, and what all kinds share."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+LABEL_NAMES = ("label", "labels", "class", "cls", "class_name", "category")  # of a column or a JSON key, best first
+
+
+class Source(Protocol):
+    """Encoded images by index. It can be pickled, forked and read from threads: files are open only during a call."""
+
+    @property
+    def name(self) -> str:
+        """As the user gave it, for messages."""
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """One an image, unique, in an order that opening again repeats: `cat/1.jpg`, `train-0.tar/1.jpg`."""
+
+    @property
+    def labels(self) -> Sequence[str] | None:
+        """The class name of each image; None unless every image has one."""
+
+    @property
+    def runs(self) -> Sequence[range]:
+        """All indices in order, cut where reading stops being cheap: at the end of a shard or a Parquet row group."""
+
+    def read(self, index: int) -> bytes:
+        """The encoded image.
+
+        Raises:
+            ImageError: this image cannot be had: missing, too large, damaged, or the network failed.
+            DataError: no image of its kind can be had here: a package for its URL is not installed.
+        """
+
+
+def fingerprint(source: Source) -> str:
+    """SHA-256 of the keys: changes when an image is added, removed or renamed (of Parquet: the number of rows)."""
+    digest = hashlib.sha256()
+    for key in source.keys:
+        digest.update(key.encode(errors="surrogateescape") + b"\0")
+    return digest.hexdigest()
+
+
+def complete(labels: Iterable[str | None]) -> tuple[str, ...] | None:
+    """Labels when every image has one, else None; equal ones share one string."""
+    found: list[str] = []
+    for label in labels:
+        if not label:
+            return None
+        found.append(sys.intern(label))
+    return tuple(found)

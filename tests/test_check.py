@@ -1,0 +1,233 @@
+"""What `check` says of a data set: every fault is made here on purpose, counted, and told in one sentence."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+from PIL import Image
+
+from mixmim_serve.errors import DataError, ImageError
+from mixmim_serve.sources import fingerprint, open_source
+from training.check import AHEAD, SHOWN, Report, Side, check
+
+PHOTOS = {path.stem: path.read_bytes() for path in sorted((REPOSITORY / "examples").glob("*.jpg"))}
+HAT, SHOES = PHOTOS["hat"], PHOTOS["shoes"]  # 144 x 144 pixels
+
+
+def encoded(image: Image.Image, kind: str) -> bytes:
+    target = io.BytesIO()
+    image.save(target, kind)
+    return target.getvalue()
+
+
+GREY = Image.open(io.BytesIO(HAT)).convert("L")
+GREYISH = Image.merge("RGB", (GREY, GREY, GREY.point(lambda value: value - 4)))
+TRAIN = {
+    "hats/1.jpg": HAT,
+    "hats/cut.jpg": HAT[:2000],
+    "hats/grey.png": encoded(GREY.resize((300, 400)), "PNG"),
+    "hats/greyish.jpg": encoded(
+        Image.merge("RGB", (GREY, GREY, GREY.point(lambda v: v - 4))).resize((500, 300)), "JPEG"
+    ),
+    "hats/shoes.jpg": PHOTOS["shoes-2"],
+    "shoes/1.jpg": SHOES,
+    "shoes/2.jpg": PHOTOS["shoes-2"],
+    "shoes/3.jpg": PHOTOS["shoes-2"],
+    "skirts/1.jpg": PHOTOS["skirt"],
+    "skirts/2.jpg": PHOTOS["skirt"],
+    "skirts/cut.jpg": HAT[:2000],
+    "skirts/empty.jpg": b"",
+}
+VAL = {
+    "coats/1.jpg": PHOTOS["outwear"],
+    "hats/cut.jpg": HAT[:2000],
+    "shoes/8.jpg": PHOTOS["shoes-2"],
+    "shoes/9.jpg": SHOES,
+}
+UNREADABLE = ["hats/cut.jpg", "skirts/cut.jpg", "skirts/empty.jpg"]
+
+
+def write(root: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return root
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    root = tmp_path_factory.mktemp("data")
+    train, val = write(root / "train", TRAIN), write(root / "val", VAL)
+    return check(open_source(train), open_source(val), image_size=200)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A source of given images or errors, which notes how it is read."""
+
+    images: Sequence[bytes | Exception]
+    labels: Sequence[str] | None = None
+    name: str = "memory"
+    taken: list[int] = field(default_factory=list)
+
+    @property
+    def keys(self) -> Sequence[str]:
+        return tuple(f"{index:04}.jpg" for index in range(len(self.images)))
+
+    @property
+    def runs(self) -> Sequence[range]:
+        return (range(len(self.images)),)
+
+    def read(self, index: int) -> bytes:
+        self.taken.append(index)
+        image = self.images[index]
+        if isinstance(image, Exception):
+            raise image
+        return image
+
+
+def test_the_facts_of_each_part(faulty: Report) -> None:
+    part = faulty.train
+    assert part.images == 12
+    assert part.classes == {"hats": 5, "shoes": 3, "skirts": 4}
+    assert part.formats == {"JPEG": 8, "PNG": 1}
+    assert part.shorter_side == Side(smallest=144, median=144, largest=300, below_image_size=7)
+    assert part.greyscale == pytest.approx(2 / 9)
+    assert part.bytes == sum(len(data) for name, data in TRAIN.items() if name not in UNREADABLE)
+    assert part.fingerprint == fingerprint(open_source(part.name))
+    assert faulty.val is not None
+    assert (faulty.val.images, faulty.val.classes) == (4, {"coats": 1, "hats": 1, "shoes": 2})
+
+
+def test_every_unreadable_image_has_its_reason(faulty: Report) -> None:
+    assert list(faulty.train.unreadable) == UNREADABLE
+    assert faulty.train.unreadable["hats/cut.jpg"] == "the JPEG image is truncated: send the complete file."
+    assert faulty.train.unreadable["skirts/empty.jpg"].startswith("the image is empty")
+
+
+def test_images_of_equal_content_are_found(faulty: Report) -> None:
+    assert faulty.train.duplicates == (
+        ("hats/shoes.jpg", "shoes/2.jpg", "shoes/3.jpg"),
+        ("skirts/1.jpg", "skirts/2.jpg"),
+    )  # and not the two that are cut alike
+    assert faulty.train.conflicts == faulty.train.duplicates[:1]
+    assert faulty.val is not None
+    assert faulty.val.duplicates == ()
+    assert faulty.in_both == (("shoes/8.jpg", "hats/shoes.jpg"), ("shoes/9.jpg", "shoes/1.jpg"))
+
+
+def test_the_warnings_are_sentences(faulty: Report) -> None:
+    assert faulty.warnings == (
+        "3 images of train cannot be read, such as hats/cut.jpg: the JPEG image is truncated: send the complete file.",
+        "3 images too many in train: the same content again, such as shoes/2.jpg (as hats/shoes.jpg).",
+        "3 images of train under several labels, such as hats/shoes.jpg and shoes/2.jpg: keep the right ones.",
+        "1 image of val cannot be read, such as hats/cut.jpg: the JPEG image is truncated: send the complete file.",
+        "2 images of val also in train, such as shoes/8.jpg (in train: hats/shoes.jpg).",
+        "no image in val of class skirts: nothing will tell how well that is learned.",
+        "no image in train of class coats: what is only in val cannot be learned.",
+    )
+
+
+def test_the_report_for_people(faulty: Report) -> None:
+    lines = list(faulty.lines())
+    assert lines[:9] == [
+        f"train: {faulty.train.name}",
+        f"  12 images, {faulty.train.bytes / 1000:.1f} kB, 3 classes of 3 (shoes) to 5 (hats) images",
+        "  formats: JPEG 8, PNG 1",
+        "  shorter side: 144 to 300 pixels, median 144; 7 below 200",
+        "  greyscale: about 22%",
+        "  cannot be read: 3",
+        "    hats/cut.jpg: the JPEG image is truncated: send the complete file.",
+        "    skirts/cut.jpg: the JPEG image is truncated: send the complete file.",
+        f"    skirts/empty.jpg: {faulty.train.unreadable['skirts/empty.jpg']}",
+    ]
+    assert [line for line in lines if line.startswith("warning: ")] == [f"warning: {text}" for text in faulty.warnings]
+
+
+def test_the_report_for_programs(faulty: Report) -> None:
+    report = json.loads(json.dumps(faulty.to_dict()))
+    assert report["image_size"] == 200
+    assert report["train"]["shorter_side"]["below_image_size"] == 7
+    assert report["train"]["unreadable"].keys() == set(UNREADABLE)
+    assert report["in_both"] == [["shoes/8.jpg", "hats/shoes.jpg"], ["shoes/9.jpg", "shoes/1.jpg"]]
+    assert report["warnings"] == list(faulty.warnings)
+
+
+def test_a_good_data_set_has_no_warnings(tmp_path: Path) -> None:
+    report = check(open_source(write(tmp_path, {f"{name}.jpg": data for name, data in PHOTOS.items()})))
+    assert report.warnings == ()
+    assert report.val is None
+    assert report.train.classes is None
+    assert list(report.lines())[1].endswith(" kB, no labels")
+    assert list(report.lines())[-1] == "nothing wrong found"
+
+
+def test_nothing_readable_at_all() -> None:
+    report = check(Memory([b"", ImageError("gone.")] * SHOWN))
+    assert report.train.shorter_side is None
+    assert (report.train.greyscale, report.train.bytes, report.train.formats) == (0, 0, {})
+    assert len(json.loads(json.dumps(report.to_dict()))["train"]["unreadable"]) == 2 * SHOWN
+    lines = list(report.lines())
+    assert sum(line.startswith("    0") for line in lines) == SHOWN
+    assert f"    and {SHOWN} more" in lines
+
+
+@pytest.mark.parametrize(("train", "val"), [(["a", "b"], None), (None, ["a", "b"])])
+def test_labels_on_one_side_only(train: list[str] | None, val: list[str] | None) -> None:
+    report = check(Memory([HAT, SHOES], train), Memory([PHOTOS["skirt"], PHOTOS["pants"]], val))
+    with_labels, without = ("train", "val") if train else ("val", "train")
+    assert report.warnings == (f"{with_labels} has labels and {without} has none: classes cannot be compared.",)
+
+
+def test_many_classes_are_not_all_named() -> None:
+    images = [HAT + bytes([number]) for number in range(SHOWN + 3)]  # bytes behind the end change the content alone
+    report = check(Memory(images, [f"c{number:02}" for number in range(SHOWN + 3)]), Memory([SHOES], ["c00"]))
+    assert report.warnings == (
+        "no image in val of 12 classes (c01, c02, c03, c04, c05, c06, c07, c08, c09, c10 and 2 more): "
+        "nothing will tell how well that is learned.",
+    )
+
+
+def test_progress_counts_every_image_of_both() -> None:
+    seen: list[tuple[int, int]] = []
+    check(Memory([HAT] * 3), Memory([SHOES, b""]), progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(done, 5) for done in range(1, 6)]
+
+
+def test_reading_stays_a_bounded_way_ahead() -> None:
+    source = Memory([b""] * 200)
+    ahead: list[int] = []
+    check(source, threads=2, progress=lambda done, total: ahead.append(len(source.taken) - done))
+    assert max(ahead) <= 2 * AHEAD
+    assert sorted(source.taken) == list(range(200))
+
+
+def test_any_number_of_threads_gives_the_same_report(tmp_path: Path) -> None:
+    source = open_source(write(tmp_path, TRAIN))
+    assert check(source, threads=1) == check(source, threads=7)
+
+
+def test_a_missing_package_ends_the_check() -> None:
+    with pytest.raises(DataError, match="run pip install s3fs"):
+        check(Memory([HAT, DataError("run pip install s3fs.")]))
+
+
+def test_equal_content_is_found_among_many() -> None:
+    rng = np.random.default_rng(0)
+    numbers = rng.integers(0, 40, 60).tolist()
+    small = encoded(Image.new("RGB", (4, 4)), "BMP")
+    images = [small + bytes([number]) for number in numbers]
+    report = check(Memory(images[:30]), Memory(images[30:]))
+    groups = [tuple(f"{i:04}.jpg" for i in range(30) if numbers[i] == n) for n in dict.fromkeys(numbers[:30])]
+    assert report.train.duplicates == tuple(group for group in groups if len(group) > 1)
+    assert report.in_both == tuple(
+        (f"{i:04}.jpg", f"{numbers.index(n):04}.jpg") for i, n in enumerate(numbers[30:]) if n in numbers[:30]
+    )

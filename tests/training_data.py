@@ -1,0 +1,66 @@
+"""Small photos and a small run, for the tests of training."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+
+from mixmim_serve.sources import open_source
+from training.config import PretrainConfig
+from training.pretraining import Pretraining
+from training.trainer import train
+
+# Two epochs of three steps; the peak learning rate is 1e-3.
+SMALL = PretrainConfig(
+    size="tiny",
+    image_size=64,
+    epochs=2,
+    warmup_epochs=0.5,
+    batch_size=8,
+    base_lr=3.2e-2,
+    workers=0,
+    log_every=1,
+    keep_every=1,
+    bf16=False,
+)
+STEPS_PER_EPOCH = 3
+MEASURED = ("rate", "waiting", "memory")  # values of a log line that are not the same in every run
+
+
+def photo(seed: int, width: int = 96, height: int = 80) -> Image.Image:
+    """Soft coloured clouds: smooth, like photos, so that there is something to learn."""
+    cells = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), np.uint8)
+    return Image.fromarray(cells).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished run and what it printed."""
+
+    path: Path
+    final: Path
+    printed: str
+
+    @property
+    def metrics(self) -> list[dict[str, float]]:
+        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def losses(self) -> list[float]:
+        return [line["loss"] for line in self.metrics]
+
+
+def run_pretraining(config: PretrainConfig, images: Path, path: Path, **options: bool) -> Run:
+    """Pretrain; the run must end well."""
+    console = Console(file=io.StringIO(), width=200)
+    source = open_source(images)
+    final = train(Pretraining(config, source), source, path, console, **options)
+    assert final is not None
+    assert isinstance(console.file, io.StringIO)
+    return Run(path, final, console.file.getvalue())

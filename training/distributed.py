@@ -1,0 +1,141 @@
+"""One process or many (`torchrun`), on one machine or several: DDP, or FSDP2 where a model outgrows a device."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from mixmim_serve.model.encoder import Block
+from training.config import RunConfig
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+@dataclass(frozen=True)
+class World:
+    """Which of the processes this is, and its device."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over the processes, in each of them."""
+        if self.size > 1:
+            dist.all_reduce(values)
+            values /= self.size
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process; all must ask."""
+        if self.size == 1:
+            return flag
+        tensor = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return bool(tensor)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def join_world() -> Iterator[World]:
+    """The processes that torchrun started, or this one alone."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if "WORLD_SIZE" not in os.environ:
+        yield World(0, 1, device)
+        return
+    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), device)
+    finally:
+        dist.destroy_process_group()
+
+
+def wrap(objective: nn.Module, world: World, config: RunConfig) -> nn.Module:
+    """The module to call: the objective itself, in DDP, or with its `model` in FSDP2. Parameters keep their names."""
+    if config.checkpoint_activations:
+        for block in _blocks(objective):
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+    if config.shard and world.size > 1:
+        model = objective.get_submodule("model")
+        for block in _blocks(model):
+            fully_shard(block)
+        fully_shard(model)
+        for method in ("pretrain", "reconstruct"):
+            if hasattr(model, method):
+                register_fsdp_forward_method(model, method)
+        return objective
+    if world.size > 1:
+        ids = [world.device] if world.device.type == "cuda" else None
+        return DistributedDataParallel(objective, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return objective
+
+
+@contextlib.contextmanager
+def synchronized(module: nn.Module, last: bool) -> Iterator[None]:
+    """Exchange gradients in the last accumulated part only."""
+    if isinstance(module, DistributedDataParallel) and not last:
+        with module.no_sync():
+            yield
+        return
+    for each in module.children():
+        if isinstance(each, FSDPModule):
+            each.set_requires_gradient_sync(last)
+    yield
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights under the model's own names, gathered where they are sharded (all processes must ask)."""
+    weights: dict[str, Any] = get_model_state_dict(model, options=WHOLE) if _sharded(model) else model.state_dict()
+    return weights
+
+
+def whole_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimiser's state, gathered where it is sharded."""
+    if not _sharded(model):
+        return optimizer.state_dict()
+    return dict(get_optimizer_state_dict(model, optimizer, options=WHOLE))
+
+
+def load_whole_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """The inverse of `whole_optimizer`."""
+    if _sharded(model):
+        set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
+    else:
+        optimizer.load_state_dict(state)
+
+
+def _sharded(model: nn.Module) -> bool:
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def _blocks(module: nn.Module) -> list[Block]:
+    return [each for each in module.modules() if isinstance(each, Block)]

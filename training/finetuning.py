@@ -1,0 +1,138 @@
+"""Fine-tuning as a task of the trainer: a classifier from a pretrained encoder, or from scratch to compare with it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from mixmim_serve.config import Architecture, Preprocessing, architecture, size_name
+from mixmim_serve.description import Description
+from mixmim_serve.errors import ConfigError
+from mixmim_serve.model import Encoder
+from mixmim_serve.model.encoder import Block
+from mixmim_serve.model.released import resize_weights
+from training.augment import flip
+from training.config import FinetuneConfig
+from training.data import Batch
+from training.device_augment import DeviceAugment
+from training.distributed import World
+from training.judging import Labelled, judge_classifier
+from training.optim import parameter_groups
+from training.start import SCRATCH, Start
+from training.task import Objective
+
+
+class FinetuneObjective(Objective):
+    """Cross-entropy with soft targets."""
+
+    def __init__(self, model: Encoder) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels_BCHW: Tensor, targets_BC: Tensor) -> Tensor:
+        """Scalar; in float32 whatever the autocast."""
+        logits_BC = self.model(pixels_BCHW).logits_BC
+        return F.cross_entropy(logits_BC.float(), targets_BC)
+
+
+class Finetuning:
+    """The task. Class names are kept in the checkpoint, so it can be exported and served at once.
+
+    Raises:
+        ConfigError: when `start` is not of the size asked for, or there is neither.
+    """
+
+    name = "finetune"
+
+    def __init__(
+        self, config: FinetuneConfig, classes: tuple[str, ...], start: Start | None, val: Labelled | None
+    ) -> None:
+        self.config, self.classes, self.val = config, classes, val
+        self.start = start.identity if start else SCRATCH
+        torch.manual_seed(config.seed)
+        self.arch = classifier(config, len(classes), start)
+        self.objective: Objective = FinetuneObjective(build_classifier(self.arch, config, start))
+        self.preprocessing = Preprocessing.evaluation(self.arch.image_size)
+        if start:
+            described = start.description.preprocessing
+            self.preprocessing = dataclasses.replace(self.preprocessing, mean=described.mean, std=described.std)
+        self.to(torch.device("cpu"))
+
+    def to(self, device: torch.device) -> None:
+        """As in `Task`."""
+        self.device = device
+        self.objective.to(device)
+        self.augment = DeviceAugment(
+            self.config.augment, self.preprocessing.mean, self.preprocessing.std, len(self.classes), device
+        )
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """With layer decay."""
+        config = self.config
+        return parameter_groups(
+            self.objective.model, config.weight_decay, config.layer_decay, config.layer_decay_rule, self.arch.depths
+        )
+
+    def inputs(self, batch: Batch, mask_seed: int, seed: int) -> tuple[Tensor, ...]:
+        """Augmented pixels and soft targets."""
+        pixels_BHWC = batch.pixels_BHWC.to(self.device, non_blocking=True)
+        flipped_B = batch.flipped_B.to(self.device, non_blocking=True)
+        labels_B = batch.labels_B.to(self.device, non_blocking=True)
+        return self.augment(flip(pixels_BHWC, flipped_B), labels_B, seed)
+
+    def describe(self, provenance: Mapping[str, Any]) -> Description:
+        """As in `Task`, with the class names."""
+        return Description(self.arch, self.preprocessing, self.classes, provenance)
+
+    def judge(self, epochs: int, world: World) -> dict[str, float]:
+        """Top-1 and top-5 on the validation images."""
+        if self.val is None or (epochs % self.config.evaluate_every and epochs != self.config.epochs):
+            return {}
+        judged = judge_classifier(self.objective.model, self.preprocessing, self.val, world)
+        return {"val_top1": judged.accuracy.top1, "val_top5": judged.accuracy.top5}
+
+    def pictures(self, epochs: int) -> dict[str, Image.Image]:
+        """None: the confusion matrix comes from `mixmim evaluate`."""
+        return {}
+
+
+def classifier(config: FinetuneConfig, classes: int, start: Start | None) -> Architecture:
+    """The start's encoder, or an untrained one of a named size, with a head and at the run's input size.
+
+    Raises:
+        ConfigError: without either, or when the start is not of the size asked for.
+    """
+    if start is None and not config.size:
+        raise ConfigError("an untrained network needs a size: add --set size=tiny, or another one.")
+    arch = start.description.arch if start else architecture(config.size)
+    if start and config.size and size_name(arch) != config.size:
+        raise ConfigError(
+            f"{start.path} is of size {size_name(arch)}, not {config.size}: leave size out to take its own."
+        )
+    if config.image_size and config.image_size != arch.image_size:
+        arch = arch.at(config.image_size)
+    return dataclasses.replace(arch, decoder=None, num_classes=classes)
+
+
+def build_classifier(arch: Architecture, config: FinetuneConfig, start: Start | None) -> Encoder:
+    """Pretrained encoder (carried to another input size if need be), new head, dropped paths."""
+    model = Encoder(arch)
+    if start:
+        encoder = dataclasses.replace(arch, num_classes=0)
+        model.load_state_dict(resize_weights(start.weights, start.description.arch, encoder), strict=False)
+    nn.init.trunc_normal_(model.head.weight, std=config.head_std)
+    set_drop_path(model, config.drop_path)
+    return model
+
+
+def set_drop_path(model: Encoder, rate: float) -> None:
+    """From 0 in the first block linearly to `rate` in the last."""
+    blocks = [module for module in model.layers.modules() if isinstance(module, Block)]
+    for number, block in enumerate(blocks):
+        block.drop_path = rate * number / max(1, len(blocks) - 1)

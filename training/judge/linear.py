@@ -1,0 +1,182 @@
+"""A linear probe: one linear layer on frozen embeddings, its learning rate chosen on held-out train images.
+
+From MAE (arXiv 2111.06377, appendix A.1): channels standardised as by a BatchNorm without scale and shift, no weight
+decay. From DINOv2 (official eval/linear.py): SGD with momentum 0.9, a cosine schedule, and a head for each of many
+learning rates, all trained at the same time. Ours: statistics of the whole train set instead of a batch's, heads that
+start at zero (the problem is convex), no augmentation, no warm-up, and a rate that is chosen without the reported
+images, where DINOv2 by default chooses on them.
+
+Shape suffixes:
+    N train images   M images   D channels of an embedding   C classes   H heads, one a learning rate   B batch
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixmim_serve.errors import ConfigError, DataError
+from training.judge.confusion import accuracy_of_ranks, check_labels, rank_of_truth
+
+MOMENTUM = 0.9
+LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
+ROWS = 1024  # images scored at a time
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """How a probe is trained; the number of epochs is MAE's."""
+
+    epochs: int = 90
+    batch_size: int = 256
+    lrs: tuple[float, ...] = LEARNING_RATES  # ascending; for a batch of 256, scaled linearly with the batch
+    heldout: float = 0.1  # share of each class's train images that chooses among the rates
+    seed: int = 0  # of the held-out images and of the order of the others
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_size < 1:
+            raise ConfigError(f"epochs and batch_size must be at least 1, got {self.epochs} and {self.batch_size}.")
+        if not self.lrs or self.lrs[0] <= 0 or list(self.lrs) != sorted(set(self.lrs)):
+            raise ConfigError(f"lrs must be positive and ascending, got {self.lrs}.")
+        if not 0 < self.heldout < 1:
+            raise ConfigError(f"heldout is a share between 0 and 1, got {self.heldout}.")
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """An ordinary linear layer on raw embeddings, and how its learning rate was found."""
+
+    weight_CD: Tensor
+    bias_C: Tensor
+    lr: float
+    sweep: tuple[tuple[float, float], ...]  # (rate, top-1 in percent on the held-out images)
+
+    def scores(self, features_MD: Tensor) -> Tensor:
+        """Raw embeddings (M, D) to logits (M, C)."""
+        return F.linear(features_MD.float(), self.weight_CD, self.bias_C)
+
+    @property
+    def warning(self) -> str | None:
+        """What to do when the best rate stands at an end of the sweep, so that a better one may lie beyond."""
+        if len(self.sweep) == 1 or self.lr not in (self.sweep[0][0], self.sweep[-1][0]):
+            return None
+        end, side = ("lowest", "lower") if self.lr == self.sweep[0][0] else ("highest", "higher")
+        return f"the best learning rate, {self.lr:g}, is the {end} one tried: add {side} ones."
+
+
+@dataclass(frozen=True)
+class Heads:
+    """A bank of linear layers on raw embeddings."""
+
+    weight_HCD: Tensor
+    bias_HC: Tensor
+
+    def scores(self, features_MD: Tensor) -> Tensor:
+        """Raw embeddings (M, D) to logits (M, H, C)."""
+        logits = F.linear(features_MD.float(), self.weight_HCD.flatten(0, 1), self.bias_HC.flatten())
+        return logits.view(-1, *self.bias_HC.shape)
+
+
+def linear_probe(
+    train_ND: Tensor, train_labels_N: Tensor, classes: int, config: ProbeConfig | None = None
+) -> LinearProbe:
+    """Train a probe on raw embeddings and int64 labels that count from 0.
+
+    A seeded share of each class's images is held out. One head for each rate is trained on the others; the rate whose
+    head is best on the held-out ones is then used once more, on all train images. The images to report on are not
+    needed here, so they cannot choose. Equal inputs give, on a CPU, equal bits.
+
+    Raises:
+        DataError: without images, for labels that do not fit, for embeddings that are not finite, or when no class has
+            two images, so that none can be held out.
+    """
+    config = config or ProbeConfig()
+    check_labels(train_labels_N, len(train_ND), classes)
+    kept, heldout = split_by_class(train_labels_N, config)
+    heads = train_heads(train_ND[kept], train_labels_N[kept], classes, config.lrs, config)
+    top1 = top1_of_heads(heads, train_ND[heldout], train_labels_N[heldout])
+    lr = config.lrs[choose(top1)]
+    final = train_heads(train_ND, train_labels_N, classes, (lr,), config)
+    return LinearProbe(final.weight_HCD[0], final.bias_HC[0], lr, tuple(zip(config.lrs, top1, strict=True)))
+
+
+def split_by_class(labels_N: Tensor, config: ProbeConfig) -> tuple[Tensor, Tensor]:
+    """Rows to train on and rows to hold out: of each class the share, rounded, but one at least and never all.
+
+    Raises:
+        DataError: when no class has two images.
+    """
+    shuffled = torch.randperm(len(labels_N), generator=torch.Generator().manual_seed(config.seed))
+    labels = labels_N.cpu()[shuffled]
+    rows_by_class = torch.split(shuffled[labels.argsort(stable=True)], labels.bincount().tolist())
+    counts = [min(max(1, round(len(rows) * config.heldout)), max(0, len(rows) - 1)) for rows in rows_by_class]
+    if not any(counts):
+        raise DataError("no class has two train images, so none can be held out to choose the learning rate.")
+    heldout = [rows[:count] for rows, count in zip(rows_by_class, counts, strict=True)]
+    kept = [rows[count:] for rows, count in zip(rows_by_class, counts, strict=True)]
+    return torch.cat(kept).to(labels_N.device), torch.cat(heldout).to(labels_N.device)
+
+
+def train_heads(
+    features_ND: Tensor, labels_N: Tensor, classes: int, lrs: tuple[float, ...], config: ProbeConfig
+) -> Heads:
+    """One head for each rate, all on the same batches: a step is two matrix products, however many rates there are."""
+    mean_D, scale_D = standardisation(features_ND)
+    scale = min(config.batch_size, len(features_ND)) / 256
+    rate_H11 = torch.tensor(lrs, device=features_ND.device).view(-1, 1, 1) * scale
+    weight_HCD = features_ND.new_zeros(len(lrs), classes, len(mean_D) + 1, dtype=torch.float32)  # last: the bias
+    velocity_HCD = torch.zeros_like(weight_HCD)
+    batches = math.ceil(len(features_ND) / config.batch_size)
+    generator = torch.Generator().manual_seed(config.seed)
+    for epoch in range(config.epochs):
+        order = torch.randperm(len(features_ND), generator=generator).to(features_ND.device)
+        for index, rows in enumerate(order.tensor_split(batches)):  # of nearly equal size: no noisy remainder
+            x_BD = F.pad((features_ND[rows].float() - mean_D) * scale_D, (0, 1), value=1.0)
+            velocity_HCD.mul_(MOMENTUM).add_(gradient(weight_HCD, x_BD, labels_N[rows]))
+            cosine = 0.5 * (1 + math.cos(math.pi * (epoch + index / batches) / config.epochs))
+            weight_HCD.sub_(velocity_HCD * (rate_H11 * cosine))
+    return fold(weight_HCD, mean_D, scale_D)
+
+
+def gradient(weight_HCD: Tensor, x_BD: Tensor, labels_B: Tensor) -> Tensor:
+    """Each head's gradient of its mean cross-entropy, by hand: softmax minus the truth, times the input."""
+    error_BHC = (x_BD @ weight_HCD.flatten(0, 1).T).view(len(x_BD), *weight_HCD.shape[:2]).softmax(dim=-1)
+    error_BHC[torch.arange(len(x_BD), device=x_BD.device), :, labels_B] -= 1
+    return (error_BHC.flatten(1).T @ x_BD).view_as(weight_HCD) / len(x_BD)
+
+
+def standardisation(features_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of each channel, and one over its deviation; 0 for a channel that does not vary, which thus gets no weight.
+
+    Raises:
+        DataError: for embeddings that are not finite.
+    """
+    std_D, mean_D = torch.std_mean(features_ND.float(), dim=0, correction=0)
+    if not std_D.isfinite().all():
+        raise DataError("some embeddings are not finite: compute them in float32.")
+    varies_D = std_D > 1e-6 * mean_D.abs()  # below, it is float32's rounding
+    return mean_D, torch.where(varies_D, 1 / std_D, 0.0)
+
+
+def fold(weight_HCD: Tensor, mean_D: Tensor, scale_D: Tensor) -> Heads:
+    """Heads on standardised embeddings (last column: bias) as heads on raw ones; float64, as large terms cancel."""
+    raw_HCD = weight_HCD[..., :-1].double() * scale_D.double()
+    bias_HC = weight_HCD[..., -1].double() - raw_HCD @ mean_D.double()
+    return Heads(raw_HCD.float(), bias_HC.float())
+
+
+def top1_of_heads(heads: Heads, features_MD: Tensor, labels_M: Tensor) -> tuple[float, ...]:
+    """Percent of the images that each head names."""
+    blocks = zip(torch.split(features_MD, ROWS), torch.split(labels_M, ROWS), strict=True)
+    ranks_MH = torch.cat([rank_of_truth(heads.scores(features), labels[:, None]) for features, labels in blocks])
+    return tuple(accuracy_of_ranks(ranks_M).top1 for ranks_M in ranks_MH.unbind(1))
+
+
+def choose(top1: tuple[float, ...]) -> int:
+    """Position of the best; of equal ones the nearest to the middle, where worse ones stand on both sides."""
+    best = [index for index, value in enumerate(top1) if value == max(top1)]
+    return min(best, key=lambda index: abs(2 * index - (len(top1) - 1)))

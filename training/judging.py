@@ -1,0 +1,118 @@
+"""Networks judged on labelled images: k nearest neighbours, a linear probe, a classifier's accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mixmim_serve.config import Preprocessing
+from mixmim_serve.errors import DataError
+from mixmim_serve.model import Encoder
+from mixmim_serve.sources import Source, open_source
+from training.distributed import World
+from training.features import Outputs, Progress, run_network
+from training.judge.confusion import Accuracy, Counts, accuracy, confusion_matrix
+from training.judge.knn import knn_accuracy
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Images whose classes are numbered in the order of `classes`."""
+
+    source: Source
+    classes: tuple[str, ...]
+    labels_N: Tensor  # int64
+
+    @classmethod
+    def of(cls, source: Source, classes: Sequence[str] = ()) -> Labelled:
+        """Number the source's classes: in alphabetical order, or as in `classes`.
+
+        Raises:
+            DataError: when the source has no labels, or one that is not in `classes`.
+        """
+        if source.labels is None:
+            raise DataError(
+                f"{source.name} has no labels: put the images of each class into a folder with the class's name."
+            )
+        names = tuple(classes) or tuple(sorted(set(source.labels)))
+        number = {name: position for position, name in enumerate(names)}
+        if unknown := sorted(set(source.labels) - number.keys()):
+            raise DataError(
+                f"{source.name} has images of {_listed(unknown)}, not among the {len(names)} classes to learn."
+            )
+        return cls(source, names, torch.tensor([number[label] for label in source.labels]))
+
+    def labels_of(self, outputs: Outputs) -> Tensor:
+        """Labels of the images that could be read."""
+        return self.labels_N[outputs.indices_N]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A classifier's answers to labelled images."""
+
+    accuracy: Accuracy
+    matrix: Counts  # (C, C) images, a row a true class
+    unreadable: tuple[str, ...]
+
+
+def open_labelled(data: str, val: str = "") -> tuple[Labelled, Labelled | None]:
+    """Train and validation images (`train_and_val`), the latter None where there are none.
+
+    Raises:
+        DataError: without labels, or when a class of one is missing from the other.
+    """
+    data, val = train_and_val(data, val)
+    train = Labelled.of(open_source(data))
+    if len(train.classes) < 2:
+        raise DataError(f"{data} has one class only ({train.classes[0]}): at least two are needed.")
+    if not val:
+        return train, None
+    judged = Labelled.of(open_source(val), train.classes)
+    if missing := sorted(set(train.classes) - set(judged.source.labels or ())):
+        raise DataError(f"{val} has no image of {_listed(missing)} of {data}: add some, or give another --val.")
+    return train, judged
+
+
+def train_and_val(data: str, val: str = "") -> tuple[str, str]:
+    """DATA/train and DATA/val where these folders are and `val` is not given, else both as they are."""
+    folder = Path(data)
+    if val or not (folder / "train").is_dir():
+        return data, val
+    part = next((name for name in ("val", "validation", "test") if (folder / name).is_dir()), "")
+    return str(folder / "train"), str(folder / part) if part else ""
+
+
+def judge_by_neighbours(
+    model: Encoder, preprocessing: Preprocessing, train: Labelled, val: Labelled, world: World, workers: int = 0
+) -> dict[str, float]:
+    """Top-1 of the 20 nearest neighbours, in percent, for the log of a pretraining run."""
+    known, asked = (run_network(model, part.source, preprocessing, world, workers=workers) for part in (train, val))
+    found = knn_accuracy(
+        known.values_NX, train.labels_of(known), asked.values_NX, val.labels_of(asked), len(train.classes), ks=(20,)
+    )
+    return {"knn20_top1": found[20].top1}
+
+
+def judge_classifier(
+    model: Encoder,
+    preprocessing: Preprocessing,
+    images: Labelled,
+    world: World,
+    workers: int = 0,
+    progress: Progress = lambda _: None,
+) -> Judged:
+    """Accuracy and confusion matrix."""
+    outputs = run_network(model, images.source, preprocessing, world, logits=True, workers=workers, progress=progress)
+    labels_M = images.labels_of(outputs)
+    matrix = confusion_matrix(labels_M, outputs.values_NX.argmax(dim=1), len(images.classes))
+    return Judged(accuracy(outputs.values_NX, labels_M), matrix, outputs.unreadable)
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return f"class {shown}" if len(names) == 1 else f"classes {shown}"

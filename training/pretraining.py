@@ -1,0 +1,137 @@
+"""Pretraining as a task of the trainer: the loss of MixMIM, pictures of what it reconstructs, k-NN on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mixmim_serve.config import Preprocessing
+from mixmim_serve.description import Description
+from mixmim_serve.errors import ImageError
+from mixmim_serve.model import MixMIM
+from mixmim_serve.model.mixmim import random_units
+from mixmim_serve.panel import draw_panel
+from mixmim_serve.preprocess import preprocess
+from mixmim_serve.sources import Source
+from training.augment import Normalize, flip
+from training.config import PretrainConfig
+from training.data import Batch
+from training.distributed import World
+from training.judging import Labelled, judge_by_neighbours
+from training.optim import parameter_groups
+from training.start import SCRATCH
+from training.task import Objective
+
+PAIRS = 4  # of images in a picture of reconstructions
+
+
+class PretrainObjective(Objective):
+    """The reconstruction loss."""
+
+    def __init__(self, model: MixMIM) -> None:
+        super().__init__()
+        self.model: MixMIM = model
+
+    def forward(self, pixels_BCHW: Tensor, from_partner_MU: Tensor) -> Tensor:
+        """Scalar."""
+        return self.model.pretrain(pixels_BCHW, from_partner_MU).loss
+
+
+class Pretraining:
+    """The task; `model` may be another variant of MixMIM (benchmarks/ablation.py)."""
+
+    name = "pretrain"
+    classes: tuple[str, ...] = ()
+    start = SCRATCH
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        samples: Source | None,
+        labelled: tuple[Labelled, Labelled] | None = None,
+        model: type[MixMIM] = MixMIM,
+    ) -> None:
+        self.config, self.samples, self.labelled = config, samples, labelled
+        torch.manual_seed(config.seed)
+        self.model = model(config.arch)  # the network that learns
+        self.objective: Objective = PretrainObjective(self.model)
+        self.preprocessing = Preprocessing.evaluation(config.arch.image_size)
+        self.to(torch.device("cpu"))
+
+    def to(self, device: torch.device) -> None:
+        """As in `Task`."""
+        self.device = device
+        self.objective.to(device)
+        self.normalize = Normalize(self.preprocessing, device)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """As in `Task`."""
+        return parameter_groups(self.model, self.config.weight_decay)
+
+    def inputs(self, batch: Batch, mask_seed: int, seed: int) -> tuple[Tensor, ...]:
+        """Normalised pixels, and one mask for the whole step (the official code draws one a process, too)."""
+        pixels_BHWC = batch.pixels_BHWC.to(self.device, non_blocking=True)
+        flipped_B = batch.flipped_B.to(self.device, non_blocking=True)
+        generator = torch.Generator().manual_seed(mask_seed)
+        mask = random_units(self.config.arch.units, self.config.mask_ratio, generator)
+        return self.normalize(flip(pixels_BHWC, flipped_B)), mask.to(self.device, non_blocking=True)
+
+    def describe(self, provenance: Mapping[str, Any]) -> Description:
+        """As in `Task`."""
+        return Description(self.config.arch, self.preprocessing, provenance=provenance)
+
+    def judge(self, epochs: int, world: World) -> dict[str, float]:
+        """k-NN accuracy on the labelled set, where one was given."""
+        if self.labelled is None or not self.due(epochs, self.config.knn_every):
+            return {}
+        return judge_by_neighbours(self.model, self.preprocessing, *self.labelled, world)
+
+    def pictures(self, epochs: int) -> dict[str, Image.Image]:
+        """The first images, mixed in pairs and reconstructed, one row a pair."""
+        if self.samples is None or not self.due(epochs, self.config.sample_every):
+            return {}
+        pixels = sample_pixels(self.samples, self.preprocessing)
+        if len(pixels) < 2:
+            return {}
+        a, b = (torch.from_numpy(np.stack(half)).to(self.device) for half in (pixels[::2], pixels[1::2]))
+        mask = random_units(self.config.arch.units, self.config.mask_ratio, torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            found = self.model.reconstruct(a, b, mask.to(self.device))
+        arrays = {
+            "image_a": a,
+            "image_b": b,
+            "mixed": found.mixed,
+            "reconstruction_a": found.image_a,
+            "reconstruction_b": found.image_b,
+        }
+        rows = [
+            draw_panel({name: values[row].float().cpu().numpy() for name, values in arrays.items()}, self.preprocessing)
+            for row in range(len(a))
+        ]
+        picture = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
+        for number, row in enumerate(rows):
+            picture.paste(row, (0, number * row.height))
+        return {"reconstructions": picture}
+
+    def due(self, epochs: int, every: int) -> bool:
+        """Every so many epochs, and after the last."""
+        return epochs % every == 0 or epochs == self.config.epochs
+
+
+def sample_pixels(source: Source, preprocessing: Preprocessing) -> list[np.ndarray]:
+    """An even number of images that can be read, spread over the source, as the network takes them."""
+    found: list[np.ndarray] = []
+    count = len(source.keys)
+    for index in range(0, count, max(1, count // (4 * PAIRS))):
+        try:
+            found.append(preprocess(source.read(index), preprocessing))
+        except ImageError:
+            continue
+        if len(found) == 2 * PAIRS:
+            break
+    return found[: len(found) // 2 * 2]

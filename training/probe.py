@@ -1,0 +1,95 @@
+"""Frozen features judged: k nearest neighbours and a linear probe, which may become a checkpoint's head."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mixmim_serve.config import Preprocessing, architecture
+from mixmim_serve.description import Description
+from mixmim_serve.model import Encoder, build_model
+from mixmim_serve.model.checkpoint import check_weights, save_checkpoint
+from mixmim_serve.version import __version__
+from training.distributed import World
+from training.features import Progress, run_network
+from training.judge.confusion import Accuracy, accuracy
+from training.judge.knn import NEIGHBOURS, knn_accuracy
+from training.judge.linear import LinearProbe, ProbeConfig, linear_probe
+from training.judging import Labelled
+from training.start import Start
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What frozen features are worth on one labelled set."""
+
+    neighbours: dict[int, Accuracy]  # by k
+    linear: Accuracy
+    head: LinearProbe
+    unreadable: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, accuracies in percent."""
+        return {
+            "knn": {f"k={k}": dataclasses.asdict(found) for k, found in self.neighbours.items()},
+            "linear": dataclasses.asdict(self.linear)
+            | {"lr": self.head.lr, "sweep": [list(pair) for pair in self.head.sweep]},
+            "unreadable": list(self.unreadable),
+        }
+
+
+def probe(
+    model: Encoder,
+    description: Description,
+    train: Labelled,
+    val: Labelled,
+    world: World,
+    *,
+    seed: int = 0,
+    workers: int = 0,
+    progress: Progress = lambda _: None,
+) -> Probe:
+    """Embed both parts once, then judge. `val` never takes part in choosing the probe's learning rate."""
+    model = model.to(world.device).eval()
+    known, asked = (
+        run_network(model, part.source, description.preprocessing, world, workers=workers, progress=progress)
+        for part in (train, val)
+    )
+    labels_N, labels_M, classes = train.labels_of(known), val.labels_of(asked), len(train.classes)
+    neighbours = knn_accuracy(known.values_NX, labels_N, asked.values_NX, labels_M, classes, ks=NEIGHBOURS)
+    head = linear_probe(known.values_NX, labels_N, classes, ProbeConfig(seed=seed))
+    linear = accuracy(head.scores(asked.values_NX), labels_M)
+    return Probe(neighbours, linear, head, known.unreadable + asked.unreadable)
+
+
+def start_model(start: Start) -> Encoder:
+    """The checkpoint's network, with its weights.
+
+    Raises:
+        CheckpointError: when they do not fit.
+    """
+    model = build_model(start.description.arch)
+    check_weights(start.path, {name: tuple(weight.shape) for name, weight in start.weights.items()}, model)
+    model.load_state_dict(start.weights)
+    return model
+
+
+def untrained(size: str, seed: int) -> tuple[Encoder, Description]:
+    """A named network with fresh weights, to compare with."""
+    torch.manual_seed(seed)
+    arch = architecture(size, with_decoder=False)
+    return Encoder(arch), Description(arch, Preprocessing.evaluation(arch.image_size))
+
+
+def save_with_head(path: Path, start: Start, classes: tuple[str, ...], found: Probe) -> None:
+    """The checkpoint with the probe as its head: encoder and decoder stay as they are, so all tasks work."""
+    arch = dataclasses.replace(start.description.arch, num_classes=len(classes))
+    weights = {name: weight for name, weight in start.weights.items() if not name.startswith("head.")}
+    weights |= {"head.weight": found.head.weight_CD, "head.bias": found.head.bias_C}
+    head = {"made_by": f"mixmim-serve {__version__}, linear probe", "lr": found.head.lr, "top1": found.linear.top1}
+    provenance = dict(start.description.provenance) | {"head": head}
+    save_checkpoint(path, weights, Description(arch, start.description.preprocessing, classes, provenance))

@@ -1,0 +1,89 @@
+"""Doing a saved step again that gave a gradient that is not finite (nonfinite.py)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mixmim_serve.errors import DataError
+from training.augment import step_seed
+from training.config import FinetuneConfig, PretrainConfig
+from training.data import Batch
+from training.finetuning import Finetuning
+from training.pretraining import Pretraining
+from training.settings import from_dict
+from training.start import Start, read_start
+from training.task import Objective, Task
+
+
+def replay(run: Path, rank: int = 0) -> list[str]:
+    """Do the saved step again in bf16 and in float32; a line for each part on where it stops being finite.
+
+    Raises:
+        DataError: when the run saved no such step.
+    """
+    folder = run / "nonfinite"
+    if not (folder / "report.json").is_file():
+        raise DataError(f"{folder} holds no saved step: only a run that met a gradient that is not finite has one.")
+    report = json.loads((folder / "report.json").read_text())
+    tensors = load_file(folder / f"batch-rank{rank}.safetensors")
+    task = rebuild(run, read_start(folder / "weights.safetensors"))
+    lines = [f"step {report['step'] + 1}, {len(report['images'])} images, seed {report['seed']}"]
+    for bf16 in (True, False):
+        for part in range(report["parts"]):
+            batch = Batch(**{name: tensors[f"{part}.{name}"] for name in Batch._fields[:-1]}, unreadable=())
+            seeds = [step_seed(report["seed"], report["step"], rank, *more) for more in ((), (part,))]
+            found = first_nonfinite(task.objective, task.inputs(batch, *seeds), seeds[1], bf16)
+            lines.append(f"{'bf16' if bf16 else 'float32'}, part {part + 1}: {found}")
+    return lines
+
+
+def rebuild(run: Path, saved: Start) -> Task:
+    """The run's task on the CPU, with the saved weights."""
+    about = json.loads((run / "config.json").read_text())
+    task: Task
+    if about["task"] == Pretraining.name:
+        task = Pretraining(from_dict(PretrainConfig, about["config"]), None)
+    else:
+        config = dataclasses.replace(from_dict(FinetuneConfig, about["config"]), size="")
+        task = Finetuning(config, saved.description.labels, saved, None)
+    task.objective.train().model.load_state_dict(saved.weights)
+    return task
+
+
+def first_nonfinite(objective: Objective, inputs: tuple[Tensor, ...], seed: int, bf16: bool) -> str:
+    """In words: the first weight, module output or gradient that is not finite, and the loss."""
+    bad = [name for name, weight in objective.model.named_parameters() if not weight.isfinite().all()]
+    if bad:
+        return f"the weights of {bad[0]} are not finite before the step"
+    outputs: list[str] = []
+    hooks = [module.register_forward_hook(_watch(name, outputs)) for name, module in objective.named_modules()]
+    torch.manual_seed(seed)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss = objective(*inputs)
+    for hook in hooks:
+        hook.remove()
+    objective.zero_grad(set_to_none=True)
+    loss.backward()
+    gradients = [
+        name
+        for name, weight in objective.named_parameters()
+        if weight.grad is not None and not weight.grad.isfinite().all()
+    ]
+    where = f"first in the output of {outputs[0]}" if outputs else "all outputs are finite"
+    return f"loss {loss.item():.6g}, {where}, {len(gradients)} gradients not finite"
+
+
+def _watch(name: str, outputs: list[str]) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(_: nn.Module, __: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and not output.isfinite().all():
+            outputs.append(name or "the loss")
+
+    return hook

@@ -1,0 +1,40 @@
+"""The weights that a run starts from: untrained, a checkpoint, or a bundle's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from mixmim_serve.bundle import WEIGHTS
+from mixmim_serve.description import Description
+from mixmim_serve.files import sha256
+from mixmim_serve.model.checkpoint import read_checkpoint
+
+SCRATCH = "scratch"  # instead of a checkpoint: an untrained network
+
+
+@dataclass(frozen=True)
+class Start:
+    """A checkpoint to start from."""
+
+    path: Path
+    description: Description
+    weights: dict[str, Tensor]
+
+    @property
+    def identity(self) -> str:
+        """Which weights these are, wherever they lie."""
+        return f"sha256:{sha256(self.path)[:16]}"
+
+
+def read_start(path: Path) -> Start:
+    """A checkpoint file, or the one inside a bundle folder.
+
+    Raises:
+        CheckpointError: when there is none.
+    """
+    path = path / WEIGHTS if path.is_dir() else path
+    description, weights = read_checkpoint(path)
+    return Start(path, description, {name: weight.float() for name, weight in weights.items()})
