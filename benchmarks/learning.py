@@ -109,7 +109,7 @@ def tuned(
     """Top-1 and top-5 after fine-tuning, or after as many epochs from scratch, in percent."""
     final = train(
         Finetuning(settings(origin, epochs, seed), known.classes, origin, None), known.source, run,
-        Console(stderr=True), resume=(run / "config.json").exists(),
+        Console(stderr=True, log_path=False), resume=(run / "config.json").exists(),
     )  # fmt: skip
     if final is None:
         raise SystemExit("ended; the same command goes on")

@@ -35,9 +35,8 @@ class Probe:
     def to_dict(self) -> dict[str, Any]:
         """JSON values, accuracies in percent."""
         return {
-            "knn": {f"k={k}": dataclasses.asdict(found) for k, found in self.neighbours.items()},
-            "linear": dataclasses.asdict(self.linear)
-            | {"lr": self.head.lr, "sweep": [list(pair) for pair in self.head.sweep]},
+            "knn": {f"k={k}": _rounded(found) for k, found in self.neighbours.items()},
+            "linear": _rounded(self.linear) | {"lr": self.head.lr, "sweep": _sweep(self.head)},
             "unreadable": list(self.unreadable),
         }
 
@@ -93,3 +92,12 @@ def save_with_head(path: Path, start: Start, classes: tuple[str, ...], found: Pr
     head = {"made_by": f"mixmim-serve {__version__}, linear probe", "lr": found.head.lr, "top1": found.linear.top1}
     provenance = dict(start.description.provenance) | {"head": head}
     save_checkpoint(path, weights, Description(arch, start.description.preprocessing, classes, provenance))
+
+
+def _rounded(found: Accuracy) -> dict[str, float]:
+    return {name: round(value, 2) for name, value in dataclasses.asdict(found).items()}
+
+
+def _sweep(head: LinearProbe) -> dict[str, float]:
+    """Top-1 on the held-out train images by learning rate."""
+    return {f"{lr:g}": round(top1, 2) for lr, top1 in head.sweep}

@@ -64,7 +64,7 @@ def train(
     """
     check_trackers(trackers)
     with join_world() as world:
-        console = (console or Console(stderr=True)) if world.main else Console(quiet=True)
+        console = (console or Console(stderr=True, log_path=False)) if world.main else Console(quiet=True)
         folder = RunFolder(run)
         if resume and folder.final.exists():
             console.log(f"{run} is finished already")

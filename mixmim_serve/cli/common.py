@@ -66,7 +66,7 @@ def progress_console() -> Any:
     """Standard error, so that results can be piped."""
     from rich.console import Console
 
-    return Console(stderr=True)
+    return Console(stderr=True, log_path=False)
 
 
 def _fail(message: str) -> None:
