@@ -28,7 +28,9 @@ from training.trainer import train
 class AttentionAcross(MixMIM):
     """Mixes as always; tokens also attend to the other image's."""
 
-    def run_stages(self, tokens_BHWD: Tensor, from_partner_MU: Tensor | None = None) -> list[Tensor]:
+    def run_stages(
+        self, tokens_BHWD: Tensor, from_partner_MU: Tensor | None = None, partner_units: int | None = None
+    ) -> list[Tensor]:
         """Every stage's tokens, with no attention blocked."""
         return super().run_stages(tokens_BHWD, None)
 
@@ -36,10 +38,12 @@ class AttentionAcross(MixMIM):
 class SingleReconstruction(MixMIM):
     """Mixes as always; only the image's own hidden units are predicted, none of the partner's."""
 
-    def pretrain(self, pixels_BCHW: Tensor, from_partner_MU: Tensor) -> PretrainingOutput:
+    def pretrain(
+        self, pixels_BCHW: Tensor, from_partner_MU: Tensor, partner_units: int | None = None
+    ) -> PretrainingOutput:
         """As in `MixMIM`; the decoder sees one view an image."""
         tokens_BHWD = self.patch_embed(pixels_BCHW)
-        encoded_BUD = self.encode_mixed(tokens_BHWD, tokens_BHWD.flip(0), from_partner_MU)
+        encoded_BUD = self.encode_mixed(tokens_BHWD, tokens_BHWD.flip(0), from_partner_MU, partner_units)
         predicted_BUP = self.decode_one(encoded_BUD, from_partner_MU)
         return PretrainingOutput(
             self.loss_of_hidden(predicted_BUP, pixels_BCHW, from_partner_MU), encoded_BUD, predicted_BUP
@@ -69,7 +73,9 @@ class MaskTokens(AttentionAcross, SingleReconstruction):
         self.encoder_mask_token = nn.Parameter(torch.empty(1, 1, 1, arch.embed_dim))
         nn.init.trunc_normal_(self.encoder_mask_token, std=0.02)
 
-    def encode_mixed(self, own_BHWD: Tensor, partner_BHWD: Tensor, from_partner_MU: Tensor) -> Tensor:
+    def encode_mixed(
+        self, own_BHWD: Tensor, partner_BHWD: Tensor, from_partner_MU: Tensor, partner_units: int | None = None
+    ) -> Tensor:
         """Patch tokens with the chosen units masked, to encoded tokens (B, U, D)."""
         token = self.encoder_mask_token.to(own_BHWD.dtype).expand_as(own_BHWD)
         return super().encode_mixed(own_BHWD, token, from_partner_MU)

@@ -18,15 +18,16 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
+import torch
 
 from mixmim_serve.bundle import WEIGHTS, open_bundle
 from mixmim_serve.engines import Engine, open_engine
 from mixmim_serve.extract.run import run_files
 from mixmim_serve.images import list_images
 from mixmim_serve.tasks import Floats
+from training.judge.knn import knn_accuracy
 
 NEIGHBOURS = (1, 5, 10, 20)
-TEMPERATURE = 0.07
 
 
 def main() -> None:
@@ -64,34 +65,22 @@ def measure(engine: Engine, data: Path) -> dict[str, float]:
     """Top-1 accuracy in percent for each number of neighbours."""
     train, train_labels = embed_folder(engine, data / "train")
     val, val_labels = embed_folder(engine, data / "val")
-    similarity = val @ train.T
-    return {f"k={k}": round(100 * accuracy(similarity, train_labels, val_labels, k), 2) for k in NEIGHBOURS} | {
-        "train": len(train),
-        "val": len(val),
-    }
+    classes, numbers = np.unique(np.concatenate([train_labels, val_labels]), return_inverse=True)
+    known, asked = torch.from_numpy(numbers).split([len(train), len(val)])
+    found = knn_accuracy(torch.from_numpy(train), known, torch.from_numpy(val), asked, len(classes), ks=NEIGHBOURS)
+    return {f"k={k}": round(each.top1, 2) for k, each in found.items()} | {"train": len(train), "val": len(val)}
 
 
 def embed_folder(engine: Engine, folder: Path) -> tuple[Floats, np.ndarray]:
-    """Unit vectors and class names of every readable image."""
+    """Embeddings and class names of every readable image."""
     results = [result for result in run_files(engine, list_images(folder), ["embedding"]) if not result.error]
     vectors = np.stack([result.outputs["embedding"] for result in results])
     labels = np.array([result.path.relative_to(folder).parts[0] for result in results])
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True), labels
-
-
-def accuracy(similarity: Floats, train_labels: np.ndarray, val_labels: np.ndarray, k: int) -> float:
-    """Share of validation images whose neighbours vote for their class."""
-    nearest = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
-    weights = np.exp(np.take_along_axis(similarity, nearest, axis=1) / TEMPERATURE)
-    classes = np.unique(train_labels)
-    votes = np.stack([(weights * (train_labels[nearest] == name)).sum(axis=1) for name in classes], axis=1)
-    return float((classes[votes.argmax(axis=1)] == val_labels).mean())
+    return vectors, labels
 
 
 def untrained_bundle(bundle: Path, folder: Path) -> Path:
     """The bundle's network with fresh weights (seed 0), exported in the same way."""
-    import torch
-
     from export.build import export_bundle
     from mixmim_serve.model import build_model
     from mixmim_serve.model.checkpoint import read_checkpoint, save_checkpoint

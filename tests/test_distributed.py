@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +46,10 @@ config = dataclasses.replace(SMALL, shard=shard, accumulate=2 if what == "accumu
 source = open_source(photos)
 if what != "own-masks":
     training.trainer.step_seed = lambda seed, step, rank, *part: step_seed(seed, step, 0, *part)
+if what == "long":
+    config = dataclasses.replace(config, epochs=500)
+    train(Pretraining(config, source), source, out, Console(quiet=True))
+    sys.exit()
 if what == "run":
     train(Pretraining(config, source), source, out, Console(quiet=True), resume=(out / "config.json").exists())
     sys.exit()
@@ -66,15 +73,20 @@ with join_world() as world:
 """
 
 
-def torchrun(what: str, photos: Path, out: Path, shard: bool = False, processes: int = 2) -> None:
-    """Run SCRIPT in several processes."""
+def command(what: str, photos: Path, out: Path, shard: bool = False) -> dict[str, Any]:
+    """SCRIPT in two processes, for `subprocess`."""
     out.mkdir(exist_ok=True)
     (out.parent / "script.py").write_text(SCRIPT)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     arguments = [str(out.parent / "script.py"), what, str(photos), str(out), "shard" if shard else ""]
     environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
+    return {"args": [sys.executable, *launcher, *arguments], "env": environment}
+
+
+def torchrun(what: str, photos: Path, out: Path, shard: bool = False) -> None:
+    """Run SCRIPT; it must end well."""
+    options = command(what, photos, out, shard)
+    done = subprocess.run(**options, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -121,6 +133,21 @@ def test_a_whole_run_of_two_processes_and_its_resumption(photos: Path, tmp_path:
     assert [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == losses
     again = load_file(folder / "final.safetensors")
     assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+def test_sigterm_to_the_launcher_saves_in_all_processes(photos: Path, tmp_path: Path) -> None:
+    """The processes hear of it at different times, and must agree on a last step."""
+    process = subprocess.Popen(**command("long", photos, tmp_path / "run"), stderr=subprocess.DEVNULL)
+    log = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=60)
+    assert not (tmp_path / "run" / "final.safetensors").exists()
+    steps = [int(path.name[5:13]) for path in (tmp_path / "run" / "checkpoints").glob("*.state.pt")]
+    assert max(steps) == len(log.read_text().splitlines())  # the last line of the log is the last step saved
+    assert torch.load(tmp_path / "run" / "checkpoints" / f"step-{max(steps):08d}.state.pt")["step"] == max(steps)
 
 
 def test_each_process_draws_its_own_masks(photos: Path, tmp_path: Path) -> None:

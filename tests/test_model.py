@@ -11,7 +11,8 @@ from torch import Tensor
 from mixmim_serve.config import Architecture, DecoderConfig, architecture
 from mixmim_serve.errors import ConfigError
 from mixmim_serve.model import Encoder, MixMIM, build_model
-from mixmim_serve.model.encoder import BLOCKED, Stage, WindowAttention
+from mixmim_serve.model.attention import Apart, WindowAttention
+from mixmim_serve.model.encoder import BLOCKED, PatchEmbed, Stage
 from mixmim_serve.model.mixmim import from_units, random_units, to_units
 
 SMALL = Architecture(16, (1, 1, 2, 1), (1, 2, 4, 8), 64, (8, 8, 4, 2), decoder=DecoderConfig(32, 1, 4))
@@ -48,14 +49,53 @@ def plain_attention(attention: WindowAttention, x_BKND: Tensor, blocked_MKNN: Te
     return attention.proj(out)
 
 
+@pytest.mark.parametrize("training", [False, True])  # the fused kernel, and scores held where there are gradients
 @pytest.mark.parametrize("masks", [0, 1, 3])
-def test_fused_attention_equals_plain(masks: int) -> None:
+def test_attention_equals_plain(masks: int, training: bool) -> None:
     torch.manual_seed(1)
     attention = WindowAttention(dim=16, heads=2, window=3).double()
     x = torch.randn(3, 4, 9, 16, dtype=torch.float64)
     owner = torch.rand(masks, 4, 9) < 0.5
     blocked = (owner.unsqueeze(-1) != owner.unsqueeze(-2)).double() * BLOCKED if masks else None
-    torch.testing.assert_close(attention(x, blocked), plain_attention(attention, x, blocked), atol=1e-12, rtol=0)
+    with torch.set_grad_enabled(training):
+        found = attention(x, blocked)
+    torch.testing.assert_close(found, plain_attention(attention, x, blocked), atol=1e-12, rtol=0)
+
+
+def test_sorted_tokens_attend_as_masked_ones_do() -> None:
+    torch.manual_seed(1)
+    attention = WindowAttention(dim=16, heads=2, window=3).double()
+    x = torch.randn(3, 1, 9, 16, dtype=torch.float64)
+    partner = torch.tensor([0, 1, 1, 0, 0, 1, 0, 0, 1], dtype=torch.bool)
+    blocked = (partner[:, None] != partner[None, :]).double()[None, None] * BLOCKED
+    order = partner.to(torch.uint8).argsort(stable=True)
+    found = attention(x[:, :, order], Apart(order, [5, 4]))[:, :, order.argsort()]
+    torch.testing.assert_close(found, plain_attention(attention, x, blocked), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_step_that_knows_the_masks_size_gives_the_same_loss_and_gradients(seed: int) -> None:
+    """Stages of one window then run two attentions without a mask."""
+    pixels = torch.randn(4, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    mask = random_units(4, 0.5, torch.Generator().manual_seed(seed))
+    found = []
+    for known in (None, 2):
+        model = small_model().double().train()
+        output = model.pretrain(pixels, mask, known)
+        output.loss.backward()
+        found.append((output, {name: parameter.grad for name, parameter in model.named_parameters()}))
+    torch.testing.assert_close(found[1][0].encoded_BUD, found[0][0].encoded_BUD, atol=1e-10, rtol=0)
+    torch.testing.assert_close(found[1][0].loss, found[0][0].loss, atol=1e-12, rtol=0)
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], gradient, atol=1e-10, rtol=0, msg=name)
+
+
+def test_patches_in_training_are_the_convolutions() -> None:
+    torch.manual_seed(0)
+    patches = PatchEmbed(16).double()
+    pixels = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    trained = patches.train()(pixels)
+    torch.testing.assert_close(trained, patches.eval()(pixels), atol=1e-12, rtol=0)
 
 
 def test_windows_are_cut_and_put_back() -> None:

@@ -94,7 +94,7 @@ class Finetuning:
         """Top-1 and top-5 on the validation images."""
         if self.val is None or (epochs % self.config.evaluate_every and epochs != self.config.epochs):
             return {}
-        judged = judge_classifier(self.objective.model, self.preprocessing, self.val, world)
+        judged = judge_classifier(self.objective.model, self.preprocessing, self.val, world, self.config.workers)
         return {"val_top1": judged.accuracy.top1, "val_top5": judged.accuracy.top5}
 
     def pictures(self, epochs: int) -> dict[str, Image.Image]:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mixmim_serve.config import Preprocessing
+from mixmim_serve.config import Preprocessing, units_from_partner
 from mixmim_serve.description import Description
 from mixmim_serve.errors import ImageError
 from mixmim_serve.model import MixMIM
@@ -33,13 +33,14 @@ PAIRS = 4  # of images in a picture of reconstructions
 class PretrainObjective(Objective):
     """The reconstruction loss."""
 
-    def __init__(self, model: MixMIM) -> None:
+    def __init__(self, model: MixMIM, mask_ratio: float) -> None:
         super().__init__()
         self.model: MixMIM = model
+        self.partner_units = units_from_partner(model.arch.units, mask_ratio)
 
     def forward(self, pixels_BCHW: Tensor, from_partner_MU: Tensor) -> Tensor:
         """Scalar."""
-        return self.model.pretrain(pixels_BCHW, from_partner_MU).loss
+        return self.model.pretrain(pixels_BCHW, from_partner_MU, self.partner_units).loss
 
 
 class Pretraining:
@@ -59,7 +60,7 @@ class Pretraining:
         self.config, self.samples, self.labelled = config, samples, labelled
         torch.manual_seed(config.seed)
         self.model = model(config.arch)  # the network that learns
-        self.objective: Objective = PretrainObjective(self.model)
+        self.objective: Objective = PretrainObjective(self.model, config.mask_ratio)
         self.preprocessing = Preprocessing.evaluation(config.arch.image_size)
         self.to(torch.device("cpu"))
 
@@ -89,7 +90,7 @@ class Pretraining:
         """k-NN accuracy on the labelled set, where one was given."""
         if self.labelled is None or not self.due(epochs, self.config.knn_every):
             return {}
-        return judge_by_neighbours(self.model, self.preprocessing, *self.labelled, world)
+        return judge_by_neighbours(self.model, self.preprocessing, *self.labelled, world, self.config.workers)
 
     def pictures(self, epochs: int) -> dict[str, Image.Image]:
         """The first images, mixed in pairs and reconstructed, one row a pair."""

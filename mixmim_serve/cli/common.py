@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -62,11 +63,16 @@ def bundle_path(path: Path) -> Path:
     return shipped if not path.exists() and shipped.is_dir() else path
 
 
+def first_process() -> bool:
+    """Whether this process may speak: of those that torchrun started only the first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def progress_console() -> Any:
     """Standard error, so that results can be piped."""
     from rich.console import Console
 
-    return Console(stderr=True, log_path=False)
+    return Console(stderr=True, log_path=False, quiet=not first_process())
 
 
 def _fail(message: str) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mixmim_serve.cli.common import app, bundle_path, progress_console
+from mixmim_serve.cli.common import app, bundle_path, first_process, progress_console
 
 DATA = "a folder at any depth, tar shards, Parquet, or a list of paths; local or by URL"
 Out = Annotated[Path, typer.Option(metavar="RUN", help="The run folder; must be new or empty.")]
@@ -63,7 +63,7 @@ def pretrain(
     _print_config(config)
     task = Pretraining(config, source, labelled)
     final = train(task, source, out, progress_console(), resume=resume, overwrite=overwrite, trackers=track or ())
-    if final is not None:
+    if final is not None and first_process():
         typer.echo(f"wrote {final}; next: mixmim export {final} BUNDLE_DIR")
 
 
@@ -105,7 +105,7 @@ def finetune(
     final = train(
         task, images.source, out, progress_console(), resume=resume, overwrite=overwrite, trackers=track or ()
     )
-    if final is not None:
+    if final is not None and first_process():
         typer.echo(f"wrote {final}; next: mixmim evaluate TEST_DATA --from {final} or mixmim export {final} BUNDLE_DIR")
 
 
@@ -143,6 +143,8 @@ def probe(
             start_model(checkpoint), checkpoint.description, images, judged, world,
             seed=seed, workers=workers or 0, progress=lambda count: bar.advance(task, count),
         )  # fmt: skip
+    if not first_process():
+        return
     typer.echo(json.dumps(found.to_dict(), indent=2))
     if found.head.warning:
         typer.echo(f"note: {found.head.warning}", err=True)
@@ -174,6 +176,8 @@ def evaluate(
     with join_world() as world, Progress(console=progress_console()) as bar:
         task = bar.add_task("classify", total=len(source.keys))
         judged = judge(checkpoint, source, world, workers or 0, lambda count: bar.advance(task, count))
+    if not first_process():
+        return
     write_report(out, checkpoint, source, judged)
     found = judged.accuracy
     typer.echo(

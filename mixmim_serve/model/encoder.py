@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixmim_serve.config import MLP_RATIO, PATCH_SIZE, STAGES, Architecture
+from mixmim_serve.model.attention import Apart, Attention, WindowAttention
 
 # Added to the score of a token of the other image: exp underflows to exactly 0 in every precision, fp16 can hold it,
 # and unlike -inf no runtime turns it into NaN. (The official code subtracts 1e30, 65500 in fp16.)
@@ -66,16 +67,23 @@ class Encoder(nn.Module):
         """Add the frozen position embedding."""
         return tokens_BHWD + self.absolute_pos_embed.view(1, *tokens_BHWD.shape[1:])
 
-    def run_stages(self, tokens_BHWD: Tensor, from_partner_MU: Tensor | None = None) -> list[Tensor]:
+    def run_stages(
+        self, tokens_BHWD: Tensor, from_partner_MU: Tensor | None = None, partner_units: int | None = None
+    ) -> list[Tensor]:
         """Every stage's tokens (B, H, W, D), before its patch merging.
 
         `from_partner_MU` is True for the units that a partner image gave: tokens then attend only within their own
-        image.
+        image. `partner_units`, where the caller knows how many those are and all images share the mask, lets stages
+        of one window run two small attentions instead of a masked one.
         """
         stages = []
         for layer in cast(Iterable[Stage], self.layers):
-            blocked = None if from_partner_MU is None else layer.blocked(from_partner_MU, tokens_BHWD.dtype)
-            tokens_BHWD = layer(tokens_BHWD, blocked)
+            apart: Tensor | Apart | None = None
+            if from_partner_MU is not None and partner_units is not None and layer.window == layer.grid:
+                apart = layer.sorted(from_partner_MU, partner_units)
+            elif from_partner_MU is not None:
+                apart = layer.blocked(from_partner_MU, tokens_BHWD.dtype)
+            tokens_BHWD = layer(tokens_BHWD, apart)
             stages.append(tokens_BHWD)
             tokens_BHWD = layer.downsample(tokens_BHWD)
         return stages
@@ -91,8 +99,17 @@ class PatchEmbed(nn.Module):
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """(B, 3, 4H, 4W) to (B, H, W, D)."""
-        tokens: Tensor = self.norm(self.proj(pixels_BCHW).permute(0, 2, 3, 1))
+        tokens: Tensor = self.norm(self.project(pixels_BCHW))
         return tokens
+
+    def project(self, pixels_BCHW: Tensor) -> Tensor:
+        """The convolution; in training as the same matrix product, whose backward pass is several times faster."""
+        if not self.training:
+            convolved: Tensor = self.proj(pixels_BCHW)
+            return convolved.permute(0, 2, 3, 1)
+        height, width = (side // PATCH_SIZE for side in pixels_BCHW.shape[2:])
+        cells = pixels_BCHW.reshape(-1, 3, height, PATCH_SIZE, width, PATCH_SIZE).permute(0, 2, 4, 1, 3, 5)
+        return F.linear(cells.flatten(3), self.proj.weight.flatten(1), self.proj.bias)
 
 
 class Stage(nn.Module):
@@ -108,11 +125,15 @@ class Stage(nn.Module):
         )
         self.downsample = PatchMerging(dim) if stage < STAGES - 1 else nn.Identity()
 
-    def forward(self, tokens_BHWD: Tensor, blocked_MKNN: Tensor | None = None) -> Tensor:
-        """(B, H, W, D) to the same shape; `blocked_MKNN` comes from `blocked`."""
+    def forward(self, tokens_BHWD: Tensor, apart: Tensor | Apart | None = None) -> Tensor:
+        """(B, H, W, D) to the same shape; `apart`, of two mixed images, comes from `blocked` or `sorted`."""
         x_BKND = self.to_windows(tokens_BHWD)
+        if isinstance(apart, Apart):
+            x_BKND = x_BKND[:, :, apart.order_N]
         for block in self.blocks:
-            x_BKND = block(x_BKND, blocked_MKNN)
+            x_BKND = block(x_BKND, apart)
+        if isinstance(apart, Apart):
+            x_BKND = x_BKND[:, :, apart.order_N.argsort()]
         return self.from_windows(x_BKND)
 
     def to_windows(self, tokens_BHWD: Tensor) -> Tensor:
@@ -136,6 +157,18 @@ class Stage(nn.Module):
 
         The mask over units is repeated (nearest) to this stage's grid.
         """
+        owner_MKN = self.to_windows(self.owner(from_partner_MU).unsqueeze(-1)).squeeze(-1)
+        different = owner_MKN.unsqueeze(-1) != owner_MKN.unsqueeze(-2)
+        return different.to(dtype) * BLOCKED
+
+    def sorted(self, from_partner_MU: Tensor, partner_units: int) -> Apart:
+        """For a stage of one window and a mask that all images share."""
+        owner_N = self.owner(from_partner_MU).flatten()
+        partner = partner_units * len(owner_N) // from_partner_MU.shape[-1]
+        return Apart(owner_N.to(torch.uint8).argsort(stable=True), [len(owner_N) - partner, partner])
+
+    def owner(self, from_partner_MU: Tensor) -> Tensor:
+        """The mask over tokens, (M, H, W)."""
         units = math.isqrt(from_partner_MU.shape[-1])
         owner_MHW = from_partner_MU.reshape(-1, units, units)
         repeat = self.grid // units
@@ -143,9 +176,7 @@ class Stage(nn.Module):
             # Expand, not repeat_interleave: the latter becomes a slow scatter of ops in an exported graph.
             cells = owner_MHW[:, :, None, :, None].expand(-1, -1, repeat, -1, repeat)
             owner_MHW = cells.reshape(-1, self.grid, self.grid)
-        owner_MKN = self.to_windows(owner_MHW.unsqueeze(-1)).squeeze(-1)
-        different = owner_MKN.unsqueeze(-1) != owner_MKN.unsqueeze(-2)
-        return different.to(dtype) * BLOCKED
+        return owner_MHW
 
 
 class PatchMerging(nn.Module):
@@ -176,9 +207,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = MLP(dim)
 
-    def forward(self, x_BKND: Tensor, blocked_MKNN: Tensor | None = None) -> Tensor:
+    def forward(self, x_BKND: Tensor, apart: Tensor | Apart | None = None) -> Tensor:
         """(B, K, N, D) to the same shape."""
-        x_BKND = x_BKND + self.drop(self.attn(self.norm1(x_BKND), blocked_MKNN))
+        x_BKND = x_BKND + self.drop(self.attn(self.norm1(x_BKND), apart))
         return x_BKND + self.drop(self.mlp(self.norm2(x_BKND)))
 
     def drop(self, branch_BKND: Tensor) -> Tensor:
@@ -201,71 +232,6 @@ class MLP(nn.Module):
         """(..., D) to (..., D)."""
         out: Tensor = self.fc2(F.gelu(self.fc1(x)))
         return out
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention within each of K groups of N tokens."""
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x_BKND: Tensor, blocked_MKNN: Tensor | None = None) -> Tensor:
-        """(B, K, N, D) to the same shape.
-
-        Windows are folded into the batch, or into the heads when there is a mask (which is shared by the batch,
-        not by the windows): five-dimensional inputs would fall back to the unfused kernel.
-        """
-        groups, tokens, dim = x_BKND.shape[1:]
-        qkv = self.qkv(x_BKND)
-        bias = self.bias(blocked_MKNN)
-        if bias is not None:
-            bias = bias.to(qkv.dtype)
-        if bias is not None and bias.dim() == 4:
-            qkv = qkv.reshape(-1, groups, tokens, 3, self.heads, dim // self.heads).permute(3, 0, 1, 4, 2, 5)
-            q, k, v = qkv.flatten(2, 3).unbind(0)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-            out = out.view(-1, groups, self.heads, tokens, dim // self.heads).transpose(2, 3)
-        else:
-            qkv = qkv.reshape(-1, tokens, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
-            q, k, v = qkv.unbind(0)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
-        projected: Tensor = self.proj(out.reshape(-1, groups, tokens, dim))
-        return projected
-
-    def bias(self, blocked_MKNN: Tensor | None) -> Tensor | None:
-        """Scores to add: (M, K * A, N, N) with a mask, (A, N, N) or None without."""
-        if blocked_MKNN is None:
-            return None
-        return blocked_MKNN.repeat_interleave(self.heads, dim=1)
-
-
-class WindowAttention(Attention):
-    """Attention with Swin's learned bias per relative position (arXiv 2103.14030, equation 4)."""
-
-    position_rank: Tensor
-
-    def __init__(self, dim: int, heads: int, window: int) -> None:
-        super().__init__(dim, heads)
-        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, heads))
-        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-        side = torch.arange(window)
-        self.register_buffer("position_rank", (side[:, None] * (2 * window - 1) + side).flatten(), persistent=False)
-        self.center = 2 * window * (window - 1)  # row of the table for a token and itself
-
-    def bias(self, blocked_MKNN: Tensor | None) -> Tensor:
-        """The learned bias (A, N, N), or with a mask (M, K * A, N, N)."""
-        # The table's row for a pair is a difference of two ranks. Made here from N numbers: an index of N * N int64
-        # for every block would outweigh the tables themselves in an exported graph.
-        index_NN = self.position_rank[:, None] - self.position_rank[None, :] + self.center
-        rows = self.relative_position_bias_table.index_select(0, index_NN.flatten())
-        bias_ANN: Tensor = rows.view(*index_NN.shape, -1).permute(2, 0, 1)
-        if blocked_MKNN is None:
-            return bias_ANN
-        bias_MKANN = bias_ANN + blocked_MKNN.unsqueeze(2)
-        return bias_MKANN.flatten(1, 2)
 
 
 def position_embedding(grid: int, dim: int) -> Tensor:

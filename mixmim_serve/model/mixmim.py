@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from mixmim_serve.config import UNIT_SIZE, Architecture, units_from_partner
 from mixmim_serve.errors import ConfigError
-from mixmim_serve.model.encoder import Attention, Block, Encoder, initialize, position_embedding
+from mixmim_serve.model.attention import Attention
+from mixmim_serve.model.encoder import Block, Encoder, initialize, position_embedding
 
 TARGET_EPS = 1e-6  # added to a unit's variance before its pixels are normalised
 
@@ -64,10 +65,15 @@ class MixMIM(Encoder):
         for module in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             module.apply(initialize)
 
-    def pretrain(self, pixels_BCHW: Tensor, from_partner_MU: Tensor) -> PretrainingOutput:
-        """Mix image i with image B - 1 - i, reconstruct both, and measure how well."""
+    def pretrain(
+        self, pixels_BCHW: Tensor, from_partner_MU: Tensor, partner_units: int | None = None
+    ) -> PretrainingOutput:
+        """Mix image i with image B - 1 - i, reconstruct both, and measure how well.
+
+        `partner_units`: how many units of a shared mask are True, if known; it makes the step faster (`run_stages`).
+        """
         tokens_BHWD = self.patch_embed(pixels_BCHW)
-        encoded_BUD = self.encode_mixed(tokens_BHWD, tokens_BHWD.flip(0), from_partner_MU)
+        encoded_BUD = self.encode_mixed(tokens_BHWD, tokens_BHWD.flip(0), from_partner_MU, partner_units)
         predicted_2BUP = self.decode(encoded_BUD, from_partner_MU)
         loss = self.reconstruction_loss(predicted_2BUP, pixels_BCHW, from_partner_MU)
         return PretrainingOutput(loss, encoded_BUD, predicted_2BUP)
@@ -89,10 +95,12 @@ class MixMIM(Encoder):
             image_b=from_units(torch.where(from_b, b_BUP, self.to_pixels(b_predicted, b_BUP))),
         )
 
-    def encode_mixed(self, own_BHWD: Tensor, partner_BHWD: Tensor, from_partner_MU: Tensor) -> Tensor:
+    def encode_mixed(
+        self, own_BHWD: Tensor, partner_BHWD: Tensor, from_partner_MU: Tensor, partner_units: int | None = None
+    ) -> Tensor:
         """Patch tokens of two images to encoded tokens (B, U, D) of their mixture."""
         mixed_BHWD = mix(own_BHWD, partner_BHWD, from_partner_MU)
-        last_BHWD = self.run_stages(self.add_position(mixed_BHWD), from_partner_MU)[-1]
+        last_BHWD = self.run_stages(self.add_position(mixed_BHWD), from_partner_MU, partner_units)[-1]
         encoded: Tensor = self.norm(last_BHWD).flatten(1, 2)
         return encoded
 
