@@ -20,6 +20,7 @@ from __future__ import annotations
 import os
 import re
 import struct
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
@@ -57,6 +58,7 @@ _TRANSPOSE = {  # EXIF 2.3, tag 0x0112: what makes each orientation upright; 1 i
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SWAPPING = tuple(_TRANSPOSE[orientation] for orientation in (5, 6, 7, 8))  # width and height change places
 
 # Two attacks that pixel limits miss. Cameras write 1 to 20 scans; 20 MB of random bytes after a JPEG hold about 305
 # start-of-scan marks by chance. A TIFF of 64 megapixels in the smallest tiles (16 x 16) has 250,000 of them.
@@ -79,8 +81,17 @@ def preprocess(data: bytes, preprocessing: Preprocessing) -> Values:
     return normalize(resize_and_crop(decode(data), preprocessing), preprocessing)
 
 
-def decode(data: bytes, *, max_bytes: int = MAX_IMAGE_BYTES, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode(
+    data: bytes,
+    *,
+    max_bytes: int = MAX_IMAGE_BYTES,
+    max_pixels: int = MAX_PIXELS,
+    reduction: Callable[[int, int], int] | None = None,
+) -> Image.Image:
     """Encoded image -> upright RGB image of 8 bits a channel, without metadata; see the module for each pixel mode.
+
+    `reduction` is told the upright width and height of a JPEG and answers by how much (1, 2, 4 or 8) the decoder may
+    shrink it, which is several times faster than decoding all of it; other formats come whole.
 
     Raises:
         ImageTooLargeError: more bytes, or by its header more pixels, than the limits (Pillow's own of 178 megapixels
@@ -91,6 +102,8 @@ def decode(data: bytes, *, max_bytes: int = MAX_IMAGE_BYTES, max_pixels: int = M
     name = _identify(data, max_bytes)
     try:
         image = _open(data, name, max_pixels)
+        if reduction is not None and name == "JPEG":
+            _shrink(image, reduction)
         image.load()
         return _to_rgb(_upright(image))
     except ImageError:
@@ -201,11 +214,24 @@ def _check_tiff_directory(data: bytes) -> None:
             raise UndecodableImageError(f"the TIFF image has a tag of {values:,} numbers: save it again.")
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    try:  # after load(): PNG keeps EXIF behind the pixels, and TIFF turns itself
-        method = _TRANSPOSE.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+def _shrink(image: Image.Image, reduction: Callable[[int, int], int]) -> None:
+    """Have a JPEG decoded at a fraction of its size."""
+    width, height = image.size
+    swapped = _orientation(image) in _SWAPPING
+    factor = reduction(*((height, width) if swapped else (width, height)))
+    if factor > 1:
+        image.draft(None, (max(1, width // factor), max(1, height // factor)))
+
+
+def _orientation(image: Image.Image) -> Image.Transpose | None:
+    try:
+        return _TRANSPOSE.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # damaged EXIF, in as many ways as a damaged image
-        method = None
+        return None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    method = _orientation(image)  # after load(): PNG keeps EXIF behind the pixels, and TIFF turns itself
     image.info.clear()  # used or ignored by policy; convert() would warn about transparency and metadata stay alive
     return image if method is None else image.transpose(method)
 

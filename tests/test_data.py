@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import random
 from collections import Counter
 from pathlib import Path
@@ -10,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from training_data import SMALL, STEPS_PER_EPOCH, photo
 
 from mixmim_serve.config import Preprocessing
 from mixmim_serve.errors import ConfigError, DataError
-from mixmim_serve.preprocess import normalize
+from mixmim_serve.preprocess import decode, normalize
 from mixmim_serve.sources import open_source
-from training.augment import ASPECT_RATIOS, Normalize, flip, random_crop, random_crop_box, step_seed
+from training.augment import ASPECT_RATIOS, Normalize, RandomCrop, flip, random_crop_box, step_seed
 from training.config import FinetuneConfig, PretrainConfig
 from training.data import Batch, Item, StepSampler, TrainingImages, build_loader, collate, mirrored, shuffled
 
@@ -70,15 +71,15 @@ def test_crops_stay_inside_and_within_their_bounds(width: int, height: int, min_
 def test_shapes_without_a_crop_fall_back_to_the_centre(width: int, height: int, box: tuple[int, int, int, int]) -> None:
     for seed in range(20):
         assert random_crop_box(width, height, 0.2, seeded(seed)) == box
-    assert random_crop(photo(0, width, height), 32, 0.2, seeded(0)).shape == (32, 32, 3)
+    assert RandomCrop(32, 0.2, seeded(0))(photo(0, width, height)).shape == (32, 32, 3)
 
 
 def test_a_crop_is_decided_by_its_seed() -> None:
     image = photo(1, 200, 150)
-    views = [random_crop(image, 32, 0.2, seeded(seed)) for seed in range(10)]
+    views = [RandomCrop(32, 0.2, seeded(seed))(image) for seed in range(10)]
     assert {(view.shape, view.dtype) for view in views} == {((32, 32, 3), np.dtype(np.uint8))}
     for seed, view in enumerate(views):
-        np.testing.assert_array_equal(random_crop(image, 32, 0.2, seeded(seed)), view)
+        np.testing.assert_array_equal(RandomCrop(32, 0.2, seeded(seed))(image), view)
     assert len({view.tobytes() for view in views}) == 10
 
 
@@ -88,7 +89,43 @@ def test_a_crop_is_cut_and_then_resized() -> None:
     for seed in range(20):
         box = random_crop_box(image.width, image.height, 0.2, seeded(seed))
         plain = np.asarray(image.crop(box).resize((16, 16), Image.Resampling.BICUBIC))
-        np.testing.assert_array_equal(random_crop(image, 16, 0.2, seeded(seed)), plain)
+        np.testing.assert_array_equal(RandomCrop(16, 0.2, seeded(seed))(image), plain)
+
+
+def jpeg(image: Image.Image, orientation: int = 1) -> bytes:
+    buffer = io.BytesIO()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    image.save(buffer, "JPEG", quality=95, exif=exif)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_a_large_jpeg_is_decoded_small_and_shows_the_same(orientation: int) -> None:
+    data = jpeg(photo(3, 1203, 907), orientation)
+    factors = set()
+    for seed in range(40):
+        small, full = (RandomCrop(64, 0.05, seeded(seed)) for _ in range(2))
+        image = decode(data, reduction=small.reduction)
+        whole = decode(data)
+        assert whole.size == ((907, 1203) if orientation == 6 else (1203, 907))
+        factor = round(whole.width / image.width)
+        factors.add(factor)
+        pixels, expected = small(image).astype(int), full(whole).astype(int)
+        assert small.drawn == full.drawn
+        _, (left, upper, right, lower) = small.drawn
+        assert min(right - left, lower - upper) >= factor * 64
+        assert np.abs(pixels - expected).mean() < 2
+        assert small.rng.random() == full.rng.random()
+    assert factors == {2, 4, 8}
+
+
+def test_other_formats_and_small_crops_are_decoded_whole() -> None:
+    crop = RandomCrop(64, 1.0, seeded(0))
+    assert decode(jpeg(photo(3, 100, 80)), reduction=crop.reduction).size == (100, 80)
+    buffer = io.BytesIO()
+    photo(3, 1200, 900).save(buffer, "PNG")
+    assert decode(buffer.getvalue(), reduction=RandomCrop(64, 1.0, seeded(0)).reduction).size == (1200, 900)
 
 
 def test_flip_mirrors_the_chosen_images() -> None:

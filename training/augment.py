@@ -15,15 +15,41 @@ from mixmim_serve.config import Preprocessing
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)
 
-
-def random_crop(image: Image.Image, size: int, min_crop: float, rng: random.Random) -> np.ndarray:
-    """RandomResizedCrop (bicubic, antialiased) to uint8 (size, size, 3)."""
-    box = random_crop_box(image.width, image.height, min_crop, rng)
-    # Crop, then resize, as torchvision does: resize(box=...) would also read the pixels around the box.
-    return np.asarray(image.crop(box).resize((size, size), Image.Resampling.BICUBIC))
+Box = tuple[int, int, int, int]  # left, upper, right, lower
 
 
-def random_crop_box(width: int, height: int, min_crop: float, rng: random.Random) -> tuple[int, int, int, int]:
+class RandomCrop:
+    """RandomResizedCrop (bicubic, antialiased) of one image to uint8 (size, size, 3)."""
+
+    def __init__(self, size: int, min_crop: float, rng: random.Random) -> None:
+        self.size, self.min_crop, self.rng = size, min_crop, rng
+        self.drawn: tuple[tuple[int, int], Box] | None = None  # size of the image, and the box in it
+
+    def reduction(self, width: int, height: int) -> int:
+        """Draw the box, then answer by how much the image may be shrunk before: the box stays at least `size` wide.
+
+        For `preprocess.decode`. The box must be drawn first: of a small part, no pixel is to be thrown away.
+        """
+        left, upper, right, lower = box = random_crop_box(width, height, self.min_crop, self.rng)
+        self.drawn = (width, height), box
+        return max(f for f in (1, 2, 4, 8) if f == 1 or min(right - left, lower - upper) >= f * self.size)
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        """Cut and resize; of a shrunk image the same part."""
+        if self.drawn is None:
+            self.reduction(*image.size)
+        assert self.drawn is not None  # noqa: S101 - for the type checker
+        (width, height), box = self.drawn
+        size = (self.size, self.size)
+        if image.size == (width, height):
+            # Crop, then resize, as torchvision does: resize(box=...) would also read the pixels around the box.
+            return np.asarray(image.crop(box).resize(size, Image.Resampling.BICUBIC))
+        across, down = image.width / width, image.height / height
+        part = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)  # not at whole pixels
+        return np.asarray(image.resize(size, Image.Resampling.BICUBIC, box=part))
+
+
+def random_crop_box(width: int, height: int, min_crop: float, rng: random.Random) -> Box:
     """A box (left, upper, right, lower) of `min_crop` to 1 of the area and a side ratio of 3/4 to 4/3.
 
     After ten failures the centre, as near to that as the image allows (torchvision's RandomResizedCrop).

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mixmim_serve.errors import DataError, ImageError
 from mixmim_serve.preprocess import decode
 from mixmim_serve.sources import Source
-from training.augment import random_crop
+from training.augment import RandomCrop
 from training.config import RunConfig
 
 SUBSTITUTES = 20  # other images to try in the place of an unreadable one
@@ -58,15 +58,15 @@ class TrainingImages(Dataset[Item]):
         rng = random.Random(f"{self.seed}/{epoch}/{index}")  # noqa: S311 - augmentation, not secrets
         unreadable: list[str] = []
         for _ in range(SUBSTITUTES):
+            crop = RandomCrop(self.size, self.min_crop, rng)
             try:
-                image = decode(self.source.read(index))
+                image = decode(self.source.read(index), reduction=crop.reduction)
             except ImageError as error:
                 unreadable.append(f"{self.source.keys[index]}: {error}")
                 index = rng.randrange(len(self))
                 continue
             label = self.labels[index] if self.labels else 0
-            crop = random_crop(image, self.size, self.min_crop, rng)
-            return Item(crop, label, rng.random() < 0.5, tuple(unreadable))
+            return Item(crop(image), label, rng.random() < 0.5, tuple(unreadable))
         return Item(None, 0, False, tuple(unreadable))
 
 
