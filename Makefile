@@ -5,7 +5,7 @@ BUNDLE ?= tiny
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve test test-slow check format bench clean
+.PHONY: serve test test-slow gpu check format bench clean
 
 serve: .venv/serve.ok  ## install what serving needs (no torch) and serve the shipped model
 	$(BIN)/mixmim serve $(BUNDLE) --port $(PORT)
@@ -15,6 +15,10 @@ test: .venv/dev.ok  ## the whole default test suite
 
 test-slow: .venv/dev.ok  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+gpu: .venv/dev.ok  ## all that needs a CUDA device: checks, then the training step against a plain one
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m benchmarks.train_step --device cuda --steps 10 --output benchmarks/results/train_step_gpu.md
 
 check: .venv/dev.ok  ## lint, format, types
 	$(BIN)/ruff check .

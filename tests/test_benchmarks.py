@@ -1,0 +1,78 @@
+"""What the benchmarks time is the same computation, and they run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY
+
+from mixmim_serve.config import Architecture, DecoderConfig
+from mixmim_serve.model import MixMIM
+from mixmim_serve.model.mixmim import random_units
+
+sys.path.insert(0, str(REPOSITORY))
+
+from benchmarks.ablation import VARIANTS
+from benchmarks.plain import PlainMixMIM
+
+# Windows smaller than the grid in the first two stages.
+ARCH = Architecture(8, (2, 1, 1, 1), (1, 1, 2, 2), 128, (8, 8, 8, 4), decoder=DecoderConfig(16, 2, 2))
+
+
+@pytest.mark.parametrize("known", [None, 8])
+def test_the_plain_version_has_our_loss_and_gradients(known: int | None) -> None:
+    torch.manual_seed(0)
+    ours, plain = MixMIM(ARCH).double().train(), PlainMixMIM(ARCH).double()
+    for parameter in ours.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
+    plain.load_state_dict(ours.state_dict())
+    pixels = torch.randn(4, 3, 128, 128, dtype=torch.float64)
+    mask = random_units(16, 0.5, torch.Generator().manual_seed(0))
+    loss = ours.pretrain(pixels, mask, known).loss
+    loss.backward()
+    plain_loss = plain(pixels, mask)
+    plain_loss.backward()
+    assert plain_loss.item() == pytest.approx(loss.item(), rel=1e-6)  # the loss is taken in float32
+    gradients = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        largest = float(parameter.grad.abs().max())
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=0, atol=1e-5 * largest, msg=name)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+def test_every_variant_of_the_ablation_trains_every_parameter(variant: object) -> None:
+    torch.manual_seed(0)
+    model = variant.model(ARCH).train()
+    mask = random_units(16, variant.mask_ratio, torch.Generator().manual_seed(0))
+    output = model.pretrain(torch.randn(4, 3, 128, 128), mask, int(16 * variant.mask_ratio))
+    assert 0.5 < float(output.loss.detach()) < 2
+    output.loss.backward()
+    assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
+
+
+def run(*arguments: object, folder: Path = REPOSITORY) -> str:
+    command = [sys.executable, "-m", *(str(argument) for argument in arguments)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=250, check=True).stdout
+
+
+def test_train_step_runs(tmp_path: Path) -> None:
+    out = tmp_path / "steps.md"
+    options = ("--variants", "plain", "eager", "--batch-size", 2, "--repeats", 2, "--warmup", 1, "--output", out)
+    run("benchmarks.train_step", "--sizes", "tiny", "--device", "cpu", *options)
+    rows = json.loads(out.with_suffix(".json").read_text())["rows"]
+    assert [(row["size"], row["variant"]) for row in rows] == [("tiny", "plain"), ("tiny", "eager")]
+    assert all(row["variant"] in out.read_text() for row in rows)
+
+
+def test_data_loading_runs(tmp_path: Path) -> None:
+    out = tmp_path / "loading.md"
+    assert "2 MB" in run("benchmarks.data_loading", "--images", 2, "--output", out)
+    rows = json.loads(out.with_suffix(".json").read_text())["rows"]
+    assert [row["file"] for row in rows] == ["16 kB", "75 kB", "2 MB"]
+    assert all(0.7 < row["bytes"] / wanted < 1.3 for row, wanted in zip(rows, (16e3, 75e3, 2e6), strict=True))
+    assert rows[2]["small decode"] < rows[2]["full decode"]
