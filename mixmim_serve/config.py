@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,11 +159,17 @@ def architecture(name: str, *, num_classes: int = 0, with_decoder: bool = True) 
         ConfigError: for an unknown name, listing the known ones.
     """
     if name not in _SIZES:
-        near = difflib.get_close_matches(name, _SIZES, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"unknown size {name!r}: choose one of {', '.join(_SIZES)}.{hint}")
+        raise unknown("size", name, _SIZES)
     size = _SIZES[name]
     return dataclasses.replace(size, num_classes=num_classes, decoder=size.decoder if with_decoder else None)
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
+    """What to raise for a name that is not among the known ones: lists them, and the nearest."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return ConfigError(f"unknown {kind} {name!r}: choose one of {', '.join(names)}.{hint}")
 
 
 def size_names() -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
-from mixmim_serve.config import Architecture, architecture, units_from_partner
+from mixmim_serve.config import Architecture, architecture, units_from_partner, unknown
 from mixmim_serve.errors import ConfigError
 
 LAYER_DECAY_RULES = ("official", "mae", "mmpretrain")
@@ -153,9 +153,7 @@ class FinetuneConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.layer_decay_rule not in LAYER_DECAY_RULES:
-            raise ConfigError(
-                f"unknown layer_decay_rule {self.layer_decay_rule!r}: choose one of {', '.join(LAYER_DECAY_RULES)}."
-            )
+            raise unknown("layer_decay_rule", self.layer_decay_rule, LAYER_DECAY_RULES)
         if not 0 < self.layer_decay <= 1 or not 0 <= self.drop_path < 1:
             raise ConfigError("layer_decay and drop_path are shares between 0 and 1.")
         if self.evaluate_every < 1:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from typing import TypeVar
 
-from mixmim_serve.errors import ConfigError
+from mixmim_serve.config import unknown
 from training.config import AugmentConfig, FinetuneConfig, PretrainConfig
 
 Config = TypeVar("Config")
@@ -93,7 +92,5 @@ def recipe(name: str, recipes: dict[str, Callable[[], Config]]) -> Config:
         ConfigError: for an unknown name, listing the known ones.
     """
     if name not in recipes:
-        near = difflib.get_close_matches(name, recipes, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"unknown recipe {name!r}: choose one of {', '.join(recipes)}.{hint}")
+        raise unknown("recipe", name, recipes)
     return recipes[name]()
