@@ -153,7 +153,6 @@ def test_the_last_checkpoints_and_those_of_every_so_many_epochs_stay(photos: Pat
 def test_gradient_accumulation_equals_the_large_batch(run: Run, photos: Path, tmp_path: Path) -> None:
     parts = run_pretraining(dataclasses.replace(SMALL, accumulate=4), photos, tmp_path / "parts")
     assert parts.losses == pytest.approx(run.losses, rel=1e-5)
-    assert parts.losses != run.losses
     gradients = []
     for accumulate in (1, 2):
         trainer = trainer_of(dataclasses.replace(SMALL, accumulate=accumulate), photos, tmp_path / "run")
@@ -321,7 +320,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
 
     monkeypatch.setattr(Pretraining, "inputs", poison)
     assert re.search(
-        r"loss nan, first in the output of model\.patch_embed\.proj, \d+ gradients", replay(tmp_path / "run")[1]
+        r"loss nan, first in the output of model\.patch_embed\.norm, \d+ gradients", replay(tmp_path / "run")[1]
     )
 
 

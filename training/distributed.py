@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -75,6 +76,7 @@ def join_world() -> Iterator[World]:
     dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     try:
         yield World(dist.get_rank(), dist.get_world_size(), device)
+        dist.barrier()  # a process that leaves while another still talks to it may take it down
     finally:
         dist.destroy_process_group()
 
@@ -95,7 +97,12 @@ def wrap(objective: nn.Module, world: World, config: RunConfig) -> nn.Module:
         return objective
     if world.size > 1:
         ids = [world.device] if world.device.type == "cuda" else None
-        return DistributedDataParallel(objective, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        # Our buffers are constants; newer versions of torch have another name for not sending them in every step.
+        known = inspect.signature(DistributedDataParallel).parameters
+        unsent: dict[str, Any] = {
+            "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
+        }
+        return DistributedDataParallel(objective, device_ids=ids, gradient_as_bucket_view=True, **unsent)
     return objective
 
 
