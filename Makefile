@@ -30,7 +30,7 @@ format: .venv/dev.ok
 	$(BIN)/ruff format .
 
 bench: .venv/dev.ok  ## k-nearest-neighbour accuracy of the shipped model; DATA is a folder with clothing10 in it
-	$(BIN)/python benchmarks/knn.py $(BUNDLE) $(DATA)/clothing10 --untrained
+	$(BIN)/python -m benchmarks.knn $(BUNDLE) $(DATA)/clothing10 --untrained
 
 .venv/python.ok:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

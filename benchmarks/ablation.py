@@ -52,12 +52,7 @@ class SingleReconstruction(MixMIM):
     def decode_one(self, encoded_BUD: Tensor, hidden_MU: Tensor) -> Tensor:
         """Predicted units (B, U, P) from the view in which the hidden ones are mask tokens."""
         x_BUD = self.decoder_embed(encoded_BUD)
-        x_BUD = torch.where(hidden_MU.unsqueeze(-1), self.mask_token.to(x_BUD.dtype), x_BUD)
-        x_BKUD = (x_BUD + self.decoder_pos_embed).unsqueeze(1)
-        for block in self.decoder_blocks:
-            x_BKUD = block(x_BKUD)
-        predicted: Tensor = self.decoder_pred(self.decoder_norm(x_BKUD)).squeeze(1)
-        return predicted
+        return self.predict(torch.where(hidden_MU.unsqueeze(-1), self.mask_token.to(x_BUD.dtype), x_BUD))
 
     def loss_of_hidden(self, predicted_BUP: Tensor, pixels_BCHW: Tensor, hidden_MU: Tensor) -> Tensor:
         """Mean squared error over the hidden units."""
@@ -107,10 +102,9 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="a folder for the runs, one each")
     parser.add_argument("--epochs", type=int, default=5)
     arguments = parser.parse_args()
-    tiny, source = tiny_cpu(), open_source(arguments.images)
-    warmup = tiny.warmup_epochs * arguments.epochs / tiny.epochs
+    tiny, source = tiny_cpu().lasting(arguments.epochs), open_source(arguments.images)
     for variant in VARIANTS:
-        config = dataclasses.replace(tiny, epochs=arguments.epochs, warmup_epochs=warmup, mask_ratio=variant.mask_ratio)
+        config = dataclasses.replace(tiny, mask_ratio=variant.mask_ratio)
         run = arguments.out / variant.name
         train(Pretraining(config, source, model=variant.model), source, run, resume=run.exists())
 

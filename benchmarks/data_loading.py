@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.knn import cpu_name
+from benchmarks.machine import cpu_name
 from mixmim_serve.preprocess import decode, read_limited
 from training.augment import RandomCrop
 

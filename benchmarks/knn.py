@@ -1,6 +1,6 @@
 """k-nearest-neighbour accuracy of a bundle's embeddings on labelled folders: DATA/train/CLASS, DATA/val/CLASS.
 
-    python benchmarks/knn.py tiny data/clothing10 --untrained
+    python -m benchmarks.knn tiny data/clothing10 --untrained
 
 Cosine similarity, votes weighted by exp(similarity / 0.07) (the protocol of DINO, arXiv 2104.14294). `--untrained`
 measures the same network with random weights, exported and run in the same way, beside it.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import platform
 import tempfile
 from datetime import date
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 import onnxruntime
 import torch
 
+from benchmarks.machine import cpu_name
 from mixmim_serve.bundle import WEIGHTS, open_bundle
 from mixmim_serve.engines import Engine, open_engine
 from mixmim_serve.extract.run import run_files
@@ -52,13 +52,6 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             report["untrained"] = measure(open_engine(untrained_bundle(bundle, Path(folder))), arguments.data)
     print(json.dumps(report, indent=2))
-
-
-def cpu_name() -> str:
-    """What the processor calls itself."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def measure(engine: Engine, data: Path) -> dict[str, float]:

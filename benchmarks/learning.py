@@ -29,7 +29,7 @@ from training.distributed import World
 from training.evaluate import evaluate
 from training.finetuning import Finetuning
 from training.judging import Labelled
-from training.probe import probe, start_model, untrained
+from training.probe import probe, untrained
 from training.recipes import tiny_finetune_cpu
 from training.start import Start, read_start
 from training.trainer import train
@@ -98,7 +98,7 @@ def record(path: Path, work: Callable[..., dict[str, float]], *arguments: Any) -
 
 def frozen(origin: Start | None, seed: int, known: Labelled, judged: Labelled) -> dict[str, float]:
     """Top-1 of k-NN and linear probe, in percent."""
-    model, description = (start_model(origin), origin.description) if origin else untrained("tiny", seed)
+    model, description = (origin.model(), origin.description) if origin else untrained("tiny", seed)
     found = probe(model, description, known, judged, ALONE)
     return {f"k-NN, k = {k}": each.top1 for k, each in found.neighbours.items()} | {"linear probe": found.linear.top1}
 
@@ -119,8 +119,7 @@ def tuned(
 
 def settings(origin: Start | None, epochs: int, seed: int) -> FinetuneConfig:
     """The recipe, shortened; from scratch every layer learns at the full rate."""
-    config = tiny_finetune_cpu()
-    config = replace(config, epochs=epochs, warmup_epochs=config.warmup_epochs * epochs / config.epochs, seed=seed)
+    config = replace(tiny_finetune_cpu().lasting(epochs), seed=seed)
     return config if origin else replace(config, size="tiny", layer_decay=1.0)
 
 

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.machine import cpu_name
 from benchmarks.plain import PlainMixMIM
 from mixmim_serve.config import Preprocessing
 from mixmim_serve.model import MixMIM
@@ -397,13 +398,6 @@ def git(*arguments: str) -> str:
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
-
-
-def cpu_name() -> str:
-    """What the processor calls itself."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def command(arguments: Sequence[str] | None) -> str:

@@ -6,6 +6,7 @@
     ├── BundleError                a bundle folder that is missing, incomplete or altered
     ├── EngineError                a runtime that is not installed, or that refuses the bundle
     ├── DataError                  a data set with nothing usable in it
+    ├── NonFiniteError             a training step whose gradients are not finite
     └── ImageError                 one bad image; never the fault of the images beside it
         ├── UnsupportedImageError  bytes that are no image of an accepted format
         ├── ImageTooLargeError     more bytes or pixels than the limit
@@ -37,6 +38,10 @@ class EngineError(MixMIMError):
 
 class DataError(MixMIMError):
     """A source of images with nothing usable in it."""
+
+
+class NonFiniteError(MixMIMError):
+    """A training step whose loss or gradients are not finite."""
 
 
 class ImageError(MixMIMError):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import training_data
 from conftest import REPOSITORY
 from rich.console import Console
 from safetensors.torch import load_file
@@ -30,18 +31,7 @@ from training.pretraining import Pretraining
 from training.trainer import Trainer, train
 
 # 12 photos in batches of 4: three steps an epoch, a line of the log every second step, so lines span epochs.
-SMALL = PretrainConfig(
-    size="tiny",
-    image_size=64,
-    epochs=3,
-    warmup_epochs=0.5,
-    batch_size=4,
-    base_lr=3e-2,
-    workers=0,
-    log_every=2,
-    keep_every=1,
-    bf16=False,
-)
+SMALL = dataclasses.replace(training_data.SMALL, epochs=3, batch_size=4, base_lr=3e-2, log_every=2)
 STEPS = 9
 NARROW = Architecture(8, (1, 1, 1, 1), (1, 1, 1, 1), 64, decoder=DecoderConfig(16, 1, 2))
 

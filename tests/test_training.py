@@ -21,14 +21,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training_data import SMALL, STEPS_PER_EPOCH, Run, run_pretraining
 
 from mixmim_serve.config import Preprocessing, architecture
-from mixmim_serve.errors import ConfigError, DataError
+from mixmim_serve.errors import ConfigError, DataError, NonFiniteError
 from mixmim_serve.model import MixMIM
 from mixmim_serve.model.checkpoint import load_checkpoint, read_checkpoint
 from mixmim_serve.sources import open_source
 from training.config import PretrainConfig
 from training.data import Batch
 from training.distributed import World
-from training.nonfinite import NonFiniteError
 from training.optim import learning_rate
 from training.pretraining import Pretraining
 from training.replay import replay

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Self
 
 from mixmim_serve.config import Architecture, architecture, units_from_partner, unknown
 from mixmim_serve.errors import ConfigError
@@ -56,6 +57,14 @@ class RunConfig:
     def peak_lr(self) -> float:
         """Learning rate after warm-up."""
         return self.base_lr * self.batch_size / 256
+
+    def lasting(self, epochs: int) -> Self:
+        """The same run over another number of epochs, with the same share of warm-up."""
+        return dataclasses.replace(self, epochs=epochs, warmup_epochs=self.warmup_epochs * epochs / self.epochs)
+
+    def due(self, epochs: int, every: int) -> bool:
+        """Whether what is done every so many epochs, and after the last, is due after this many."""
+        return epochs % every == 0 or epochs == self.epochs
 
     def part(self, processes: int) -> int:
         """Images that a process computes at once.

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mixmim_serve.errors import DataError, ImageError
 from mixmim_serve.preprocess import decode
 from mixmim_serve.sources import Source
-from training.augment import RandomCrop
+from training.augment import RandomCrop, flip
 from training.config import RunConfig
 
 SUBSTITUTES = 20  # other images to try in the place of an unreadable one
@@ -40,6 +40,11 @@ class Batch(NamedTuple):
     labels_B: Tensor  # int64
     flipped_B: Tensor  # bool
     unreadable: tuple[str, ...]
+
+    def pixels_on(self, device: torch.device) -> Tensor:
+        """The pixels on the device, without waiting for it, and mirrored there."""
+        pixels_BHWC, flipped_B = (each.to(device, non_blocking=True) for each in (self.pixels_BHWC, self.flipped_B))
+        return flip(pixels_BHWC, flipped_B)
 
 
 class TrainingImages(Dataset[Item]):

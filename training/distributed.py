@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
+    set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -130,6 +131,14 @@ def whole_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     if not _sharded(model):
         return optimizer.state_dict()
     return dict(get_optimizer_state_dict(model, optimizer, options=WHOLE))
+
+
+def load_whole_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """The inverse of `whole_weights`."""
+    if _sharded(model):
+        set_model_state_dict(model, dict(weights), options=StateDictOptions(full_state_dict=True))
+    else:
+        model.load_state_dict(weights)
 
 
 def load_whole_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -13,7 +13,6 @@ from training.distributed import World
 from training.features import Progress
 from training.judge.confusion import confusions, draw_confusion, per_class
 from training.judging import Judged, Labelled, judge_classifier
-from training.probe import start_model
 from training.start import Start
 
 
@@ -30,7 +29,7 @@ def evaluate(
         raise CheckpointError(
             f"{start.path} has no classification head with class names: make one with mixmim finetune."
         )
-    model = start_model(start).to(world.device).eval()
+    model = start.model().to(world.device)
     images = Labelled.of(source, start.description.labels)
     return judge_classifier(model, start.description.preprocessing, images, world, workers, progress)
 

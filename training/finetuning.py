@@ -17,7 +17,6 @@ from mixmim_serve.errors import ConfigError
 from mixmim_serve.model import Encoder
 from mixmim_serve.model.encoder import Block
 from mixmim_serve.model.released import resize_weights
-from training.augment import flip
 from training.config import FinetuneConfig
 from training.data import Batch
 from training.device_augment import DeviceAugment
@@ -81,10 +80,7 @@ class Finetuning:
 
     def inputs(self, batch: Batch, mask_seed: int, seed: int) -> tuple[Tensor, ...]:
         """Augmented pixels and soft targets."""
-        pixels_BHWC = batch.pixels_BHWC.to(self.device, non_blocking=True)
-        flipped_B = batch.flipped_B.to(self.device, non_blocking=True)
-        labels_B = batch.labels_B.to(self.device, non_blocking=True)
-        return self.augment(flip(pixels_BHWC, flipped_B), labels_B, seed)
+        return self.augment(batch.pixels_on(self.device), batch.labels_B, seed)
 
     def describe(self, provenance: Mapping[str, Any]) -> Description:
         """As in `Task`, with the class names."""
@@ -92,7 +88,7 @@ class Finetuning:
 
     def judge(self, epochs: int, world: World) -> dict[str, float]:
         """Top-1 and top-5 on the validation images."""
-        if self.val is None or (epochs % self.config.evaluate_every and epochs != self.config.epochs):
+        if self.val is None or not self.config.due(epochs, self.config.evaluate_every):
             return {}
         judged = judge_classifier(self.objective.model, self.preprocessing, self.val, world, self.config.workers)
         return {"val_top1": judged.accuracy.top1, "val_top5": judged.accuracy.top5}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import resource
 import sys
 import time
@@ -89,8 +88,3 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def as_dict(metrics: Metrics) -> dict[str, float]:
-    """Values by name."""
-    return dataclasses.asdict(metrics)

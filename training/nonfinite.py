@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from safetensors.torch import save_file
 
-from mixmim_serve.errors import MixMIMError
+from mixmim_serve.errors import NonFiniteError
 from mixmim_serve.files import atomic_path
 from mixmim_serve.model.checkpoint import save_checkpoint
 from training.data import Batch, collate
@@ -19,10 +19,6 @@ from training.distributed import whole_weights
 
 if TYPE_CHECKING:
     from training.trainer import Trainer
-
-
-class NonFiniteError(MixMIMError):
-    """A loss or gradient that is not finite."""
 
 
 def save_nonfinite(trainer: Trainer, step: int) -> None:

@@ -18,7 +18,7 @@ from mixmim_serve.model.mixmim import random_units
 from mixmim_serve.panel import draw_panel
 from mixmim_serve.preprocess import preprocess
 from mixmim_serve.sources import Source
-from training.augment import Normalize, flip
+from training.augment import Normalize
 from training.config import PretrainConfig
 from training.data import Batch
 from training.distributed import World
@@ -76,11 +76,9 @@ class Pretraining:
 
     def inputs(self, batch: Batch, mask_seed: int, seed: int) -> tuple[Tensor, ...]:
         """Normalised pixels, and one mask for the whole step (the official code draws one a process, too)."""
-        pixels_BHWC = batch.pixels_BHWC.to(self.device, non_blocking=True)
-        flipped_B = batch.flipped_B.to(self.device, non_blocking=True)
         generator = torch.Generator().manual_seed(mask_seed)
         mask = random_units(self.config.arch.units, self.config.mask_ratio, generator)
-        return self.normalize(flip(pixels_BHWC, flipped_B)), mask.to(self.device, non_blocking=True)
+        return self.normalize(batch.pixels_on(self.device)), mask.to(self.device, non_blocking=True)
 
     def describe(self, provenance: Mapping[str, Any]) -> Description:
         """As in `Task`."""
@@ -88,13 +86,13 @@ class Pretraining:
 
     def judge(self, epochs: int, world: World) -> dict[str, float]:
         """k-NN accuracy on the labelled set, where one was given."""
-        if self.labelled is None or not self.due(epochs, self.config.knn_every):
+        if self.labelled is None or not self.config.due(epochs, self.config.knn_every):
             return {}
         return judge_by_neighbours(self.model, self.preprocessing, *self.labelled, world, self.config.workers)
 
     def pictures(self, epochs: int) -> dict[str, Image.Image]:
         """The first images, mixed in pairs and reconstructed, one row a pair."""
-        if self.samples is None or not self.due(epochs, self.config.sample_every):
+        if self.samples is None or not self.config.due(epochs, self.config.sample_every):
             return {}
         pixels = sample_pixels(self.samples, self.preprocessing)
         if len(pixels) < 2:
@@ -118,10 +116,6 @@ class Pretraining:
         for number, row in enumerate(rows):
             picture.paste(row, (0, number * row.height))
         return {"reconstructions": picture}
-
-    def due(self, epochs: int, every: int) -> bool:
-        """Every so many epochs, and after the last."""
-        return epochs % every == 0 or epochs == self.config.epochs
 
 
 def sample_pixels(source: Source, preprocessing: Preprocessing) -> list[np.ndarray]:

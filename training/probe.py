@@ -11,8 +11,8 @@ import torch
 
 from mixmim_serve.config import Preprocessing, architecture
 from mixmim_serve.description import Description
-from mixmim_serve.model import Encoder, build_model
-from mixmim_serve.model.checkpoint import check_weights, save_checkpoint
+from mixmim_serve.model import Encoder
+from mixmim_serve.model.checkpoint import save_checkpoint
 from mixmim_serve.version import __version__
 from training.distributed import World
 from training.features import Progress, run_network
@@ -63,18 +63,6 @@ def probe(
     head = linear_probe(known.values_NX, labels_N, classes, ProbeConfig(seed=seed))
     linear = accuracy(head.scores(asked.values_NX), labels_M)
     return Probe(neighbours, linear, head, known.unreadable + asked.unreadable)
-
-
-def start_model(start: Start) -> Encoder:
-    """The checkpoint's network, with its weights.
-
-    Raises:
-        CheckpointError: when they do not fit.
-    """
-    model = build_model(start.description.arch)
-    check_weights(start.path, {name: tuple(weight.shape) for name, weight in start.weights.items()}, model)
-    model.load_state_dict(start.weights)
-    return model
 
 
 def untrained(size: str, seed: int) -> tuple[Encoder, Description]:

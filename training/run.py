@@ -1,4 +1,4 @@
-"""A run's folder. Only the first process writes to it.
+"""A run's folder. Only the first process writes to it, but for the names of unreadable images and bad batches.
 
 RUN/config.json          the resolved configuration, data and command
 RUN/metrics.jsonl        one line every `log_every` steps, and one for each judgement
@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mixmim_serve.description import Description, read_description
+from mixmim_serve.description import Description
 from mixmim_serve.errors import CheckpointError, ConfigError
 from mixmim_serve.files import atomic_path
 from mixmim_serve.model.checkpoint import read_checkpoint, save_checkpoint
@@ -67,7 +67,7 @@ class RunFolder:
                     each.unlink()
         self.checkpoints.mkdir(parents=True)
         with atomic_path(self.path / "config.json") as path:
-            path.write_text(json.dumps({"config": dataclasses.asdict(config), **about}, indent=2) + "\n")
+            path.write_text(as_json(config, about) + "\n")
 
     def check(self, config: RunConfig, about: Mapping[str, Any]) -> None:
         """Compare with what the run was started with, before it is resumed.
@@ -78,12 +78,13 @@ class RunFolder:
         path = self.path / "config.json"
         if not path.is_file():
             raise ConfigError(f"{self.path} holds no run to resume (no config.json): start it without --resume.")
-        started = json.loads(path.read_text())
-        now = json.loads(json.dumps({"config": dataclasses.asdict(config), **about}))
-        before = started.get("config", {}) | {"task": started.get("task"), "start": started.get("start")}
+        before, now = (
+            values.get("config", {}) | {"task": values.get("task"), "start": values.get("start")}
+            for values in (json.loads(path.read_text()), json.loads(as_json(config, about)))
+        )
         differing = [
             f"{name} {before.get(name)} (now {value})"
-            for name, value in (now["config"] | {"task": now.get("task"), "start": now.get("start")}).items()
+            for name, value in now.items()
             if name not in MAY_CHANGE and before.get(name) != value
         ]
         if differing:
@@ -133,12 +134,11 @@ class RunFolder:
             with atomic_path(stem.with_suffix(".state.pt")) as temporary:
                 torch.save(state, temporary)
 
-    def prune(self, config: RunConfig) -> None:
-        """Delete checkpoints but for the last few and those of every so many whole epochs."""
+    def prune(self, config: RunConfig, epoch: int) -> None:
+        """Delete checkpoints but for the last few and those of every so many whole epochs, `epoch` steps each."""
         for step in self.steps()[: -config.keep_last]:
-            stem = self.checkpoints / f"step-{step:08d}"
-            epochs = epochs_of(stem.with_suffix(".safetensors"))
-            if epochs % config.keep_every:
+            if step % (config.keep_every * epoch):
+                stem = self.checkpoints / f"step-{step:08d}"
                 stem.with_suffix(".state.pt").unlink()
                 stem.with_suffix(".safetensors").unlink()
 
@@ -181,11 +181,9 @@ class RunFolder:
             self.unreadable = dict.fromkeys(unreadable.read_text().splitlines())
 
 
-def epochs_of(path: Path) -> float:
-    """Epochs that a checkpoint has seen, whole ones without a fraction."""
-    with contextlib.suppress(CheckpointError):
-        return float(read_description(path).provenance.get("epochs", 0))
-    return 0.5  # unreadable: of no use to anybody
+def as_json(config: RunConfig, about: Mapping[str, Any]) -> str:
+    """What config.json holds."""
+    return json.dumps({"config": dataclasses.asdict(config), **about}, indent=2)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,8 @@ from torch import Tensor
 from mixmim_serve.bundle import WEIGHTS
 from mixmim_serve.description import Description
 from mixmim_serve.files import sha256
-from mixmim_serve.model.checkpoint import read_checkpoint
+from mixmim_serve.model import Encoder
+from mixmim_serve.model.checkpoint import model_with, read_checkpoint
 
 SCRATCH = "scratch"  # instead of a checkpoint: an untrained network
 
@@ -27,6 +28,14 @@ class Start:
     def identity(self) -> str:
         """Which weights these are, wherever they lie."""
         return f"sha256:{sha256(self.path)[:16]}"
+
+    def model(self) -> Encoder:
+        """The checkpoint's network, with its weights.
+
+        Raises:
+            CheckpointError: when they do not fit.
+        """
+        return model_with(self.path, self.description, self.weights)
 
 
 def read_start(path: Path) -> Start:

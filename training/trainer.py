@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 import threading
 import time
@@ -26,12 +27,13 @@ from training.distributed import (
     World,
     join_world,
     load_whole_optimizer,
+    load_whole_weights,
     synchronized,
     whole_optimizer,
     whole_weights,
     wrap,
 )
-from training.meter import Meter, Metrics, as_dict
+from training.meter import Meter, Metrics
 from training.nonfinite import save_nonfinite
 from training.optim import build_optimizer, learning_rate
 from training.run import RunFolder
@@ -71,10 +73,10 @@ def train(
             return folder.final
         trainer = Trainer(task, source, folder, world)
         with folder.lock() if world.main else contextlib.nullcontext():
-            if world.main:
-                (folder.check if resume else folder.create)(
-                    task.config, trainer.about(), **({} if resume else {"overwrite": overwrite})
-                )
+            if world.main and resume:
+                folder.check(task.config, trainer.about())
+            elif world.main:
+                folder.create(task.config, trainer.about(), overwrite)
             world.wait()
             if resume:
                 trainer.resume()
@@ -132,7 +134,7 @@ class Trainer:
                 raise DataError(
                     f"the images in {self.source.name} are not those that {self.folder.path} was started with."
                 )
-            self.load_weights(weights)
+            load_whole_weights(self.model, weights)
             load_whole_optimizer(self.model, self.optimizer, state["optimizer"])
             self.step = state["step"]
             self.last = Metrics(**state["last"]) if state["last"] else None
@@ -140,15 +142,6 @@ class Trainer:
         if self.world.main:
             self.folder.rewind(self.step)
         self.world.wait()
-
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Copy whole weights into the model, sharded or not."""
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-        if self.config.shard and self.world.size > 1:
-            set_model_state_dict(self.model, dict(weights), options=StateDictOptions(full_state_dict=True))
-        else:
-            self.model.load_state_dict(weights)
 
     def fit(self, console: Console, trackers: Sequence[str]) -> Path | None:
         """All epochs that are left."""
@@ -254,7 +247,7 @@ class Trainer:
             save_nonfinite(self, self.step - ago)
         lr = max(group["lr"] for group in self.optimizer.param_groups)
         self.last = self.meter.read(self.step, self.step / self.sampler.steps, lr, self.world)
-        self.record(as_dict(self.last))
+        self.record(dataclasses.asdict(self.last))
         self.meter = Meter()
         return self.last
 
@@ -289,7 +282,7 @@ class Trainer:
         weights, optimizer = whole_weights(self.model), whole_optimizer(self.model, self.optimizer)
         if self.world.main:
             self.folder.save(self.step, weights, self.task.describe(self.provenance()), self.state(optimizer))
-            self.folder.prune(self.config)
+            self.folder.prune(self.config, self.sampler.steps)
         self.world.wait()
 
     def state(self, optimizer: dict[str, Any]) -> dict[str, Any]:
@@ -298,7 +291,7 @@ class Trainer:
             "images": self.images,
             "optimizer": optimizer,
             "step": self.step,
-            "last": as_dict(self.last) if self.last else None,
+            "last": dataclasses.asdict(self.last) if self.last else None,
             "meter": self.meter.state(),
         }
 

@@ -130,7 +130,7 @@ def probe(
     from training.distributed import join_world
     from training.judging import open_labelled
     from training.probe import probe as judge
-    from training.probe import save_with_head, start_model
+    from training.probe import save_with_head
     from training.start import read_start
 
     checkpoint = read_start(bundle_path(start))
@@ -140,7 +140,7 @@ def probe(
     with join_world() as world, Progress(console=progress_console()) as bar:
         task = bar.add_task("embed", total=len(images.source.keys) + len(judged.source.keys))
         found = judge(
-            start_model(checkpoint), checkpoint.description, images, judged, world,
+            checkpoint.model(), checkpoint.description, images, judged, world,
             seed=seed, workers=workers or 0, progress=lambda count: bar.advance(task, count),
         )  # fmt: skip
     if not first_process():
@@ -238,8 +238,8 @@ def _with_options(config: Any, given: dict[str, Any], epochs: int | None, settin
     from training.settings import apply
 
     changes = {name: value for name, value in given.items() if value is not None}
-    if epochs is not None:  # keep the recipe's share of warm-up
-        changes |= {"epochs": epochs, "warmup_epochs": config.warmup_epochs * epochs / config.epochs}
+    if epochs is not None:
+        config = config.lasting(epochs)
     return apply(dataclasses.replace(config, **changes), settings or ())
 
 

@@ -54,10 +54,19 @@ def load_checkpoint(path: Path) -> tuple[Encoder, Description]:
         CheckpointError: when the file cannot be read or its weights do not fit its description.
     """
     description, weights = read_checkpoint(path)
+    return model_with(path, description, weights), description
+
+
+def model_with(path: Path, description: Description, weights: Mapping[str, Tensor]) -> Encoder:
+    """The described model in float32, in evaluation mode, with the weights that were read from `path`.
+
+    Raises:
+        CheckpointError: when the weights do not fit the description.
+    """
     model = build_model(description.arch)
     check_weights(path, {name: tuple(tensor.shape) for name, tensor in weights.items()}, model)
     model.load_state_dict(weights)
-    return model.eval(), description
+    return model.eval()
 
 
 def check_weights(path: Path, found: Mapping[str, tuple[int, ...]], model: nn.Module) -> None:

@@ -110,7 +110,11 @@ class MixMIM(Encoder):
         mask_token = self.mask_token.to(x_BUD.dtype)
         from_partner = from_partner_MU.unsqueeze(-1)
         views = [torch.where(from_partner, mask_token, x_BUD), torch.where(from_partner, x_BUD, mask_token)]
-        x_BKUD = (torch.cat(views) + self.decoder_pos_embed).unsqueeze(1)
+        return self.predict(torch.cat(views))
+
+    def predict(self, x_BUD: Tensor) -> Tensor:
+        """Decoder tokens of views, hidden ones already mask tokens, to predicted units (B, U, P)."""
+        x_BKUD = (x_BUD + self.decoder_pos_embed).unsqueeze(1)
         for block in self.decoder_blocks:
             x_BKUD = block(x_BKUD)
         predicted: Tensor = self.decoder_pred(self.decoder_norm(x_BKUD)).squeeze(1)
