@@ -132,6 +132,13 @@ def test_another_start_is_not_resumed(labelled: Path, pretrained: Path, tuned: P
         train(task, open_source(labelled / "train"), folder, Console(quiet=True), resume=True)
 
 
+def test_the_head_starts_near_zero_only_on_a_pretrained_encoder(labelled: Path, pretrained: Path) -> None:
+    tuned, _ = task_of(labelled, pretrained)
+    scratch, _ = task_of(labelled, None, dataclasses.replace(SMALL, size="tiny", image_size=64))
+    assert 0 < tuned.objective.model.head.weight.abs().max() < 1e-3
+    assert scratch.objective.model.head.weight.std() > 0.02
+
+
 def test_from_scratch(labelled: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL, size="tiny", image_size=64, epochs=2)
     final = run(labelled, None, tmp_path / "run", config)

@@ -155,7 +155,7 @@ class FinetuneConfig(RunConfig):
     layer_decay: float = 0.7  # learning rate of a layer, as a share of the next one's
     layer_decay_rule: str = "official"  # what norm, head and downsampling count as: official, mae or mmpretrain
     drop_path: float = 0.1  # of the last block; rises linearly from 0
-    head_std: float = 2e-5  # of the head's first weights
+    head_std: float = 2e-5  # of the head's first weights on a pretrained encoder; from scratch, the network's own
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     evaluate_every: int = 1  # epochs between measurements on the validation images
 
