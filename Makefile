@@ -39,7 +39,7 @@ bench: .venv/dev.ok  ## k-nearest-neighbour accuracy of the shipped model; DATA 
 	@touch $@
 
 .venv/serve.ok: .venv/python.ok pyproject.toml constraints.txt
-	$(PIP) --editable '.[cpu]'
+	$(PIP) --editable '.[cpu,openvino]'
 	@touch $@
 
 .venv/dev.ok: .venv/python.ok pyproject.toml constraints.txt

@@ -46,7 +46,7 @@ def main() -> None:
         "onnxruntime": onnxruntime.__version__,
         "data": str(arguments.data.name),
         "fingerprint": open_bundle(bundle).fingerprint,
-        "trained": measure(open_engine(bundle), arguments.data),
+        "trained": measure(open_engine(bundle, "onnx"), arguments.data),
     }
     if arguments.untrained:
         with tempfile.TemporaryDirectory() as folder:

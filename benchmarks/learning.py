@@ -5,7 +5,8 @@
 DATA holds clothing10 (train, val, test) and caltech99 (train, val). Judged are clothing10's test and caltech99's val
 photos, which no training saw. Frozen features (k-NN, linear probe) are compared with those of three untrained
 networks; fine-tuning with training from scratch, the same recipe and number of epochs, three seeds each. From scratch
-there is no layer decay, which would keep the first layers untrained. What is finished is passed over, so that the
+there is no layer decay, which would keep the first layers untrained, and twice the warm-up; of its peak rates 5e-4,
+1e-3 and 2e-3 the best on clothing10's val photos is the recipe's own. What is finished is passed over, so that the
 command can be given again after an interruption; the table is written to OUT/results.md.
 """
 
@@ -118,9 +119,9 @@ def tuned(
 
 
 def settings(origin: Start | None, epochs: int, seed: int) -> FinetuneConfig:
-    """The recipe, shortened; from scratch every layer learns at the full rate."""
+    """The recipe, shortened; from scratch every layer learns at the full rate, after a longer warm-up."""
     config = replace(tiny_finetune_cpu().lasting(epochs), seed=seed)
-    return config if origin else replace(config, size="tiny", layer_decay=1.0)
+    return config if origin else replace(config, size="tiny", layer_decay=1.0, warmup_epochs=0.2 * epochs)
 
 
 def rows(out: Path) -> Iterator[str]:

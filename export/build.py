@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,63 +13,105 @@ import torch
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from export.onnx import Graph, export_graph, graphs_of
-from export.verify import compare, photos
-from mixmim_serve.bundle import CONFIG, GOLDEN, WEIGHTS, Bundle, fingerprint
+from export.onnx import DTYPES, Graph, export_graph, graphs_of, prepare
+from export.tensorrt import MODULES, EngineOptions, Progress, build_engine
+from export.verify import compare, photos, verify_precision
+from mixmim_serve.bundle import CONFIG, GOLDEN, PRECISIONS, WEIGHTS, Built, Bundle, fingerprint, graph_file
+from mixmim_serve.config import unknown
 from mixmim_serve.description import Description
-from mixmim_serve.engines.base import Arrays, open_engine
-from mixmim_serve.errors import BundleError
+from mixmim_serve.engines import open_engine
+from mixmim_serve.engines.base import Arrays
+from mixmim_serve.engines.certificate import Agreement
+from mixmim_serve.errors import BundleError, ConfigError
 from mixmim_serve.files import atomic_path, sha256
 from mixmim_serve.model import Encoder
 from mixmim_serve.model.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from mixmim_serve.version import __version__
+
+TARGETS = ("onnx", "openvino", *MODULES)
 
 # Rows kept inside the bundle; the export itself compares all four photos.
 GOLDEN_ROWS = {"encoder": 2, "reconstruct": 1}
 
 
 @dataclass(frozen=True)
+class Options:
+    """What a bundle is to hold."""
+
+    precisions: tuple[str, ...] = ("fp32",)
+    targets: tuple[str, ...] = ("onnx",)  # runtimes that the bundle is checked in or built for; ONNX Runtime always is
+    half_weights: bool = False  # store the weights in fp16, at half the size; fp32 graphs still compute in float32
+    overwrite: bool = False
+    engine: EngineOptions = field(default_factory=EngineOptions)  # of the targets tensorrt and tensorrt-rtx
+
+    def __post_init__(self) -> None:
+        for kind, given, known in (("precision", self.precisions, PRECISIONS), ("target", self.targets, TARGETS)):
+            for each in given:
+                if each not in known:
+                    raise unknown(kind, each, known)
+        object.__setattr__(self, "precisions", tuple(dict.fromkeys(self.precisions)))
+        if "openvino" in self.targets and "fp32" not in self.precisions:
+            raise ConfigError("OpenVINO takes the fp32 graphs and rounds them itself: add --precision fp32.")
+
+
+@dataclass(frozen=True)
 class Exported:
-    """A bundle that was written, and how far ONNX Runtime is from torch in each output."""
+    """A bundle that was written, and how near ONNX Runtime is to torch in each output, by precision."""
 
     bundle: Bundle
-    differences: dict[str, float]
+    agreement: dict[str, dict[str, Agreement]]
 
 
-def export_bundle(checkpoint: Path, target: Path, *, half_weights: bool = False, overwrite: bool = False) -> Exported:
+def export_bundle(
+    checkpoint: Path, target: Path, options: Options = Options(), progress: Progress = lambda _: None
+) -> Exported:
     """Export, compare with torch on real photos, and only then put the bundle in its place.
 
-    `half_weights` stores the weights in fp16, at half the size; the graphs still compute in float32.
+    `progress` is told each step, in a few words.
 
     Raises:
         CheckpointError: when the checkpoint cannot be read.
         BundleError: when `target` is in the way, a weight does not fit in fp16, or ONNX Runtime disagrees with torch.
     """
     target = target.absolute()  # "." has no name
-    _check_target(target, overwrite)
+    _check_target(target, options.overwrite)
     model, description = load_checkpoint(checkpoint)
-    if half_weights:
+    if options.half_weights or "fp16" in options.precisions:
         _check_fits_half(checkpoint, model)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
         folder = Path(temporary) / target.name
         folder.mkdir()
-        dtype = torch.float16 if half_weights else torch.float32
+        dtype = torch.float16 if options.half_weights else torch.float32
         save_checkpoint(folder / WEIGHTS, model.state_dict(), description, dtype)
+        images = torch.from_numpy(photos(description.preprocessing))
         model, _ = load_checkpoint(folder / WEIGHTS)  # as stored: fp16 rounds
-        graphs = graphs_of(model)
-        golden = write_graphs(folder, graphs, torch.from_numpy(photos(description.preprocessing)))
-        bundle = seal(folder, description, graphs, half_weights)
-        differences = compare(bundle, golden, open_engine(bundle))
+        graphs = graphs_of(model, description.preprocessing)
+        golden = write_golden(folder, graphs, images)
+        built: list[Built] = []
+        for precision in options.precisions:
+            progress(f"{precision} graphs")
+            weights = write_weights(folder, description, precision, options.half_weights)
+            write_graphs(weights, description, images, precision)
+            for runtime in (target for target in options.targets if target in MODULES):
+                engine = replace(options.engine, runtime=runtime)
+                built += build_engines(weights, description, images, precision, engine, progress)
+        bundle = seal(folder, description, graphs, options, built)
+        agreement = {}
+        for precision in options.precisions:
+            progress(f"{precision} graphs in ONNX Runtime")
+            agreement[precision] = verify_precision(bundle, precision, golden)
+        if "openvino" in options.targets:
+            progress("fp32 graphs in OpenVINO")
+            agreement["fp32, OpenVINO"] = compare(golden, open_engine(bundle, "openvino", "fp32"), "fp32")
         _move(folder, target)
-    return Exported(replace(bundle, path=target), differences)
+    return Exported(replace(bundle, path=target), agreement)
 
 
-def write_graphs(folder: Path, graphs: Mapping[str, Graph], images: Tensor) -> Arrays:
-    """Each graph, and golden arrays: real photos and what torch makes of them."""
+def write_golden(folder: Path, graphs: Mapping[str, Graph], images: Tensor) -> Arrays:
+    """Golden arrays: real photos and what torch makes of them, all of which are returned and some kept."""
     golden: Arrays = {}
     for name, graph in graphs.items():
-        export_graph(graph, images, folder / WEIGHTS, folder / f"{name}.onnx")
         inputs = graph.examples(images)
         with torch.inference_mode():
             outputs = graph(*inputs)
@@ -81,16 +123,57 @@ def write_graphs(folder: Path, graphs: Mapping[str, Graph], images: Tensor) -> A
     return golden
 
 
-def seal(folder: Path, description: Description, graphs: Mapping[str, Graph], half_weights: bool) -> Bundle:
+def write_weights(folder: Path, description: Description, precision: str, half_weights: bool) -> Path:
+    """The file that graphs of a precision point into: the weights rounded to it, unless they are stored so already."""
+    if precision == "fp32" or (precision == "fp16" and half_weights):
+        return folder / WEIGHTS
+    weights = folder / f"weights.{precision}.safetensors"
+    save_checkpoint(weights, read_checkpoint(folder / WEIGHTS)[1], description, DTYPES[precision])
+    return weights
+
+
+def write_graphs(weights: Path, description: Description, images: Tensor, precision: str) -> None:
+    """The ONNX graphs of one precision, beside their weights."""
+    model = prepare(load_checkpoint(weights)[0], precision)
+    for name, graph in graphs_of(model, description.preprocessing).items():
+        export_graph(graph, images, weights, weights.parent / graph_file(name, precision))
+
+
+def build_engines(
+    weights: Path, description: Description, images: Tensor, precision: str, options: EngineOptions, progress: Progress
+) -> list[Built]:
+    """TensorRT engines of both graphs, beside the weights; they hold a copy of them.
+
+    Raises:
+        BundleError: when TensorRT refuses.
+    """
+    model = prepare(load_checkpoint(weights)[0], precision, written_out=True)
+    built = []
+    for name, graph in graphs_of(model, description.preprocessing).items():
+        source = weights.parent / f".{name}.{precision}.onnx"  # beside the weights, which it points into
+        export_graph(graph, images, weights, source)
+        progress(f"{precision} {name} engine for {options.runtime}")
+        engine = build_engine(source, options, progress)
+        source.unlink()
+        file = f"{name}.{precision}.{options.runtime}.engine"
+        (weights.parent / file).write_bytes(engine.plan)
+        built.append(Built(file, name, precision, options.runtime, engine.version, engine.hardware, options.batches))
+    return built
+
+
+def seal(
+    folder: Path, description: Description, graphs: Mapping[str, Graph], options: Options, built: Sequence[Built] = ()
+) -> Bundle:
     """Fingerprint, checksums and config.json: from here on the folder is a bundle."""
     _, stored = read_checkpoint(folder / WEIGHTS)
-    precision = {"weights": "float16" if half_weights else "float32", "compute": "float32"}
     bundle = Bundle(
         path=folder,
         description=description,
         graphs={name: graph.outputs for name, graph in graphs.items()},
-        precision=precision,
-        fingerprint=fingerprint(description, precision, {key: t.numpy().reshape(-1).data for key, t in stored.items()}),
+        weights="float16" if options.half_weights else "float32",
+        precisions=options.precisions,
+        built=tuple(built),
+        fingerprint=fingerprint(description, {key: t.numpy().reshape(-1).data for key, t in stored.items()}),
         versions={
             "mixmim-serve": __version__,
             **{name: version(name) for name in ("torch", "onnx", "onnxscript")},

@@ -21,20 +21,23 @@ import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from onnxscript.optimizer import optimize_ir
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from export.attention import for_export
 from mixmim_serve.bundle import encoder_outputs
+from mixmim_serve.config import Preprocessing
 from mixmim_serve.errors import BundleError
 from mixmim_serve.model import Encoder, MixMIM
+from mixmim_serve.model.normalize import Normalize
 
-OPSET = 18  # LayerNormalization is one operator from 17 on: fp16 stays safe (Triton issue 4105)
+OPSET = 23  # LayerNormalization is one operator from 17 on (fp16 stays safe: Triton issue 4105), Attention from 23
 MAX_BATCH = 65536
 
 # Folding stops at this many elements, and never touches a weight: index arithmetic goes, weights stay where they are.
 # Runtimes fold the rest (transposed weights, gathered bias tables) when they load the graph.
 FOLD_LIMIT = 1024
 
-_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16}
+_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class EncoderGraph(nn.Module):
@@ -42,16 +45,17 @@ class EncoderGraph(nn.Module):
 
     inputs = ("pixels",)
 
-    def __init__(self, model: Encoder) -> None:
+    def __init__(self, model: Encoder, preprocessing: Preprocessing) -> None:
         super().__init__()
         self.model = model
+        self.normalize = Normalize(preprocessing)
         self.outputs = encoder_outputs(model.arch)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """(B, 3, size, size) normalised."""
-        output = self.model(pixels)
+        """(B, size, size, 3) uint8; all outputs are float32, whatever the precision inside."""
+        output = self.model(self.normalize(pixels))
         found = (output.embedding_BD, *output.stages_BDHW, output.logits_BC)
-        return tuple(tensor for tensor in found if tensor is not None)
+        return tuple(tensor.float() for tensor in found if tensor is not None)
 
     def examples(self, images: Tensor) -> tuple[Tensor, ...]:
         """Inputs for tracing and for checks, from real images."""
@@ -64,14 +68,15 @@ class ReconstructGraph(nn.Module):
     inputs = ("image_a", "image_b", "from_partner")
     outputs = ("mixed", "reconstruction_a", "reconstruction_b")
 
-    def __init__(self, model: MixMIM) -> None:
+    def __init__(self, model: MixMIM, preprocessing: Preprocessing) -> None:
         super().__init__()
         self.model = model
+        self.normalize = Normalize(preprocessing)
 
     def forward(self, image_a: Tensor, image_b: Tensor, from_partner: Tensor) -> tuple[Tensor, ...]:
-        """(B, 3, size, size) twice, (B, U) bool."""
-        output = self.model.reconstruct(image_a, image_b, from_partner)
-        return output.mixed, output.image_a, output.image_b
+        """(B, size, size, 3) uint8 twice, (B, U) bool; images come out normalised, float32 (B, 3, size, size)."""
+        output = self.model.reconstruct(self.normalize(image_a), self.normalize(image_b), from_partner)
+        return output.mixed.float(), output.image_a.float(), output.image_b.float()
 
     def examples(self, images: Tensor) -> tuple[Tensor, ...]:
         """Inputs for tracing and for checks: each image paired with the next, masks of half the units."""
@@ -84,18 +89,48 @@ class ReconstructGraph(nn.Module):
 Graph = EncoderGraph | ReconstructGraph
 
 
-def graphs_of(model: Encoder) -> dict[str, Graph]:
+def graphs_of(model: Encoder, preprocessing: Preprocessing) -> dict[str, Graph]:
     """The graphs that a model has, by name."""
-    graphs: dict[str, Graph] = {"encoder": EncoderGraph(model)}
+    graphs: dict[str, Graph] = {"encoder": EncoderGraph(model, preprocessing)}
     if isinstance(model, MixMIM) and model.arch.units > 1:  # a single unit cannot be mixed
-        graphs["reconstruct"] = ReconstructGraph(model)
+        graphs["reconstruct"] = ReconstructGraph(model, preprocessing)
     return graphs
 
 
+class InPrecision(nn.Module):
+    """The patch embedding of a network in half precision: pixels come in float32, so that targets keep theirs."""
+
+    def __init__(self, patch_embed: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.patch_embed, self.dtype = patch_embed, dtype
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        """As `PatchEmbed.forward`."""
+        tokens: Tensor = self.patch_embed(pixels_BCHW.to(self.dtype))
+        return tokens
+
+
+def prepare(model: Encoder, precision: str, *, written_out: bool = False) -> Encoder:
+    """Give a model, in place, the precision and the attention of an exported graph.
+
+    Norms and softmax compute in float32 in every precision: the operator's own rule for LayerNormalization
+    (`stash_type`), an attribute of Attention.
+    """
+    dtype = DTYPES[precision]
+    model.to(dtype)
+    for_export(model, written_out=written_out)
+    if dtype != torch.float32:
+        model.add_module("patch_embed", InPrecision(model.patch_embed, dtype))
+    return model
+
+
 def export_graph(graph: Graph, images: Tensor, weights: Path, target: Path) -> None:
-    """Write `target`, an ONNX graph with a dynamic batch whose weights lie in `weights` beside it."""
+    """Write `target`, an ONNX graph with a dynamic batch whose weights lie in `weights` beside it.
+
+    The graph's model comes from `prepare`.
+    """
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)  # one object: every input has the same batch
-    with _tracing():
+    with _quiet():
         # Exported here and not inside torch.onnx, which falls back to other ways, fixed batch included, without a word.
         traced = torch.export.export(
             graph.eval(), graph.examples(images), dynamic_shapes=tuple({0: batch} for _ in graph.inputs)
@@ -112,7 +147,7 @@ def export_graph(graph: Graph, images: Tensor, weights: Path, target: Path) -> N
     if program is None:
         raise BundleError("torch gave no graph: this is a bug, please report it.")
     model = program.model
-    stored = {f"model.{name}": entry for name, entry in stored_tensors(weights).items()}
+    stored = {f"model.{name}": entry for name, entry in as_in_graph(stored_tensors(weights)).items()}
     optimize_ir(
         model,
         input_size_limit=FOLD_LIMIT,
@@ -149,10 +184,28 @@ def stored_tensors(path: Path) -> dict[str, Stored]:
     return tensors
 
 
+def as_in_graph(stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Stored tensors under the names that `prepare` gives them; queries, keys and values are thirds of one."""
+    tensors = {}
+    for name, entry in stored.items():
+        module, _, parameter = name.rpartition(".")
+        if module.endswith("attn.qkv"):
+            length = entry.length // 3
+            shape = (entry.shape[0] // 3, *entry.shape[1:])
+            for number, part in enumerate("qkv"):
+                renamed = f"{module.removesuffix('qkv')}{part}.{parameter}"
+                tensors[renamed] = Stored(entry.dtype, shape, entry.offset + number * length, length)
+        elif parameter == "relative_position_bias_table":
+            tensors[f"{module}.position.{parameter}"] = entry
+        else:
+            tensors[name] = entry
+    return tensors
+
+
 def _point_at_weights(model: ir.Model, weights: Path, stored: Mapping[str, Stored]) -> None:
     """Replace the initializers that are weights by references into the file."""
     for name, value in list(model.graph.initializers.items()):
-        entry = stored.get(name)
+        entry = stored.get(name.replace(".patch_embed.patch_embed.", ".patch_embed."))
         if entry is None:
             continue
         external = ir.ExternalTensor(
@@ -164,7 +217,7 @@ def _point_at_weights(model: ir.Model, weights: Path, stored: Mapping[str, Store
             name=name,
             base_dir=str(weights.parent),
         )
-        if external.dtype == ir.DataType.FLOAT:
+        if external.dtype == value.dtype:
             value.const_value = external
         else:
             _insert_cast(model, value, external)
@@ -184,13 +237,13 @@ def _insert_cast(model: ir.Model, value: ir.Value, external: ir.ExternalTensor) 
 
 
 @contextlib.contextmanager
-def _tracing() -> Iterator[None]:
-    """No warnings about torch's own internals, and the math kernel, whose strides every reshape can follow."""
+def _quiet() -> Iterator[None]:
+    """No warnings about torch's own internals."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -2,10 +2,16 @@
 
 config.json            the description (architecture, preprocessing, labels, provenance), precision, outputs,
                        versions, fingerprint, and the sha256 of every other file
-weights.safetensors    the checkpoint itself; both graphs point into it, so nothing is stored twice
+weights.safetensors    the checkpoint itself; the graphs point into it, so nothing is stored twice
 encoder.onnx           pixels -> embedding, stage1..stage4, logits if there is a head
 reconstruct.onnx       image_a, image_b, from_partner -> mixed, reconstruction_a, reconstruction_b (if a decoder)
-golden.safetensors     inputs made from real photos and torch's answers: `encoder.pixels`, `encoder.embedding`...
+golden.safetensors     real photos and torch's answers in float32: `encoder.pixels`, `encoder.embedding`...
+
+Where asked for, also:
+encoder.fp16.onnx, reconstruct.fp16.onnx, weights.fp16.safetensors     the same in half precision (or bf16)
+encoder.fp16.tensorrt-rtx.engine...                                    built for one TensorRT version and kind of GPU
+
+`certificates/` holds what `mixmim_serve.engines.certificate` found when engines were opened; it may be deleted.
 """
 
 from __future__ import annotations
@@ -26,7 +32,9 @@ from mixmim_serve.files import atomic_path, sha256
 CONFIG = "config.json"
 WEIGHTS = "weights.safetensors"
 GOLDEN = "golden.safetensors"
-FORMAT = 1  # raised when an older reader would misread the folder
+FORMAT = 2  # raised when an older reader would misread the folder
+
+PRECISIONS = ("fp32", "fp16", "bf16")
 
 DEFAULT_BUNDLE = Path(__file__).parent / "bundles" / "tiny"
 
@@ -39,13 +47,31 @@ def encoder_outputs(arch: Architecture) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
+class Built:
+    """An engine that a compiler made ahead of time; of use only to the same compiler and hardware."""
+
+    file: str
+    graph: str
+    precision: str
+    runtime: str  # tensorrt or tensorrt-rtx
+    version: str  # of the runtime
+    hardware: str  # compute capabilities such as "sm89", or the GPU's name
+    batches: tuple[int, int, int]  # smallest, the one it is tuned for, largest
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "batches", tuple(self.batches))
+
+
+@dataclass(frozen=True)
 class Bundle:
     """A bundle folder that has been read; `verify` compares its files with their checksums."""
 
     path: Path
     description: Description
     graphs: Mapping[str, tuple[str, ...]]  # outputs of each graph
-    precision: Mapping[str, str]  # "weights" as stored, "compute" as run
+    weights: str  # type of the stored weights, float32 or float16
+    precisions: tuple[str, ...]  # that there are graphs for
+    built: tuple[Built, ...]
     fingerprint: str
     versions: Mapping[str, str]
     checksums: Mapping[str, str]  # sha256 of each file
@@ -55,15 +81,28 @@ class Bundle:
         """The network."""
         return self.description.arch
 
-    def graph_path(self, graph: str) -> Path:
+    def require_graph(self, graph: str) -> None:
+        """Check that the bundle can do what a graph does.
+
+        Raises:
+            BundleError: when it does not have it.
+        """
+        if graph not in self.graphs:
+            raise BundleError(f"{self.path} has no {graph} graph; it has {', '.join(self.graphs)}.")
+
+    def graph_path(self, graph: str, precision: str = "fp32") -> Path:
         """The ONNX file of a graph.
 
         Raises:
             BundleError: when the bundle does not have it.
         """
-        if graph not in self.graphs:
-            raise BundleError(f"{self.path} has no {graph} graph; it has {', '.join(self.graphs)}.")
-        return self.path / f"{graph}.onnx"
+        self.require_graph(graph)
+        if precision not in self.precisions:
+            raise BundleError(
+                f"{self.path} has no {precision} graphs, only {', '.join(self.precisions)}: "
+                f"export it with --precision {precision}."
+            )
+        return self.path / graph_file(graph, precision)
 
     def verify(self) -> None:
         """Compare every file with its checksum.
@@ -84,7 +123,9 @@ class Bundle:
             "format": FORMAT,
             "fingerprint": self.fingerprint,
             **self.description.to_dict(),
-            "precision": dict(self.precision),
+            "weights": self.weights,
+            "precisions": list(self.precisions),
+            "built": [dataclasses.asdict(each) for each in self.built],
             "graphs": {name: list(outputs) for name, outputs in self.graphs.items()},
             "versions": dict(self.versions),
             "sha256": dict(self.checksums),
@@ -104,13 +145,14 @@ def open_bundle(path: Path) -> Bundle:
         raise BundleError(f"{path} is no bundle: expected a folder with {CONFIG}, as `mixmim export` writes it.")
     try:
         values = json.loads(config.read_text())
-        if values["format"] != FORMAT:
-            raise BundleError(f"{path} is of format {values['format']}, this version reads {FORMAT}: export it again.")
+        _check_format(path, values["format"])
         return Bundle(
             path=path,
             description=Description.from_dict(values),
             graphs={name: tuple(outputs) for name, outputs in values["graphs"].items()},
-            precision=dict(values["precision"]),
+            weights=values["weights"],
+            precisions=tuple(values["precisions"]),
+            built=tuple(Built(**each) for each in values["built"]),
             fingerprint=values["fingerprint"],
             versions=dict(values["versions"]),
             checksums=dict(values["sha256"]),
@@ -119,17 +161,26 @@ def open_bundle(path: Path) -> Bundle:
         raise BundleError(f"{config} is damaged ({error}): export the bundle again.") from error
 
 
-def fingerprint(
-    description: Description, precision: Mapping[str, str], weights: Mapping[str, bytes | memoryview]
-) -> str:
-    """128 bits that change with anything that changes the numbers: weights, network, preprocessing, precision.
+def _check_format(path: Path, found: object) -> None:
+    if found != FORMAT:
+        advice = "update mixmim-serve" if isinstance(found, int) and found > FORMAT else "export it again"
+        raise BundleError(f"{path} is of format {found}, this version reads {FORMAT}: {advice}.")
 
-    Labels and provenance are left out, and so is the order of the weights.
+
+def graph_file(graph: str, precision: str) -> str:
+    """Name of a graph's file."""
+    return f"{graph}.onnx" if precision == "fp32" else f"{graph}.{precision}.onnx"
+
+
+def fingerprint(description: Description, weights: Mapping[str, bytes | memoryview]) -> str:
+    """128 bits that change with anything that changes the numbers: weights as stored, network, preprocessing.
+
+    Labels and provenance are left out, and so is the order of the weights. An engine adds how it computes:
+    `mixmim_serve.engines.base.engine_fingerprint`.
     """
     about = {
         "architecture": dataclasses.asdict(description.arch),
         "preprocessing": dataclasses.asdict(description.preprocessing),
-        "precision": dict(precision),
     }
     digest = hashlib.sha256(canonical_json(about))
     for name in sorted(weights):

@@ -1,6 +1,8 @@
 """Image bytes to network input, the only evaluation preprocessing of the project.
 
-    bytes --decode--> upright RGB image --resize_and_crop--> uint8 HWC --normalize--> float32 CHW
+    bytes --decode--> upright RGB image --resize_and_crop--> uint8 HWC (--normalize--> float32 CHW)
+
+Exported graphs take the uint8 array and normalise it themselves, to the same bits; torch takes what `normalize` gives.
 
 What `decode` makes of each kind of pixel (the first frame of an animation, the first page of a TIFF):
 
@@ -72,13 +74,13 @@ Pixels = NDArray[np.uint8]
 Values = NDArray[np.float32]
 
 
-def preprocess(data: bytes, preprocessing: Preprocessing) -> Values:
-    """Encoded image -> the network's input, float32 (3, size, size).
+def preprocess(data: bytes, preprocessing: Preprocessing) -> Pixels:
+    """Encoded image -> what an engine takes, uint8 RGB (size, size, 3).
 
     Raises:
         ImageError: the image is refused; see `decode`.
     """
-    return normalize(resize_and_crop(decode(data), preprocessing), preprocessing)
+    return resize_and_crop(decode(data), preprocessing)
 
 
 def decode(

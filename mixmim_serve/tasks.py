@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,10 @@ from mixmim_serve.bundle import Bundle
 from mixmim_serve.config import units_from_partner
 from mixmim_serve.engines import Engine
 from mixmim_serve.errors import BundleError
+from mixmim_serve.preprocess import normalize
 
 Floats = NDArray[np.float32]
+Pixels = NDArray[np.uint8]
 
 RECONSTRUCT_OUTPUTS = ("mixed", "reconstruction_a", "reconstruction_b")
 
@@ -70,15 +73,15 @@ def random_mask(units: int, ratio: float = 0.5, seed: int = 0) -> NDArray[np.boo
     return mask
 
 
-def reconstruct_inputs(image_a: Floats, image_b: Floats, mask: NDArray[np.bool_]) -> dict[str, NDArray[Any]]:
+def reconstruct_inputs(image_a: Pixels, image_b: Pixels, mask: NDArray[np.bool_]) -> dict[str, NDArray[Any]]:
     """Inputs of the reconstruct graph for one pair, the batch left out."""
     return {"image_a": image_a, "image_b": image_b, "from_partner": mask}
 
 
 def reconstruct_pair(
-    engine: Engine, image_a: Floats, image_b: Floats, ratio: float = 0.5, seed: int = 0
+    engine: Engine, image_a: Pixels, image_b: Pixels, ratio: float = 0.5, seed: int = 0
 ) -> dict[str, NDArray[Any]]:
-    """Inputs and outputs of the reconstruct graph for one pair of preprocessed images (3, size, size).
+    """A pair of preprocessed images (size, size, 3) with their reconstructions, as `reconstructed` gives them.
 
     Raises:
         BundleError: when the bundle cannot reconstruct.
@@ -87,4 +90,12 @@ def reconstruct_pair(
     require_decoder(engine.bundle)
     inputs = reconstruct_inputs(image_a, image_b, random_mask(engine.bundle.arch.units, ratio, seed))
     outputs = engine.run("reconstruct", {name: array[None] for name, array in inputs.items()}, RECONSTRUCT_OUTPUTS)
-    return inputs | {name: array[0] for name, array in outputs.items()}
+    return reconstructed(engine.bundle, inputs, {name: array[0] for name, array in outputs.items()})
+
+
+def reconstructed(
+    bundle: Bundle, inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]]
+) -> dict[str, NDArray[Any]]:
+    """Inputs and outputs of the reconstruct graph for one pair, all images normalised, float32 (3, size, size)."""
+    images = {name: normalize(inputs[name], bundle.description.preprocessing) for name in ("image_a", "image_b")}
+    return {**inputs, **images, **outputs}

@@ -63,7 +63,7 @@ def exported_bundle(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture
 def bundle_copy(exported_bundle: Path, tmp_path: Path) -> Path:
     """A copy of `exported_bundle` that a test may alter."""
-    return Path(shutil.copytree(exported_bundle, tmp_path / "bundle"))
+    return Path(shutil.copytree(exported_bundle, tmp_path / "bundle", ignore=shutil.ignore_patterns("certificates")))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def engine(exported_bundle: Path) -> Engine:
     """ONNX Runtime with `exported_bundle`."""
     from mixmim_serve.engines import open_engine
 
-    return open_engine(exported_bundle, threads=1)
+    return open_engine(exported_bundle, "onnx", threads=1)
 
 
 @pytest.fixture(scope="module")

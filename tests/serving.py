@@ -49,7 +49,8 @@ class Around:
     before: Callable[[], object]
 
     def __post_init__(self) -> None:
-        self.bundle, self.name = self.engine.bundle, self.engine.name
+        self.bundle, self.name, self.precision = self.engine.bundle, self.engine.name, self.engine.precision
+        self.version, self.hardware = self.engine.version, self.engine.hardware
         self.ran: list[tuple[str, list[str]]] = []
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> Arrays:

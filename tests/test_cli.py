@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from mixmim_serve.bundle import open_bundle
 from mixmim_serve.cli import app, main
 from mixmim_serve.description import read_description
-from mixmim_serve.engines import open_engine
+from mixmim_serve.engines import engine_fingerprint, open_engine
 from mixmim_serve.extract.run import run_files
 from mixmim_serve.panel import draw_panel
 from mixmim_serve.preprocess import preprocess
@@ -97,7 +97,7 @@ def test_embed_prints_a_line_an_image_in_order(mixmim: Mixmim, exported_bundle: 
     expected = [SHOES, photos / "a" / "z.JPG", photos / "b.jpg", HAT]  # as given, the folder sorted
     assert (outcome.code, outcome.err) == (0, "")
     assert [line["path"] for line in outcome.lines] == [str(path) for path in expected]
-    assert {line["fingerprint"] for line in outcome.lines} == {open_bundle(exported_bundle).fingerprint}
+    assert {line["fingerprint"] for line in outcome.lines} == {engine_fingerprint(open_engine(exported_bundle))}
     vectors = np.array([line["embedding"] for line in outcome.lines], np.float32)
     assert np.array_equal(vectors, embeddings(exported_bundle, expected))
 
@@ -154,7 +154,7 @@ def test_extract_writes_parquet_and_names_what_it_skips(
     expected = embeddings(exported_bundle, [photos / "a" / "z.JPG", photos / "b.jpg"])
     assert np.array_equal(np.array(table["embedding"].to_pylist(), np.float32), expected)
     about = json.loads(table.schema.metadata[b"mixmim"])
-    assert about["fingerprint"] == open_bundle(exported_bundle).fingerprint
+    assert about["fingerprint"] == engine_fingerprint(open_engine(exported_bundle))
     assert about["preprocessing"]["image_size"] == 64
 
 
@@ -188,7 +188,7 @@ def test_export_overwrites_only_when_told(
     outcome = mixmim("export", small_checkpoint, bundle_copy, "--overwrite")
     assert outcome.code == 0
     fingerprint = open_bundle(exported_bundle).fingerprint
-    assert f"wrote {bundle_copy}  fingerprint {fingerprint}  ONNX Runtime = torch within " in outcome.out
+    assert f"wrote {bundle_copy}  fingerprint {fingerprint}\nfp32: cosine with torch 1.000000 or more" in outcome.out
     open_bundle(bundle_copy).verify()
     assert [path.name for path in bundle_copy.parent.iterdir()] == [bundle_copy.name]  # nothing left beside it
 
@@ -216,8 +216,8 @@ def test_help_ends_with_an_example(command: str) -> None:
 
 def test_all_commands_are_there() -> None:
     assert COMMANDS == [
-        "check", "classify", "embed", "evaluate", "export", "extract", "finetune", "import", "info", "pretrain",
-        "probe", "reconstruct", "replay", "serve",
+        "bench", "check", "classify", "embed", "evaluate", "export", "extract", "finetune", "import", "info",
+        "pretrain", "probe", "reconstruct", "replay", "serve",
     ]  # fmt: skip
 
 
@@ -354,7 +354,8 @@ def test_wrong_usage_exits_with_2(mixmim: Mixmim, arguments: tuple[str, ...]) ->
     ("package", "extra", "arguments"),
     [
         ("torch", "train", ["import", "a.pth", "b.safetensors"]),
-        ("onnxruntime", "cpu", ["embed", "BUNDLE", str(HAT)]),
+        ("onnxruntime", "cpu", ["embed", "BUNDLE", str(HAT), "--engine", "onnx"]),
+        ("openvino", "openvino", ["embed", "BUNDLE", str(HAT), "--engine", "openvino"]),
         ("pyarrow", "extract", ["extract", "BUNDLE", str(EXAMPLES), "out.parquet"]),
     ],
 )

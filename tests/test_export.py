@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,19 +18,22 @@ from conftest import REPOSITORY
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-import export.build
-from export.build import GOLDEN_ROWS, Exported, export_bundle, seal
+import export.verify
+from export.build import GOLDEN_ROWS, Exported, Options, export_bundle, seal
 from export.onnx import graphs_of
-from export.verify import TOLERANCE, photos
-from mixmim_serve.bundle import STAGE_OUTPUTS, Bundle, open_bundle
+from export.verify import photos
+from mixmim_serve.bundle import FORMAT, STAGE_OUTPUTS, Bundle, open_bundle
 from mixmim_serve.config import Architecture, DecoderConfig, Preprocessing, architecture
 from mixmim_serve.description import Description
 from mixmim_serve.engines import Engine, open_engine
 from mixmim_serve.engines.base import Arrays, graph_inputs
+from mixmim_serve.engines.certificate import TOLERANCES
+from mixmim_serve.engines.onnx import OnnxEngine
 from mixmim_serve.errors import BundleError, CheckpointError
 from mixmim_serve.model import build_model
 from mixmim_serve.model.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
-from mixmim_serve.preprocess import preprocess
+from mixmim_serve.model.normalize import Normalize
+from mixmim_serve.preprocess import normalize, preprocess
 
 FILES = {"config.json", "weights.safetensors", "encoder.onnx", "reconstruct.onnx", "golden.safetensors"}
 ENCODER_OUTPUTS = ("embedding", *STAGE_OUTPUTS)
@@ -55,7 +59,7 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Exported]:
     """A checkpoint, and its bundle with weights in fp16."""
     folder = tmp_path_factory.mktemp("half")
     checkpoint = write_checkpoint(folder / "checkpoint.safetensors", WITH_DECODER)
-    return checkpoint, export_bundle(checkpoint, folder / "bundle", half_weights=True)
+    return checkpoint, export_bundle(checkpoint, folder / "bundle", Options(half_weights=True))
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +88,14 @@ def reuse_graph(encoder_only: tuple[Path, Exported], monkeypatch: pytest.MonkeyP
 
 
 def random_inputs(bundle: Bundle, graph: str, batch: int) -> Arrays:
-    """Normal pixels, and for each item a mask of its own."""
+    """Noise, and for each item a mask of its own."""
     rng = np.random.default_rng(batch)
     inputs: Arrays = {}
     for name, shape in graph_inputs(bundle, graph).items():
-        values = rng.standard_normal((batch, *shape), np.float32)
-        inputs[name] = values.argsort(axis=1) < shape[0] // 2 if name == "from_partner" else values
+        if name == "from_partner":
+            inputs[name] = rng.random((batch, *shape)).argsort(axis=1) < shape[0] // 2
+        else:
+            inputs[name] = rng.integers(0, 256, (batch, *shape), np.uint8)
     return inputs
 
 
@@ -114,11 +120,11 @@ def load_graph(bundle: Path, name: str) -> onnx.ModelProto:
 
 
 def test_a_bundle_has_the_documented_files(exported_bundle: Path) -> None:
-    assert {path.name for path in exported_bundle.iterdir()} == FILES
+    assert {path.name for path in exported_bundle.iterdir()} - {"certificates"} == FILES
     assert [path.name for path in exported_bundle.parent.iterdir()] == [exported_bundle.name]
     bundle = open_bundle(exported_bundle)
     assert bundle.graphs == {"encoder": (*ENCODER_OUTPUTS, "logits"), "reconstruct": RECONSTRUCT_OUTPUTS}
-    assert bundle.precision == {"weights": "float32", "compute": "float32"}
+    assert (bundle.weights, bundle.precisions, bundle.built) == ("float32", ("fp32",), ())
     assert bundle.checksums.keys() == FILES - {"config.json"}
     assert bundle.versions.keys() == {"mixmim-serve", "torch", "onnx", "onnxscript", "onnxruntime"}
     assert len(bundle.fingerprint) == 32
@@ -163,7 +169,9 @@ def test_mixed_shows_image_b_where_the_mask_says(engines: tuple[Engine, Engine])
     inputs = random_inputs(engines[0].bundle, "reconstruct", 2)
     inputs["from_partner"] = np.array([[True, False, False, False], [False, False, True, True]])
     results = engines[0].run("reconstruct", inputs, RECONSTRUCT_OUTPUTS)
-    mixed, a, b = results["mixed"], inputs["image_a"], inputs["image_b"]
+    preprocessing = engines[0].bundle.description.preprocessing
+    a, b = (np.stack([normalize(image, preprocessing) for image in inputs[name]]) for name in ("image_a", "image_b"))
+    mixed = results["mixed"]
     np.testing.assert_array_equal(mixed[0, :, :32, :32], b[0, :, :32, :32])
     np.testing.assert_array_equal(mixed[0, :, 32:], a[0, :, 32:])
     np.testing.assert_array_equal(mixed[1, :, :32], a[1, :, :32])
@@ -176,7 +184,7 @@ def test_mixed_shows_image_b_where_the_mask_says(engines: tuple[Engine, Engine])
 def test_graphs_have_a_dynamic_batch(exported_bundle: Path, name: str) -> None:
     model = load_graph(exported_bundle, name)
     bundle = open_bundle(exported_bundle)
-    assert [domain.version for domain in model.opset_import if not domain.domain] >= [18]
+    assert [domain.version for domain in model.opset_import if not domain.domain] == [23]
     assert [domain.domain for domain in model.opset_import] == [""]  # no operators of our own or of a vendor
     assert tuple(value.name for value in model.graph.output) == bundle.graphs[name]
     shapes = {
@@ -196,9 +204,23 @@ def external_tensors(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
     return {tensor.name: tensor for tensor in tensors}
 
 
+def in_graph(weights: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Stored weights under their names in a graph; queries, keys and values are thirds of one stored matrix."""
+    named = {}
+    for name, weight in weights.items():
+        if match := re.fullmatch(r"(.*\.attn\.)qkv(\.\w+)", name):
+            named |= {
+                f"model.{match[1]}{part}{match[2]}": third
+                for part, third in zip("qkv", np.split(weight, 3), strict=True)
+            }
+        else:
+            named["model." + name.replace(".relative_position", ".position.relative_position")] = weight
+    return named
+
+
 def assert_points_at_weights(bundle: Path, tensor: onnx.TensorProto, weights: Mapping[str, NDArray[Any]]) -> None:
     where = {entry.key: entry.value for entry in tensor.external_data}
-    weight = weights[tensor.name.removeprefix("model.")]
+    weight = weights[tensor.name]
     assert where["location"] == "weights.safetensors"
     assert tuple(tensor.dims) == weight.shape
     assert onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type) == weight.dtype
@@ -209,12 +231,12 @@ def assert_points_at_weights(bundle: Path, tensor: onnx.TensorProto, weights: Ma
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_weights_are_stored_once(exported_bundle: Path, half: tuple[Path, Exported], precision: str) -> None:
     bundle = exported_bundle if precision == "float32" else half[1].bundle.path
-    weights = load_file(bundle / "weights.safetensors")
+    weights = in_graph(load_file(bundle / "weights.safetensors"))
     found = set()
     for name in ("encoder", "reconstruct"):
         model = load_graph(bundle, name)
         external = external_tensors(model)
-        found |= {name.removeprefix("model.") for name in external}
+        found |= external.keys()
         for tensor in external.values():
             assert tensor.ByteSize() < 1000  # a reference, no values
             assert_points_at_weights(bundle, tensor, weights)
@@ -231,7 +253,7 @@ def test_weights_are_stored_once(exported_bundle: Path, half: tuple[Path, Export
 
 
 def test_nothing_of_this_machine_is_in_the_bundle(exported_bundle: Path) -> None:
-    for path in exported_bundle.iterdir():
+    for path in (each for each in exported_bundle.iterdir() if each.is_file()):
         content = path.read_bytes()
         for text in (str(REPOSITORY), str(exported_bundle.parent.parent), "site-packages", ".py"):
             assert text.encode() not in content, f"{text} in {path.name}"
@@ -241,8 +263,8 @@ def test_half_weights_halve_the_file(half: tuple[Path, Exported]) -> None:
     checkpoint, exported = half
     bundle = exported.bundle
     assert 0.48 < (bundle.path / "weights.safetensors").stat().st_size / checkpoint.stat().st_size < 0.55
-    assert bundle.precision == {"weights": "float16", "compute": "float32"}
-    assert max(exported.differences.values()) <= TOLERANCE
+    assert (bundle.weights, bundle.precisions) == ("float16", ("fp32",))
+    assert max(each.error for each in exported.agreement["fp32"].values()) <= TOLERANCES["fp32"].error
     original = read_checkpoint(checkpoint)[1]
     stored = read_checkpoint(bundle.path / "weights.safetensors")[1]
     assert all(torch.equal(stored[name], weight.half()) for name, weight in original.items())
@@ -253,11 +275,12 @@ def test_half_weights_compute_what_torch_does_with_them(half: tuple[Path, Export
     checkpoint, exported = half
     bundle = exported.bundle
     inputs = random_inputs(bundle, graph, 5)
-    results = open_engine(bundle).run(graph, inputs, bundle.graphs[graph])
+    results = open_engine(bundle, "onnx").run(graph, inputs, bundle.graphs[graph])
     assert_same(results, open_engine(bundle, "torch").run(graph, inputs, bundle.graphs[graph]))
     if graph == "encoder":  # the rounding is there: a little, not nothing
         with torch.inference_mode():
-            exact = load_checkpoint(checkpoint)[0](torch.from_numpy(inputs["pixels"])).embedding_BD.numpy()
+            pixels = Normalize(bundle.description.preprocessing)(torch.from_numpy(inputs["pixels"]))
+            exact = load_checkpoint(checkpoint)[0](pixels).embedding_BD.numpy()
         assert 1e-5 < np.abs(results["embedding"] - exact).max() < 0.05
 
 
@@ -266,9 +289,9 @@ def test_an_encoder_gives_a_bundle_without_reconstruction(encoder_only: tuple[Pa
     assert {path.name for path in bundle.path.iterdir()} == FILES - {"reconstruct.onnx"}
     assert bundle == open_bundle(bundle.path)
     assert bundle.graphs == {"encoder": ENCODER_OUTPUTS}
-    assert encoder_only[1].differences.keys() == {f"encoder.{name}" for name in ENCODER_OUTPUTS}
+    assert encoder_only[1].agreement["fp32"].keys() == {f"encoder.{name}" for name in ENCODER_OUTPUTS}
     inputs = random_inputs(bundle, "encoder", 3)
-    engine = open_engine(bundle)
+    engine = open_engine(bundle, "onnx")
     assert_same(
         engine.run("encoder", inputs, ENCODER_OUTPUTS),
         open_engine(bundle, "torch").run("encoder", inputs, ENCODER_OUTPUTS),
@@ -278,8 +301,8 @@ def test_an_encoder_gives_a_bundle_without_reconstruction(encoder_only: tuple[Pa
 
 
 def test_a_single_unit_cannot_be_reconstructed() -> None:
-    assert graphs_of(build_model(WITH_DECODER)).keys() == {"encoder", "reconstruct"}
-    assert graphs_of(build_model(WITH_DECODER.at(32))).keys() == {"encoder"}
+    assert graphs_of(build_model(WITH_DECODER), Preprocessing.evaluation(64)).keys() == {"encoder", "reconstruct"}
+    assert graphs_of(build_model(WITH_DECODER.at(32)), Preprocessing.evaluation(32)).keys() == {"encoder"}
 
 
 @pytest.mark.parametrize("kind", ["onnx", "torch"])
@@ -304,7 +327,8 @@ def sealed(folder: Path, weights: Mapping[str, torch.Tensor], description: Descr
     folder.mkdir()
     dtype = torch.float16 if half_weights else torch.float32
     save_checkpoint(folder / "weights.safetensors", weights, description, dtype)
-    return seal(folder, description, graphs_of(build_model(description.arch)), half_weights).fingerprint
+    graphs = graphs_of(build_model(description.arch), description.preprocessing)
+    return seal(folder, description, graphs, Options(half_weights=half_weights)).fingerprint
 
 
 def test_the_fingerprint_is_of_all_that_changes_the_numbers(
@@ -345,6 +369,7 @@ class Wrong:
 
     def __init__(self, engine: Engine, error: float) -> None:
         self.bundle, self.name, self.engine, self.error = engine.bundle, engine.name, engine, error
+        self.precision = engine.precision
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> Arrays:
         results = self.engine.run(graph, inputs, outputs)
@@ -357,8 +382,8 @@ class Wrong:
 def test_an_export_that_disagrees_is_refused(
     encoder_only: tuple[Path, Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: float
 ) -> None:
-    monkeypatch.setattr(export.build, "open_engine", lambda bundle: Wrong(open_engine(bundle), error))
-    with pytest.raises(BundleError, match=r"onnx-cpu differs from torch by \S+ in encoder.stage4.*was not written"):
+    monkeypatch.setattr(export.verify, "OnnxEngine", lambda *arguments: Wrong(OnnxEngine(*arguments), error))
+    with pytest.raises(BundleError, match=r"onnx-cpu differs from torch by .* in encoder.stage4 .*was not written"):
         export_bundle(encoder_only[0], tmp_path / "bundle")
     assert not list(tmp_path.iterdir())
 
@@ -383,9 +408,9 @@ def test_a_refused_export_leaves_the_old_bundle(
 ) -> None:
     checkpoint, exported = encoder_only
     target = Path(shutil.copytree(exported.bundle.path, tmp_path / "bundle"))
-    monkeypatch.setattr(export.build, "open_engine", lambda bundle: Wrong(open_engine(bundle), 1.0))
+    monkeypatch.setattr(export.verify, "OnnxEngine", lambda *arguments: Wrong(OnnxEngine(*arguments), 1.0))
     with pytest.raises(BundleError, match="differs from torch"):
-        export_bundle(checkpoint, target, overwrite=True)
+        export_bundle(checkpoint, target, Options(overwrite=True))
     assert open_bundle(target).checksums == exported.bundle.checksums
     open_bundle(target).verify()
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
@@ -406,7 +431,7 @@ def test_a_failed_move_brings_the_old_bundle_back(
 
     monkeypatch.setattr(Path, "rename", refuse_new)
     with pytest.raises(OSError, match="busy"):
-        export_bundle(checkpoint, target, overwrite=True)
+        export_bundle(checkpoint, target, Options(overwrite=True))
     open_bundle(target).verify()
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
@@ -418,7 +443,7 @@ def test_what_is_in_the_way_is_not_overwritten(small_checkpoint: Path, bundle_co
     for target in (photos_folder, photos_folder / "holiday.jpg"):
         for overwrite in (False, True):
             with pytest.raises(BundleError, match=r"exists and is no bundle: .*nothing was overwritten"):
-                export_bundle(small_checkpoint, target, overwrite=overwrite)
+                export_bundle(small_checkpoint, target, Options(overwrite=overwrite))
     assert (photos_folder / "holiday.jpg").read_bytes() == b"dear"
     with pytest.raises(BundleError, match=r"is a bundle already: .*--overwrite"):
         export_bundle(small_checkpoint, bundle_copy)
@@ -431,7 +456,7 @@ def test_overwrite_replaces_the_whole_bundle(
     encoder_only: tuple[Path, Exported], bundle_copy: Path, tmp_path: Path
 ) -> None:
     (bundle_copy / "notes.txt").write_text("of the old bundle")
-    exported = export_bundle(encoder_only[0], bundle_copy, overwrite=True)
+    exported = export_bundle(encoder_only[0], bundle_copy, Options(overwrite=True))
     assert exported.bundle == open_bundle(bundle_copy)
     assert exported.bundle.fingerprint == encoder_only[1].bundle.fingerprint
     exported.bundle.verify()
@@ -444,7 +469,7 @@ def test_new_and_empty_folders_are_written(encoder_only: tuple[Path, Exported], 
     (tmp_path / "empty").mkdir()
     for target in (tmp_path / "empty", tmp_path / "some" / "where"):
         export_bundle(encoder_only[0], target).bundle.verify()
-        assert json.loads((target / "config.json").read_text())["format"] == 1
+        assert json.loads((target / "config.json").read_text())["format"] == FORMAT
 
 
 def test_an_unusable_checkpoint_is_refused_by_its_own_name(small_checkpoint: Path, tmp_path: Path) -> None:
@@ -468,7 +493,7 @@ def test_weights_that_fp16_cannot_hold_are_refused(small_checkpoint: Path, tmp_p
     with pytest.raises(
         BundleError, match=r"norm\.weight holds numbers that fp16 cannot: export without --half-weights"
     ):
-        export_bundle(tmp_path / "large.safetensors", tmp_path / "bundle", half_weights=True)
+        export_bundle(tmp_path / "large.safetensors", tmp_path / "bundle", Options(half_weights=True))
     assert [path.name for path in tmp_path.iterdir()] == ["large.safetensors"]
 
 
@@ -477,12 +502,12 @@ def test_base_exports_to_small_graphs(tmp_path: Path) -> None:
     """The published depths and windows: 115 M weights, and graphs without them."""
     checkpoint = write_checkpoint(tmp_path / "base.safetensors", architecture("base", num_classes=1000), 0.01)
     exported = export_bundle(checkpoint, tmp_path / "base")
-    assert max(exported.differences.values()) <= TOLERANCE
+    assert max(each.error for each in exported.agreement["fp32"].values()) <= TOLERANCES["fp32"].error
     weights = load_file(exported.bundle.path / "weights.safetensors")
     for name in ("encoder", "reconstruct"):
         model = load_graph(exported.bundle.path, name)
         external = external_tensors(model)
-        assert external.keys() <= {f"model.{weight}" for weight in weights}
+        assert external.keys() <= in_graph(weights).keys()
         assert all(
             tensor.ByteSize() <= INLINE_LIMIT for tensor in model.graph.initializer if tensor.name not in external
         )

@@ -11,8 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from serving import HAT, PHOTOS, Around
 
-from mixmim_serve.bundle import open_bundle
-from mixmim_serve.engines import Engine, open_engine
+from mixmim_serve.engines import Engine, engine_fingerprint, open_engine
 from mixmim_serve.errors import ImageError, UndecodableImageError
 from mixmim_serve.extract.parquet import write_parquet
 from mixmim_serve.extract.run import AHEAD, Result, run_files
@@ -21,7 +20,7 @@ from mixmim_serve.preprocess import preprocess
 
 @pytest.fixture(scope="module")
 def engine(exported_bundle: Path) -> Engine:
-    return open_engine(exported_bundle, threads=1)
+    return open_engine(exported_bundle, "onnx", threads=1)
 
 
 @pytest.fixture
@@ -73,29 +72,29 @@ def test_decoding_stays_a_bounded_way_ahead(engine: Engine) -> None:
 
 @pytest.mark.parametrize("rows", [2, 100])
 def test_parquet_is_written_in_groups(
-    exported_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
     monkeypatch.setattr("mixmim_serve.extract.parquet.ROWS", rows)
     vectors = np.random.default_rng(0).normal(size=(5, 64)).astype(np.float32)
     results = [Result(tmp_path / "in" / f"{n}.jpg", {"embedding": vector}) for n, vector in enumerate(vectors)]
     results.insert(2, Result(tmp_path / "in" / "bad.jpg", {}, ImageError("bad")))
-    bundle, target = open_bundle(exported_bundle), tmp_path / "out.parquet"
-    assert write_parquet(results, bundle, tmp_path / "in", target) == 5
+    bundle, target = engine.bundle, tmp_path / "out.parquet"
+    assert write_parquet(results, engine, tmp_path / "in", target) == 5
     file = pq.ParquetFile(target)
     assert file.num_row_groups == (3 if rows == 2 else 1)
     table = file.read()
     assert table["path"].to_pylist() == [f"{n}.jpg" for n in range(5)]
     assert np.array_equal(np.array(table["embedding"].to_pylist(), np.float32), vectors)
     about = json.loads(file.schema_arrow.metadata[b"mixmim"])
-    assert about["fingerprint"] == bundle.fingerprint
+    assert about["fingerprint"] == engine_fingerprint(engine)
     assert about["architecture"] == json.loads(json.dumps(bundle.description.to_dict()["architecture"]))
 
 
-def test_a_failed_extraction_leaves_no_parquet(exported_bundle: Path, tmp_path: Path) -> None:
+def test_a_failed_extraction_leaves_no_parquet(engine: Engine, tmp_path: Path) -> None:
     def fail() -> Iterator[Result]:
         yield Result(tmp_path / "a.jpg", {"embedding": np.zeros(64, np.float32)})
         raise RuntimeError("half way")
 
     with pytest.raises(RuntimeError, match="half way"):
-        write_parquet(fail(), open_bundle(exported_bundle), tmp_path, tmp_path / "out.parquet")
+        write_parquet(fail(), engine, tmp_path, tmp_path / "out.parquet")
     assert list(tmp_path.iterdir()) == []

@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("mixmim_serve.engines", "mixmim_serve.model"),
     ("mixmim_serve.tasks", "mixmim_serve.panel"),
-    ("mixmim_serve.service", "mixmim_serve.extract"),
+    ("mixmim_serve.service", "mixmim_serve.extract", "mixmim_serve.bench"),
     ("mixmim_serve.cli",),
 )
 BESIDE = ("export", "training")  # may use the first four layers, and not each other
@@ -131,7 +131,7 @@ def test_no_extra_brings_both_onnx_runtimes() -> None:
         names = set()
         for requirement in extras[extra]:
             if requirement.startswith("mixmim-serve["):
-                for inner in requirement.removeprefix("mixmim-serve[").rstrip("]").split(","):
+                for inner in requirement.removeprefix("mixmim-serve[").partition("]")[0].split(","):
                     names |= closure(inner)
             else:
                 names.add(requirement.partition(">")[0].partition("=")[0].strip())

@@ -51,7 +51,8 @@ from mixmim_serve.engines import open_engine
 from mixmim_serve.extract.run import run_files
 import mixmim_serve.service.app
 assert mixmim_serve.__file__.startswith({str(installed)!r}), mixmim_serve.__file__
-(result,) = run_files(open_engine(DEFAULT_BUNDLE), [Path({str(REPOSITORY / "examples" / "hat.jpg")!r})], ["embedding"])
+hat = Path({str(REPOSITORY / "examples" / "hat.jpg")!r})
+(result,) = run_files(open_engine(DEFAULT_BUNDLE, "onnx"), [hat], ["embedding"])
 assert result.outputs["embedding"].shape == (256,) and np.isfinite(result.outputs["embedding"]).all()
 """
     environment = {"PYTHONPATH": str(installed), "PATH": ""}

@@ -455,10 +455,10 @@ def test_denormalize_undoes_normalize_and_clips() -> None:
     assert extremes.tolist() == [[[0, 0, 0], [255, 255, 255]]]
 
 
-def test_preprocess_is_its_three_steps() -> None:
+def test_preprocess_is_its_two_steps() -> None:
     preprocessing = Preprocessing.evaluation(128)
     data = sample("good/gen__exif_6.jpg")
-    steps = pre.normalize(pre.resize_and_crop(pre.decode(data), preprocessing), preprocessing)
+    steps = pre.resize_and_crop(pre.decode(data), preprocessing)
     np.testing.assert_array_equal(pre.preprocess(data, preprocessing), steps)
 
 

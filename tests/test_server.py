@@ -84,7 +84,7 @@ def serve(bundle: Path, folder: Path) -> Iterator[Server]:
     environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
-            [*MIXMIM, "serve", str(bundle), "--port", str(port)],
+            [*MIXMIM, "serve", str(bundle), "--port", str(port), "--engine", "onnx"],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -180,7 +180,10 @@ def test_serve_refuses_in_one_sentence(exported_bundle: Path, bundle_copy: Path,
         arguments, sentence = {
             "port in use": ([exported_bundle, "--port", taken], f"port {taken} is in use: choose another with --port."),
             "not our address": ([exported_bundle, "--host", "192.0.2.1"], "cannot bind 192.0.2.1:3000: "),
-            "unknown engine": ([exported_bundle, "--engine", "abacus"], "unknown engine 'abacus': choose one of onnx"),
+            "unknown engine": (
+                [exported_bundle, "--engine", "abacus"],
+                "unknown engine 'abacus': choose one of auto, onnx",
+            ),
             "altered bundle": ([bundle_copy], f"{weights} was altered after the export"),
             "no bundle": ([tmp_path / "missing"], f"{tmp_path / 'missing'} is no bundle: "),
         }[case]

@@ -27,7 +27,8 @@ from serving import (
     take_out,
 )
 
-from mixmim_serve.engines import Engine, open_engine
+from mixmim_serve.engines import Engine, engine_fingerprint, open_engine
+from mixmim_serve.engines.certificate import certify
 from mixmim_serve.extract.run import run_files
 from mixmim_serve.preprocess import preprocess
 from mixmim_serve.service.app import Runtime
@@ -45,7 +46,7 @@ def test_embed_one_image_three_ways_to_the_last_bit(client: TestClient, engine: 
     assert [form.status_code, raw.status_code, npy.status_code] == [200, 200, 200]
     assert form.json().keys() == {"embedding", "model", "fingerprint"}
     assert form.json() == raw.json()
-    assert form.json()["fingerprint"] == engine.bundle.fingerprint
+    assert form.json()["fingerprint"] == engine_fingerprint(engine)
     array = np.load(BytesIO(npy.content), allow_pickle=False)
     assert (npy.headers["content-type"], array.shape, array.dtype) == ("application/x-npy", (1, 64), np.float32)
     assert np.array_equal(array[0], expected.outputs["embedding"])
@@ -118,18 +119,20 @@ def test_model_says_what_is_served(client: TestClient, engine: Engine) -> None:
     body = client.get("/model").json()
     assert body == {
         "model": "custom",
-        "fingerprint": engine.bundle.fingerprint,
-        "engine": engine.name,
+        "fingerprint": engine_fingerprint(engine),
+        "bundle": engine.bundle.fingerprint,
+        "engine": certify(engine).summary(),
         **json.loads(json.dumps(engine.bundle.description.to_dict())),
         "embedding_size": 64,
         "outputs": {graph: list(outputs) for graph, outputs in engine.bundle.graphs.items()},
-        "precision": {"weights": "float32", "compute": "float32"},
     }
     assert body["labels"] == CLASS_NAMES
+    served = body["engine"]
+    assert (served["engine"], served["precision"], served["holds"]) == ("onnx-cpu", "fp32", True)
 
 
 def test_warm_up_runs_every_graph(engine: Engine, bundle_copy: Path) -> None:
-    both, one = Around(engine, list), Around(open_engine(take_out(bundle_copy, "decoder"), threads=1), list)
+    both, one = Around(engine, list), Around(open_engine(take_out(bundle_copy, "decoder"), "onnx", threads=1), list)
     for around in (both, one):
         runtime = Runtime(around)
         runtime.warm_up()
@@ -140,7 +143,7 @@ def test_warm_up_runs_every_graph(engine: Engine, bundle_copy: Path) -> None:
 
 @pytest.mark.parametrize(("part", "route"), [("head", "/classify"), ("decoder", "/reconstruct")])
 def test_a_bundle_without_the_part_answers_404(bundle_copy: Path, part: str, route: str) -> None:
-    with client_of(open_engine(take_out(bundle_copy, part), threads=1)) as client:
+    with client_of(open_engine(take_out(bundle_copy, part), "onnx", threads=1)) as client:
         status, message, _ = refusal(client.post(route, files=files(HAT, SHOES)))
         assert client.post("/embed", files=files(HAT)).status_code == 200
     assert status == 404

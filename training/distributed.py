@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import os
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,9 @@ from mixmim_serve.model.encoder import Block
 from training.config import RunConfig
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+SETTLE = 0.5  # seconds
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,10 @@ def join_world() -> Iterator[World]:
     try:
         yield World(dist.get_rank(), dist.get_world_size(), device)
         dist.barrier()  # a process that leaves while another still talks to it may take it down
+        # gloo's thread takes the interpreter's lock once more after each collective. If the group is destroyed before
+        # it got it, by DDP's reducer as the interpreter ends, the destructor holds the lock and waits for that thread
+        # for ever (torch 2.13). Nothing tells when the thread is done; asleep, this one does not hold the lock.
+        time.sleep(SETTLE)
     finally:
         dist.destroy_process_group()
 

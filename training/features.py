@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from mixmim_serve.config import Preprocessing
 from mixmim_serve.errors import DataError, ImageError
 from mixmim_serve.model import Encoder
-from mixmim_serve.preprocess import preprocess
+from mixmim_serve.preprocess import normalize, preprocess
 from mixmim_serve.sources import Source
 from training.distributed import World
 
@@ -43,7 +43,7 @@ class EvaluationImages(Dataset["tuple[int, np.ndarray | str]"]):
     def __getitem__(self, position: int) -> tuple[int, np.ndarray | str]:
         index = self.indices[position]
         try:
-            return index, preprocess(self.source.read(index), self.preprocessing)
+            return index, normalize(preprocess(self.source.read(index), self.preprocessing), self.preprocessing)
         except ImageError as error:
             return index, f"{self.source.keys[index]}: {error}"
 

@@ -16,7 +16,7 @@ from mixmim_serve.errors import ImageError
 from mixmim_serve.model import MixMIM
 from mixmim_serve.model.mixmim import random_units
 from mixmim_serve.panel import draw_panel
-from mixmim_serve.preprocess import preprocess
+from mixmim_serve.preprocess import normalize, preprocess
 from mixmim_serve.sources import Source
 from training.augment import Normalize
 from training.config import PretrainConfig
@@ -124,7 +124,7 @@ def sample_pixels(source: Source, preprocessing: Preprocessing) -> list[np.ndarr
     count = len(source.keys)
     for index in range(0, count, max(1, count // (4 * PAIRS))):
         try:
-            found.append(preprocess(source.read(index), preprocessing))
+            found.append(normalize(preprocess(source.read(index), preprocessing), preprocessing))
         except ImageError:
             continue
         if len(found) == 2 * PAIRS:

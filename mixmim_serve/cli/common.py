@@ -23,6 +23,9 @@ app = typer.Typer(
 BundleArgument = Annotated[
     Path, typer.Argument(metavar="BUNDLE", help="A bundle folder, or the name of a shipped one: tiny.")
 ]
+EngineOption = Annotated[
+    str, typer.Option("--engine", help="onnx, openvino or torch; auto is the fastest here with the right numbers.")
+]
 
 # Which extra brings a package that a command turned out to need.
 EXTRAS = {

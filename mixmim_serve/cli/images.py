@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mixmim_serve.cli.common import BundleArgument, app, bundle_path, progress_console
+from mixmim_serve.cli.common import BundleArgument, EngineOption, app, bundle_path, progress_console
 
 if TYPE_CHECKING:
     from mixmim_serve.engines import Engine
@@ -21,6 +21,7 @@ def embed(
     bundle: BundleArgument,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGES", help="Files; a folder counts as its images.")],
     output: Annotated[Path | None, typer.Option(help="A .npy file: float32, one row an image, in order.")] = None,
+    runtime: EngineOption = "auto",
 ) -> None:
     """Embed images: JSON lines on standard output, or one .npy file.
 
@@ -30,14 +31,14 @@ def embed(
 
     import numpy as np
 
-    from mixmim_serve.engines import open_engine
+    from mixmim_serve.engines import engine_fingerprint, open_engine
     from mixmim_serve.files import atomic_path
 
     vectors = []
-    engine = open_engine(bundle_path(bundle))
+    engine = open_engine(bundle_path(bundle), runtime)
     for path, vector in _each_image(engine, images, "embedding"):
         if output is None:
-            line = {"path": str(path), "embedding": vector.tolist(), "fingerprint": engine.bundle.fingerprint}
+            line = {"path": str(path), "embedding": vector.tolist(), "fingerprint": engine_fingerprint(engine)}
             typer.echo(json.dumps(line))
         else:
             vectors.append(vector)
@@ -51,6 +52,7 @@ def classify(
     bundle: BundleArgument,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGES", help="Files; a folder counts as its images.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 5,
+    runtime: EngineOption = "auto",
 ) -> None:
     """Classify images, one JSON line each; the bundle needs a head.
 
@@ -62,7 +64,7 @@ def classify(
     from mixmim_serve.engines import open_engine
     from mixmim_serve.tasks import require_head, top_classes
 
-    engine = open_engine(bundle_path(bundle))
+    engine = open_engine(bundle_path(bundle), runtime)
     require_head(engine.bundle)
     for path, logits in _each_image(engine, images, "logits"):
         guesses = [dataclasses.asdict(guess) for guess in top_classes(engine.bundle, logits, top)]
@@ -77,6 +79,7 @@ def reconstruct(
     output: Annotated[Path, typer.Option(help="The panel to write.")] = Path("panel.png"),
     ratio: Annotated[float, typer.Option(help="Share of units that B covers.")] = 0.5,
     seed: Seed = 0,
+    runtime: EngineOption = "auto",
 ) -> None:
     """Mix two images, let the network complete both, and draw a panel.
 
@@ -88,7 +91,7 @@ def reconstruct(
     from mixmim_serve.preprocess import preprocess, read_limited
     from mixmim_serve.tasks import reconstruct_pair
 
-    engine = open_engine(bundle_path(bundle))
+    engine = open_engine(bundle_path(bundle), runtime)
     preprocessing = engine.bundle.description.preprocessing
     a, b = (preprocess(read_limited(path), preprocessing) for path in (image_a, image_b))
     panel = draw_panel(reconstruct_pair(engine, a, b, ratio, seed), preprocessing)
@@ -102,6 +105,7 @@ def extract(
     bundle: BundleArgument,
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A folder of images, at any depth.")],
     target: Annotated[Path, typer.Argument(metavar="OUT.parquet", help="The file to write.")],
+    runtime: EngineOption = "auto",
 ) -> None:
     """Embed a folder into one Parquet file (path, embedding); unreadable images are named and skipped.
 
@@ -114,7 +118,7 @@ def extract(
     from mixmim_serve.extract.run import run_files
     from mixmim_serve.images import list_images
 
-    engine = open_engine(bundle_path(bundle))
+    engine = open_engine(bundle_path(bundle), runtime)
     paths = list_images(source)
     errors: list[str] = []
 
@@ -124,7 +128,7 @@ def extract(
                 errors.append(f"{result.path}: {result.error}")
             yield result
 
-    rows = write_parquet(results(), engine.bundle, source, target)
+    rows = write_parquet(results(), engine, source, target)
     for error in errors:
         typer.echo(f"skipped {error}", err=True)
     typer.echo(f"wrote {rows} embeddings to {target}, skipped {len(errors)}")

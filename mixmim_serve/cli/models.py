@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mixmim_serve.cli.common import app, bundle_path
+from mixmim_serve.cli.common import EngineOption, app, bundle_path
 
 
 @app.command("import")
@@ -33,6 +33,19 @@ def import_(
 def export(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A .safetensors checkpoint of ours.")],
     bundle_dir: Annotated[Path, typer.Argument(metavar="BUNDLE_DIR", help="The folder to write.")],
+    precision: Annotated[
+        list[str], typer.Option(help="fp32, fp16 or bf16, that graphs compute in; may be given several times.")
+    ] = ["fp32"],  # noqa: B006 - typer wants a list
+    target: Annotated[
+        list[str], typer.Option(help="onnx, openvino, tensorrt or tensorrt-rtx; may be given several times.")
+    ] = ["onnx"],  # noqa: B006
+    batches: Annotated[
+        tuple[int, int, int], typer.Option(metavar="MIN OPT MAX", help="Of TensorRT engines; fastest at OPT.")
+    ] = (1, 8, 32),
+    compute_capability: Annotated[
+        list[str] | None, typer.Option(help="GPUs to build for, such as 8.9 (tensorrt-rtx only); else this machine's.")
+    ] = None,
+    timing_cache: Annotated[Path | None, typer.Option(help="A file that makes TensorRT's next build faster.")] = None,
     half_weights: Annotated[
         bool, typer.Option("--half-weights", help="Store weights in fp16 (half the size); computing stays float32.")
     ] = False,
@@ -40,15 +53,21 @@ def export(
 ) -> None:
     """Turn a checkpoint into a bundle, checked against torch on real photos.
 
-    Example: mixmim export runs/tiny/final.safetensors bundles/tiny
+    Example: mixmim export runs/tiny/final.safetensors bundles/tiny --precision fp32 --precision fp16
     """
-    from export.build import export_bundle
+    from rich.console import Console
 
-    exported = export_bundle(checkpoint, bundle_dir, half_weights=half_weights, overwrite=overwrite)
-    worst = max(exported.differences.values())
-    typer.echo(
-        f"wrote {bundle_dir}  fingerprint {exported.bundle.fingerprint}  ONNX Runtime = torch within {worst:.1e}"
-    )
+    from export.build import Options, export_bundle
+    from export.tensorrt import EngineOptions
+
+    engine = EngineOptions(batches=batches, capabilities=tuple(compute_capability or ()), timing_cache=timing_cache)
+    options = Options(tuple(precision), tuple(target), half_weights, overwrite, engine)
+    with Console(stderr=True).status("reading the checkpoint") as status:
+        exported = export_bundle(checkpoint, bundle_dir, options, status.update)
+    typer.echo(f"wrote {bundle_dir}  fingerprint {exported.bundle.fingerprint}")
+    for name, outputs in exported.agreement.items():
+        cosine, error = min(each.cosine for each in outputs.values()), max(each.error for each in outputs.values())
+        typer.echo(f"{name}: cosine with torch {cosine:.6f} or more, difference {error:.1e} of the largest value")
 
 
 @app.command()
@@ -59,11 +78,13 @@ def info(
 
     Example: mixmim info tiny
     """
+    import dataclasses
     import json
 
     from mixmim_serve.bundle import open_bundle
     from mixmim_serve.config import size_name
     from mixmim_serve.description import read_description
+    from mixmim_serve.engines.certificate import certificates
 
     if path.is_file():
         description = read_description(path)
@@ -75,9 +96,12 @@ def info(
         about = {
             "bundle": str(bundle.path),
             "fingerprint": bundle.fingerprint,
-            "precision": bundle.precision,
+            "weights": bundle.weights,
+            "precisions": bundle.precisions,
+            "built": [dataclasses.asdict(each) for each in bundle.built],
             "outputs": bundle.graphs,
             "versions": bundle.versions,
+            "certificates": [each.summary() for each in certificates(bundle)],
         }
     typer.echo(json.dumps(about | {"size": size_name(description.arch)} | description.to_dict(), indent=2))
 
@@ -89,7 +113,7 @@ def serve(
     ] = Path("tiny"),
     port: Annotated[int, typer.Option(min=1, max=65535, help="TCP port.")] = 3000,
     host: Annotated[str, typer.Option(help="Address to bind; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    engine: Annotated[str, typer.Option(help="onnx or torch.")] = "onnx",
+    engine: EngineOption = "auto",
 ) -> None:
     """Serve a bundle over HTTP; ready when GET /readyz answers 200.
 

@@ -1,5 +1,5 @@
 """Runtimes that run a bundle: arrays in, arrays out. Each is imported only when it is opened."""
 
-from mixmim_serve.engines.base import Engine, open_engine
+from mixmim_serve.engines.base import Engine, engine_fingerprint, open_engine
 
-__all__ = ["Engine", "open_engine"]
+__all__ = ["Engine", "engine_fingerprint", "open_engine"]

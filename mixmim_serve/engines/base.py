@@ -5,6 +5,9 @@ An engine knows arrays. It knows nothing of images, files, HTTP, labels or queue
 
 from __future__ import annotations
 
+import hashlib
+import importlib
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,12 +15,23 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mixmim_serve.bundle import Bundle, open_bundle
-from mixmim_serve.errors import EngineError
+from mixmim_serve.bundle import PRECISIONS, Bundle, canonical_json, open_bundle
+from mixmim_serve.engines.hardware import has_cuda_device
+from mixmim_serve.errors import BundleError, EngineError
 
 Arrays = dict[str, NDArray[Any]]
 
-ENGINES = ("onnx", "torch")
+# Fastest first (docs/engines.md).
+_ON_CPU = ("openvino", "onnx", "torch")
+_ON_GPU = ("onnx", "torch", "openvino")
+_CLASSES = {
+    "onnx": "mixmim_serve.engines.onnx:OnnxEngine",
+    "openvino": "mixmim_serve.engines.openvino:OpenVinoEngine",
+    "torch": "mixmim_serve.engines.torch:TorchEngine",
+}
+ENGINES = tuple(_CLASSES)
+
+log = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
@@ -25,14 +39,17 @@ class Engine(Protocol):
 
     bundle: Bundle
     name: str  # runtime and device, such as "onnx-cpu"
+    precision: str  # in which it computes: fp32, fp16 or bf16
+    version: str  # of the runtime
+    hardware: str  # what it runs on, by name
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> Arrays:
         """Run a graph and return the chosen outputs, one row an item of the batch.
 
-        `encoder`: `pixels` float32 (B, 3, size, size), normalised; gives `embedding` (B, D), `stage1` to `stage4`
-        (B, D, H, W) and, with a head, `logits` (B, classes), all float32.
+        `encoder`: `pixels` uint8 (B, size, size, 3) as `preprocess` makes them (the graph normalises); gives
+        `embedding` (B, D), `stage1` to `stage4` (B, D, H, W) and, with a head, `logits` (B, classes), all float32.
         `reconstruct`: `image_a` and `image_b` as `pixels`, `from_partner` bool (B, units); gives `mixed`,
-        `reconstruction_a` and `reconstruction_b`, as `pixels`.
+        `reconstruction_a` and `reconstruction_b`, float32 (B, 3, size, size) in normalised pixel units.
 
         Raises:
             BundleError: when the bundle has no such graph.
@@ -41,25 +58,70 @@ class Engine(Protocol):
         ...
 
 
-def open_engine(bundle: Bundle | Path, kind: str = "onnx", threads: int = 0) -> Engine:
-    """Verify a bundle and load it into a runtime; `threads` 0 takes every core.
+def open_engine(bundle: Bundle | Path, kind: str = "auto", precision: str = "", threads: int = 0) -> Engine:
+    """Verify a bundle and load it into a runtime; `threads` 0 takes every core, no `precision` the engine's fastest.
+
+    `kind` "auto" takes the fastest engine that is installed and gives torch's numbers on the bundle's golden photos
+    (`mixmim_serve.engines.certificate`).
 
     Raises:
-        BundleError: when the bundle is incomplete or altered.
-        EngineError: when the runtime is unknown or not installed, or refuses the bundle.
+        BundleError: when the bundle is incomplete or altered, or lacks the precision.
+        EngineError: when the runtime is unknown or not installed, refuses the bundle or cannot do the precision.
     """
     if isinstance(bundle, Path):
         bundle = open_bundle(bundle)
+    check_kind(kind)
     bundle.verify()
-    if kind == "onnx":
-        from mixmim_serve.engines.onnx import OnnxEngine
+    if precision and precision not in PRECISIONS:
+        raise EngineError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}.")
+    return _fastest(bundle, precision, threads) if kind == "auto" else _open(bundle, kind, precision, threads)
 
-        return OnnxEngine(bundle, threads)
-    if kind == "torch":
-        from mixmim_serve.engines.torch import TorchEngine
 
-        return TorchEngine(bundle, threads)
-    raise EngineError(f"unknown engine {kind!r}: choose one of {', '.join(ENGINES)}.")
+def check_kind(kind: str) -> None:
+    """Check the name of an engine.
+
+    Raises:
+        EngineError: for an unknown one, listing the known ones.
+    """
+    if kind not in ("auto", *ENGINES):
+        raise EngineError(f"unknown engine {kind!r}: choose one of auto, {', '.join(ENGINES)}.")
+
+
+def _open(bundle: Bundle, kind: str, precision: str, threads: int) -> Engine:
+    module, _, name = _CLASSES[kind].partition(":")
+    engine: Engine = getattr(importlib.import_module(module), name)(bundle, precision, threads)
+    return engine
+
+
+def _fastest(bundle: Bundle, precision: str, threads: int) -> Engine:
+    """The first engine, in order of preference, that can be opened and whose certificate holds."""
+    from mixmim_serve.engines.certificate import certify
+
+    refused = []
+    for kind in _ON_GPU if has_cuda_device() else _ON_CPU:
+        try:
+            engine = _open(bundle, kind, precision, threads)
+        except (BundleError, EngineError) as error:
+            log.info("engine %s: %s", kind, error)
+            refused.append(str(error))
+            continue
+        try:
+            certify(engine).require()
+        except EngineError as error:
+            log.warning("%s", error)
+            refused.append(str(error))
+        else:
+            return engine
+    raise EngineError("no engine can run this bundle here. " + " ".join(refused))
+
+
+def engine_fingerprint(engine: Engine) -> str:
+    """128 bits that change with anything that changes the numbers: the bundle's, and how this engine computes.
+
+    A runtime's version is left out: releases differ by rounding of the last bits, like processors do.
+    """
+    about = {"bundle": engine.bundle.fingerprint, "engine": engine.name, "precision": engine.precision}
+    return hashlib.sha256(canonical_json(about)).hexdigest()[:32]
 
 
 def check_request(
@@ -75,7 +137,7 @@ def check_request(
         BundleError: when the bundle has no such graph.
         EngineError: naming the wrong input or output.
     """
-    bundle.graph_path(graph)
+    bundle.require_graph(graph)
     unknown = [name for name in outputs if name not in bundle.graphs[graph]]
     if unknown or not outputs:
         raise EngineError(f"the {graph} graph gives {', '.join(bundle.graphs[graph])}; asked for {unknown or 'none'}.")
@@ -83,6 +145,8 @@ def check_request(
         raise EngineError(f"the {graph} graph takes {', '.join(expected)}; got {', '.join(inputs) or 'nothing'}.")
     batches = {array.shape[:1] for array in inputs.values()}
     for name, array in inputs.items():
+        if array.dtype != _dtype(name):
+            raise EngineError(f"{name} must be of type {_dtype(name)}; got {array.dtype}.")
         if array.shape[1:] != expected[name] or len(batches) != 1:
             raise EngineError(
                 f"{name} must be (batch, {', '.join(map(str, expected[name]))}) with one batch for all inputs; "
@@ -90,14 +154,19 @@ def check_request(
             )
 
 
+def best_precision(bundle: Bundle, order: Sequence[str]) -> str:
+    """The first of these that the bundle has graphs for; if it has none, the first, which is then refused."""
+    return next((each for each in order if each in bundle.precisions), order[0])
+
+
 def graph_inputs(bundle: Bundle, graph: str) -> dict[str, tuple[int, ...]]:
     """Shapes of a graph's inputs, the batch left out."""
     size = bundle.arch.image_size
     if graph == "encoder":
-        return {"pixels": (3, size, size)}
-    return {"image_a": (3, size, size), "image_b": (3, size, size), "from_partner": (bundle.arch.units,)}
+        return {"pixels": (size, size, 3)}
+    return {"image_a": (size, size, 3), "image_b": (size, size, 3), "from_partner": (bundle.arch.units,)}
 
 
-def as_input(name: str, array: NDArray[Any]) -> NDArray[Any]:
-    """The array in the type that graphs take: bool for the mask, float32 for pixels, without a copy where it is one."""
-    return np.ascontiguousarray(array, dtype=np.bool_ if name == "from_partner" else np.float32)
+def _dtype(name: str) -> np.dtype[Any]:
+    """What graphs take: bytes for images, bool for the mask."""
+    return np.dtype(np.bool_ if name == "from_partner" else np.uint8)

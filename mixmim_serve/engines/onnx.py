@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from mixmim_serve.bundle import Bundle
-from mixmim_serve.engines.base import Arrays, as_input, check_request, graph_inputs
+from mixmim_serve.engines.base import Arrays, best_precision, check_request, graph_inputs
+from mixmim_serve.engines.hardware import first_line, has_cuda_device, processor
 from mixmim_serve.errors import EngineError
 
 try:
@@ -24,11 +26,15 @@ except ImportError as error:
 class OnnxEngine:
     """A session a graph, opened when the graph is first asked for."""
 
-    def __init__(self, bundle: Bundle, threads: int = 0) -> None:
+    version: str = onnxruntime.__version__
+
+    def __init__(self, bundle: Bundle, precision: str = "", threads: int = 0) -> None:
         _refuse_both_packages()
         self.bundle = bundle
         self.providers = _providers()
-        self.name = "onnx-cuda" if "CUDAExecutionProvider" in self.providers else "onnx-cpu"
+        cuda = "CUDAExecutionProvider" in self.providers
+        self.name, self.hardware = ("onnx-cuda", "CUDA") if cuda else ("onnx-cpu", processor())
+        self.precision = precision or best_precision(bundle, ("fp16", "fp32") if cuda else ("fp32", "fp16"))
         self._threads = threads
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
         self._opening = threading.Lock()
@@ -37,11 +43,11 @@ class OnnxEngine:
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> Arrays:
         """See `Engine.run`."""
         check_request(self.bundle, graph, graph_inputs(self.bundle, graph), inputs, outputs)
-        feed = {name: as_input(name, array) for name, array in inputs.items()}
+        feed = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
         try:
             arrays = self._session(graph).run(list(outputs), feed)
         except Exception as error:  # ONNX Runtime's own classes have no common base
-            raise EngineError(f"ONNX Runtime failed on the {graph} graph: {_first_line(error)}") from error
+            raise EngineError(f"ONNX Runtime failed on the {graph} graph: {first_line(error)}") from error
         return dict(zip(outputs, arrays, strict=True))
 
     def _session(self, graph: str) -> onnxruntime.InferenceSession:
@@ -51,21 +57,24 @@ class OnnxEngine:
             return self._sessions[graph]
 
     def _open(self, graph: str) -> onnxruntime.InferenceSession:
+        path = self.bundle.graph_path(graph, self.precision)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
         try:
-            return onnxruntime.InferenceSession(self.bundle.graph_path(graph), options, providers=self.providers)
+            return onnxruntime.InferenceSession(path, options, providers=self.providers)
         except Exception as error:
-            path = self.bundle.graph_path(graph)
             raise EngineError(
-                f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {_first_line(error)}"
+                f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {first_line(error)}"
             ) from error
 
 
 def _providers() -> list[str]:
     available = onnxruntime.get_available_providers()
-    return [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
+    wanted = ["CPUExecutionProvider"]
+    if has_cuda_device():
+        wanted.insert(0, "CUDAExecutionProvider")
+    return [name for name in wanted if name in available]
 
 
 def _refuse_both_packages() -> None:
@@ -83,7 +92,3 @@ def _installed(package: str) -> bool:
     except PackageNotFoundError:
         return False
     return True
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

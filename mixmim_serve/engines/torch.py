@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from mixmim_serve.bundle import STAGE_OUTPUTS, WEIGHTS, Bundle
-from mixmim_serve.engines.base import Arrays, as_input, check_request, graph_inputs
+from mixmim_serve.engines.base import Arrays, check_request, graph_inputs
+from mixmim_serve.engines.hardware import processor
 from mixmim_serve.errors import EngineError
 
 try:
@@ -18,26 +20,42 @@ except ImportError as error:
 
 from mixmim_serve.model import MixMIM
 from mixmim_serve.model.checkpoint import load_checkpoint
+from mixmim_serve.model.normalize import Normalize
+
+TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class TorchEngine:
-    """The network in float32, on the CPU or a CUDA device."""
+    """The network on the CPU (float32 unless asked otherwise) or on a CUDA device (compiled, bf16)."""
 
-    def __init__(self, bundle: Bundle, threads: int = 0) -> None:
+    version: str = torch.__version__
+
+    def __init__(self, bundle: Bundle, precision: str = "", threads: int = 0) -> None:
         self.bundle = bundle
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        cuda = self.device.type == "cuda"
         self.name = f"torch-{self.device.type}"
+        self.hardware = torch.cuda.get_device_name(self.device) if cuda else processor()
+        self.precision = precision or ("bf16" if cuda else "fp32")
         if threads:
             torch.set_num_threads(threads)  # torch has one setting for the whole process
         self.model = load_checkpoint(bundle.path / WEIGHTS)[0].to(self.device)
+        self.normalize = Normalize(bundle.description.preprocessing).to(self.device)
+        if cuda:  # on a CPU the compiler takes longer than most uses of this engine
+            self.model.compile(dynamic=True)
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> Arrays:
         """See `Engine.run`."""
         check_request(self.bundle, graph, graph_inputs(self.bundle, graph), inputs, outputs)
-        tensors = {name: torch.from_numpy(as_input(name, array)).to(self.device) for name, array in inputs.items()}
-        with torch.inference_mode():
+        half = torch.autocast(self.device.type, TYPES[self.precision], enabled=self.precision != "fp32")
+        with torch.inference_mode(), half:
+            tensors = {name: self._as_input(name, array) for name, array in inputs.items()}
             results = self._encode(**tensors) if graph == "encoder" else self._reconstruct(**tensors)
-        return {name: results[name].cpu().numpy() for name in outputs}
+        return {name: results[name].float().cpu().numpy() for name in outputs}
+
+    def _as_input(self, name: str, array: NDArray[Any]) -> torch.Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        return tensor if name == "from_partner" else self.normalize(tensor)
 
     def _encode(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         output = self.model(pixels)

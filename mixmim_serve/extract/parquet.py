@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mixmim_serve.bundle import Bundle
+from mixmim_serve.engines import Engine, engine_fingerprint
 from mixmim_serve.errors import DataError
 from mixmim_serve.extract.run import Result
 from mixmim_serve.files import atomic_path
@@ -22,10 +22,11 @@ except ImportError as error:
 ROWS = 4096  # in memory and in a row group
 
 
-def write_parquet(results: Iterable[Result], bundle: Bundle, source: Path, target: Path) -> int:
+def write_parquet(results: Iterable[Result], engine: Engine, source: Path, target: Path) -> int:
     """Write every result that has an embedding; the file appears whole or not at all. Returns the number of rows."""
+    bundle = engine.bundle
     about = {
-        "fingerprint": bundle.fingerprint,
+        "fingerprint": engine_fingerprint(engine),
         "architecture": bundle.description.to_dict()["architecture"],
         "preprocessing": bundle.description.to_dict()["preprocessing"],
     }

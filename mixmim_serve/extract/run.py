@@ -17,7 +17,7 @@ from mixmim_serve.engines import Engine
 from mixmim_serve.engines.base import Arrays
 from mixmim_serve.errors import ImageError
 from mixmim_serve.preprocess import preprocess, read_limited
-from mixmim_serve.tasks import Floats
+from mixmim_serve.tasks import Pixels
 
 BATCH = 32
 AHEAD = 3  # batches that are decoded before the engine asks for them; bounds memory
@@ -41,9 +41,9 @@ def run_files(engine: Engine, paths: Sequence[Path], outputs: Sequence[str], bat
 
 def _decoded(
     pool: ThreadPoolExecutor, paths: Iterable[Path], preprocessing: Preprocessing, ahead: int
-) -> Iterator[tuple[Path, Floats | ImageError]]:
+) -> Iterator[tuple[Path, Pixels | ImageError]]:
     """Preprocessed images in order, at most `ahead` of them waiting."""
-    waiting: deque[tuple[Path, Future[Floats | ImageError]]] = deque()
+    waiting: deque[tuple[Path, Future[Pixels | ImageError]]] = deque()
     for path in paths:
         waiting.append((path, pool.submit(_load, path, preprocessing)))
         if len(waiting) >= ahead:
@@ -53,7 +53,7 @@ def _decoded(
         yield done, future.result()
 
 
-def _load(path: Path, preprocessing: Preprocessing) -> Floats | ImageError:
+def _load(path: Path, preprocessing: Preprocessing) -> Pixels | ImageError:
     try:
         return preprocess(read_limited(path), preprocessing)
     except ImageError as error:
@@ -61,7 +61,7 @@ def _load(path: Path, preprocessing: Preprocessing) -> Floats | ImageError:
 
 
 def _run_group(
-    engine: Engine, group: Sequence[tuple[Path, Floats | ImageError]], outputs: Sequence[str]
+    engine: Engine, group: Sequence[tuple[Path, Pixels | ImageError]], outputs: Sequence[str]
 ) -> Iterator[Result]:
     readable = [pixels for _, pixels in group if not isinstance(pixels, ImageError)]
     arrays = engine.run("encoder", {"pixels": np.stack(readable)}, outputs) if readable else {}
@@ -75,7 +75,7 @@ def _run_group(
 
 
 def _batched(
-    items: Iterator[tuple[Path, Floats | ImageError]], size: int
-) -> Iterator[list[tuple[Path, Floats | ImageError]]]:
+    items: Iterator[tuple[Path, Pixels | ImageError]], size: int
+) -> Iterator[list[tuple[Path, Pixels | ImageError]]]:
     while group := list(itertools.islice(items, size)):
         yield group

@@ -24,8 +24,9 @@ from starlette.routing import Route
 
 from mixmim_serve.bundle import Bundle
 from mixmim_serve.config import size_name
-from mixmim_serve.engines import Engine
+from mixmim_serve.engines import Engine, engine_fingerprint
 from mixmim_serve.engines.base import Arrays
+from mixmim_serve.engines.certificate import certify
 from mixmim_serve.errors import ImageError
 from mixmim_serve.panel import TILES, draw_panel, npz, png
 from mixmim_serve.preprocess import preprocess
@@ -33,9 +34,10 @@ from mixmim_serve.service.batcher import Batcher
 from mixmim_serve.service.requests import LimitBody, RequestError, exception_handlers, query_number, read_images
 from mixmim_serve.tasks import (
     RECONSTRUCT_OUTPUTS,
-    Floats,
+    Pixels,
     random_mask,
     reconstruct_inputs,
+    reconstructed,
     require_decoder,
     require_head,
     top_classes,
@@ -50,10 +52,17 @@ NPZ = "application/x-npz"
 
 
 class Runtime:
-    """One engine with its batchers and the pool that decodes."""
+    """One engine with its batchers and the pool that decodes.
+
+    Raises:
+        EngineError: when the engine's numbers are wrong.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.certificate = certify(engine)
+        self.certificate.require()
+        self.fingerprint = engine_fingerprint(engine)
         self.decoders = ThreadPoolExecutor(DECODE_THREADS, thread_name_prefix="decode")
         self.engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self.batchers = {graph: Batcher(engine, graph, self.engine_thread) for graph in engine.bundle.graphs}
@@ -76,13 +85,13 @@ class Runtime:
             EngineError: when the engine cannot answer.
         """
         size, units = self.bundle.arch.image_size, self.bundle.arch.units
-        blank = np.zeros((1, 3, size, size), np.float32)
+        blank = np.zeros((1, size, size, 3), np.uint8)
         self.engine.run("encoder", {"pixels": blank}, ["embedding"])
         if "reconstruct" in self.bundle.graphs:
             inputs = reconstruct_inputs(blank, blank, random_mask(units)[None])
             self.engine.run("reconstruct", inputs, RECONSTRUCT_OUTPUTS)
 
-    async def preprocess(self, images: Sequence[bytes]) -> list[Floats]:
+    async def preprocess(self, images: Sequence[bytes]) -> list[Pixels]:
         """Decode and preprocess in the pool, all at once.
 
         Raises:
@@ -177,7 +186,8 @@ async def reconstruct(request: Request) -> Response:
     with Admission(runtime, 2):
         image_a, image_b = await runtime.preprocess(images)
         inputs = reconstruct_inputs(image_a, image_b, mask)
-        arrays = inputs | await runtime.batchers["reconstruct"].run(inputs, RECONSTRUCT_OUTPUTS)
+        outputs = await runtime.batchers["reconstruct"].run(inputs, RECONSTRUCT_OUTPUTS)
+        arrays = reconstructed(runtime.bundle, inputs, outputs)
         loop = asyncio.get_running_loop()
         if NPZ in request.headers.get("accept", ""):
             return Response(await loop.run_in_executor(runtime.decoders, npz, arrays), media_type=NPZ)
@@ -193,12 +203,12 @@ async def model(request: Request) -> Response:
     return JSONResponse(
         {
             "model": runtime.model_name,
-            "fingerprint": bundle.fingerprint,
-            "engine": runtime.engine.name,
+            "fingerprint": runtime.fingerprint,
+            "bundle": bundle.fingerprint,
+            "engine": runtime.certificate.summary(),
             **bundle.description.to_dict(),
             "embedding_size": bundle.arch.embedding_size,
             "outputs": {graph: list(outputs) for graph, outputs in bundle.graphs.items()},
-            "precision": dict(bundle.precision),
         }
     )
 
@@ -212,7 +222,7 @@ def _runtime(request: Request) -> Runtime:
 
 def _json(runtime: Runtime, items: list[dict[str, Any]]) -> JSONResponse:
     """One image answers flat, several under `data`."""
-    about = {"model": runtime.model_name, "fingerprint": runtime.bundle.fingerprint}
+    about = {"model": runtime.model_name, "fingerprint": runtime.fingerprint}
     if len(items) == 1:
         return JSONResponse(items[0] | about)
     return JSONResponse({"data": [{"index": index, **item} for index, item in enumerate(items)]} | about)

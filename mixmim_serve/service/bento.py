@@ -60,7 +60,7 @@ def load_runtime() -> Runtime:
         BundleError, EngineError: when they cannot serve.
     """
     bundle = Path(os.environ.get(BUNDLE_VARIABLE) or DEFAULT_BUNDLE)
-    runtime = Runtime(open_engine(bundle, os.environ.get(ENGINE_VARIABLE) or "onnx"))
+    runtime = Runtime(open_engine(bundle, os.environ.get(ENGINE_VARIABLE) or "auto"))
     runtime.warm_up()
     return runtime
 

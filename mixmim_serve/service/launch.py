@@ -10,8 +10,8 @@ from pathlib import Path
 
 from mixmim_serve.bundle import open_bundle
 from mixmim_serve.config import size_name
-from mixmim_serve.engines.base import ENGINES
-from mixmim_serve.errors import ConfigError, EngineError
+from mixmim_serve.engines.base import check_kind
+from mixmim_serve.errors import ConfigError
 
 TARGET = "mixmim_serve.service.bento:MixMIMService"
 BUNDLE_VARIABLE = "MIXMIM_BUNDLE"
@@ -30,8 +30,7 @@ def launch(bundle: Path, host: str, port: int, engine: str) -> None:
     """
     opened = open_bundle(bundle)
     opened.verify()  # the server does it again; here it is one sentence, there a traceback inside BentoML's log
-    if engine not in ENGINES:
-        raise EngineError(f"unknown engine {engine!r}: choose one of {', '.join(ENGINES)}.")
+    check_kind(engine)
     check_address(host, port)
     photo = "examples/hat.jpg" if Path("examples/hat.jpg").is_file() else "photo.jpg"
     print(  # noqa: T201

@@ -1,0 +1,72 @@
+"""Attention as exported graphs write it: the forms that runtimes recognise and run as one kernel (docs/engines.md)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mixmim_serve.model.attention import Attention
+
+FLOAT = 1  # ONNX's number for float32
+
+
+class ExportedAttention(nn.Module):
+    """What an `Attention`, which it takes apart, becomes in a graph; shape suffixes as in encoder.py.
+
+    Queries, keys and values are three products, with the rows of one stored matrix: a single product would have to be
+    sliced, squeezed and transposed, which costs more than it saves. `written_out` chooses plain products and a softmax,
+    which TensorRT fuses by itself, instead of ONNX's Attention operator, which it runs for few shapes only.
+    """
+
+    def __init__(self, attention: Attention, *, written_out: bool) -> None:
+        super().__init__()
+        self.heads, self.written_out = attention.heads, written_out
+        weights, biases = attention.qkv.weight.detach().chunk(3), attention.qkv.bias.detach().chunk(3)
+        self.q, self.k, self.v = (linear(weight, bias) for weight, bias in zip(weights, biases, strict=True))
+        self.proj = attention.proj
+        del attention.qkv, attention.proj
+        self.position = attention  # what is left of it: the learned bias
+
+    def forward(self, x_BKND: Tensor, blocked_MKNN: Tensor | None = None) -> Tensor:
+        """As `Attention.forward`; with a mask, M is B."""
+        groups, tokens, dim = x_BKND.shape[1:]
+        x_GND = x_BKND.reshape(-1, tokens, dim)
+        bias = self.position.bias(blocked_MKNN)
+        if bias is not None and bias.dim() == 4:
+            bias = bias.reshape(-1, self.heads, tokens, tokens)
+        attend = self.attend_written_out if self.written_out else self.attend
+        projected: Tensor = self.proj(attend(self.q(x_GND), self.k(x_GND), self.v(x_GND), bias))
+        return projected.reshape(-1, groups, tokens, dim)
+
+    def attend(self, q_GND: Tensor, k_GND: Tensor, v_GND: Tensor, bias: Tensor | None) -> Tensor:
+        """One Attention operator, its softmax in float32."""
+        attended, *_ = torch.onnx.ops.attention(
+            q_GND, k_GND, v_GND, bias, q_num_heads=self.heads, kv_num_heads=self.heads, softmax_precision=FLOAT
+        )
+        return attended
+
+    def attend_written_out(self, q_GND: Tensor, k_GND: Tensor, v_GND: Tensor, bias: Tensor | None) -> Tensor:
+        """The same in single operators, its softmax in float32."""
+        tokens, dim = q_GND.shape[1:]
+        split = (-1, tokens, self.heads, dim // self.heads)
+        q_GAND, k_GAND, v_GAND = (x.reshape(split).transpose(1, 2) for x in (q_GND, k_GND, v_GND))
+        scores = (q_GAND * split[-1] ** -0.5) @ k_GAND.transpose(2, 3)
+        if bias is not None:
+            scores = scores + bias
+        attended: Tensor = scores.float().softmax(dim=-1).to(v_GAND.dtype) @ v_GAND
+        return attended.transpose(1, 2).reshape(-1, tokens, dim)
+
+
+def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    """A layer with these values, shared and not copied."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta", dtype=weight.dtype)
+    layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(bias)
+    return layer
+
+
+def for_export(model: nn.Module, *, written_out: bool = False) -> None:
+    """Replace every attention of a model, in place."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Attention):
+                setattr(parent, name, ExportedAttention(child, written_out=written_out))

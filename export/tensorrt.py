@@ -1,0 +1,201 @@
+"""TensorRT engines, built ahead of time from a bundle's weights.
+
+`tensorrt` and `tensorrt-rtx` (TensorRT for RTX, complete on PyPI) have one API and share this code. TensorRT-RTX
+compiles for named compute capabilities on machines that have no GPU. Networks are strongly typed (TensorRT 11 knows
+nothing else): the precision is the graph's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mixmim_serve.config import unknown
+from mixmim_serve.errors import BundleError, ConfigError
+from mixmim_serve.files import atomic_path
+
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How engines are built."""
+
+    runtime: str = "tensorrt"  # or tensorrt-rtx
+    batches: tuple[int, int, int] = (1, 8, 32)  # smallest, the one to tune for, largest
+    capabilities: tuple[str, ...] = ()  # such as "8.9", for TensorRT-RTX; () builds for the GPU of this machine
+    timing_cache: Path | None = None  # read if it is there, and written: the next build is faster
+
+    def __post_init__(self) -> None:
+        if self.runtime not in MODULES:
+            raise unknown("runtime", self.runtime, MODULES)
+        if not 1 <= self.batches[0] <= self.batches[1] <= self.batches[2]:
+            raise ConfigError(f"batches must be three rising numbers (min, opt, max), got {list(self.batches)}.")
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """A serialised engine, and what it is for."""
+
+    plan: bytes
+    version: str
+    hardware: str  # "sm89", several joined by "+", or the GPU's own
+
+
+def build_engine(graph: Path, options: EngineOptions, progress: Progress = lambda _: None) -> BuiltEngine:
+    """Compile an ONNX graph with a dynamic batch; `progress` is told the phases in TensorRT's words.
+
+    Raises:
+        BundleError: when the runtime is not installed, does not know the hardware, or refuses the graph.
+    """
+    trt = load(options.runtime)
+    capabilities = capability_values(trt, options)  # before minutes of work
+    log = _log(trt)
+    log.errors.clear()
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(graph)):
+        raise BundleError(f"{_name(trt, options)} cannot read {graph.name}: {_first(parser, log)}")
+    config = builder.create_builder_config()
+    config.add_optimization_profile(_profile(builder, network, options.batches))
+    config.progress_monitor = _monitor(trt, progress)
+    if capabilities:
+        config.num_compute_capabilities = len(capabilities)
+        for number, value in enumerate(capabilities.values()):
+            config.set_compute_capability(value, number)
+    cache = _timing_cache(config, options.timing_cache)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise BundleError(f"{_name(trt, options)} cannot build {graph.name}: {log.reason()}")
+    if cache is not None and options.timing_cache:
+        with atomic_path(options.timing_cache) as temporary:
+            temporary.write_bytes(bytes(cache.serialize()))
+    return BuiltEngine(bytes(plan), str(trt.__version__), "+".join(capabilities) or _own_hardware())
+
+
+def load(runtime: str) -> ModuleType:
+    """TensorRT's Python module.
+
+    Raises:
+        BundleError: when it is not installed.
+    """
+    try:
+        return importlib.import_module(MODULES[runtime])
+    except ImportError as error:
+        raise BundleError(f"{runtime} is not installed: run pip install 'mixmim-serve[{runtime}]'.") from error
+
+
+def capability_values(trt: ModuleType, options: EngineOptions) -> dict[str, Any]:
+    """TensorRT-RTX's own values by name ("sm89"), for those asked for.
+
+    Raises:
+        BundleError: for one that it does not know, listing those it does; or for none on a machine without a GPU.
+    """
+    if options.runtime == "tensorrt" and options.capabilities:
+        raise BundleError("tensorrt builds for the GPU it runs on: --compute-capability is for tensorrt-rtx only.")
+    if not options.capabilities:
+        if not _own_hardware():
+            advice = (
+                "name one with --compute-capability" if options.runtime == "tensorrt-rtx" else "run it where one is"
+            )
+            raise BundleError(f"{options.runtime} found no GPU to build for: {advice}.")
+        return {}
+    known = {name.lower(): value for name, value in trt.ComputeCapability.__members__.items() if name.startswith("SM")}
+    found = {}
+    for asked in options.capabilities:
+        name = f"sm{asked.lower().removeprefix('sm').replace('.', '')}"
+        if name not in known:
+            raise BundleError(
+                f"{_name(trt, options)} cannot build for compute capability {asked}: choose of "
+                f"{', '.join(f'{each[2:-1]}.{each[-1]}' for each in known)}."
+            )
+        found[name] = known[name]
+    return found
+
+
+def _own_hardware() -> str:
+    from mixmim_serve.engines.hardware import gpu
+
+    return gpu()
+
+
+def _profile(builder: Any, network: Any, batches: Sequence[int]) -> Any:
+    """The batch alone is free; every input has the same."""
+    profile = builder.create_optimization_profile()
+    for number in range(network.num_inputs):
+        tensor = network.get_input(number)
+        profile.set_shape(tensor.name, *((batch, *tuple(tensor.shape)[1:]) for batch in batches))
+    return profile
+
+
+def _timing_cache(config: Any, path: Path | None) -> Any:
+    if path is None:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # TensorRT-RTX times kernels where they run, not here
+        cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
+        fits = cache is not None and config.set_timing_cache(cache, ignore_mismatch=False)
+    if not fits:
+        raise BundleError(f"{path} is a timing cache of another TensorRT version or GPU: give another file.")
+    return cache
+
+
+@functools.cache  # TensorRT keeps the first logger that it is given for as long as the process lives
+def _log(trt: ModuleType) -> Any:
+    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
+        """Keeps the errors, which TensorRT prints instead of raising."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.ERROR:
+                self.errors.append(message)
+
+        def reason(self) -> str:
+            lines = self.errors[0].strip().splitlines() if self.errors else []
+            return lines[0] if lines else "it gave no reason"
+
+    return Log()
+
+
+def _monitor(trt: ModuleType, progress: Progress) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+        """Tells each outermost phase and its steps."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            if not parent_phase:
+                self.steps[phase_name] = num_steps
+                progress(phase_name)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if phase_name in self.steps:
+                progress(f"{phase_name}: {step + 1} of {self.steps[phase_name]}")
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.steps.pop(phase_name, None)
+
+    return Monitor()
+
+
+def _first(parser: Any, log: Any) -> str:
+    return str(parser.get_error(0).desc() if parser.num_errors else log.reason())
+
+
+def _name(trt: ModuleType, options: EngineOptions) -> str:
+    return f"{options.runtime} {trt.__version__}"

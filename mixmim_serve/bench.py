@@ -1,0 +1,241 @@
+"""How fast each engine runs a bundle here, and how right: what `mixmim bench` measures.
+
+Each engine and precision has a process of its own, so that its memory and threads are its own; they take turns,
+`rounds` times over, because machines are shared and their speed drifts. Throughput is of the best round.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mixmim_serve.bundle import Bundle, open_bundle
+from mixmim_serve.config import MLP_RATIO, PATCH_SIZE, Architecture
+from mixmim_serve.engines import open_engine
+from mixmim_serve.engines.certificate import certify
+from mixmim_serve.engines.hardware import processor
+from mixmim_serve.errors import EngineError, MixMIMError
+from mixmim_serve.version import __version__
+
+CONTENDERS = (
+    ("onnx", "fp32"),
+    ("onnx", "fp16"),
+    ("openvino", "fp32"),
+    ("openvino", "bf16"),
+    ("torch", "fp32"),
+    ("torch", "bf16"),
+)
+BATCHES = (1, 8, 32)
+MATRIX = 2048  # side of the square matrices that give the machine's rate
+
+
+@dataclass(frozen=True)
+class Row:
+    """One engine, precision and batch."""
+
+    engine: str
+    precision: str
+    batch: int
+    images_per_second: float
+    p50: float  # milliseconds of a call
+    p99: float
+    memory: float  # MB, the most that the process took
+    load: float  # seconds from opening the bundle to the first answer
+    cosine: float  # worst with torch in float32, of all outputs
+    error: float  # as in `mixmim_serve.engines.certificate`
+    share: float | None  # of the machine's rate for matrix products in this precision; None where it is not known
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one run of `mixmim bench` found."""
+
+    rows: tuple[Row, ...]
+    missing: dict[str, str]  # why an engine is not there
+    rates: dict[str, float]  # TFLOP/s of matrix products, by precision
+    about: dict[str, Any]  # bundle, hardware, versions, settings
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return dataclasses.asdict(self)
+
+
+def bench(
+    path: Path,
+    contenders: Sequence[tuple[str, str]] = CONTENDERS,
+    batches: Sequence[int] = BATCHES,
+    seconds: float = 3.0,
+    rounds: int = 2,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Report:
+    """Measure every contender that is installed and runs the bundle.
+
+    Raises:
+        BundleError: when the bundle is incomplete or altered.
+        EngineError: when no engine runs.
+    """
+    bundle = open_bundle(path)
+    bundle.verify()
+    found: dict[tuple[str, str, int], list[Row]] = {}
+    missing: dict[str, str] = {}
+    rates: dict[str, float] = {}
+    versions: dict[str, str] = {}
+    for number in range(rounds):
+        for precision in ("fp32", "bf16"):
+            progress(f"round {number + 1} of {rounds}: matrix products in {precision}")
+            rate = _ask(["rate", precision]).get("rate")
+            if rate:
+                rates[precision] = max(rate, rates.get(precision, 0.0))
+        for kind, precision in contenders:
+            if f"{kind} {precision}" in missing:
+                continue
+            progress(f"round {number + 1} of {rounds}: {kind} {precision}")
+            answer = _ask(["engine", str(path), kind, precision, json.dumps(list(batches)), str(seconds)])
+            if "error" in answer:
+                missing[f"{kind} {precision}"] = answer["error"]
+                continue
+            versions[answer["engine"]] = answer["version"]
+            for values in answer["rows"]:
+                row = Row(**values)
+                found.setdefault((kind, precision, row.batch), []).append(row)
+    if not found:
+        raise EngineError("no engine runs this bundle here. " + " ".join(missing.values()))
+    flops = encoder_flops(bundle.arch)
+    rows = [_share(_best(tries), flops, rates) for tries in found.values()]
+    about = {
+        "bundle": path.name, "fingerprint": bundle.fingerprint, "image_size": bundle.arch.image_size,
+        "gflop_an_image": round(flops / 1e9, 2), "hardware": processor(), "mixmim-serve": __version__,
+        "engines": versions, "seconds": seconds, "rounds": rounds, "files_mb": _sizes(bundle),
+    }  # fmt: skip
+    return Report(tuple(rows), missing, rates, about)
+
+
+def encoder_flops(arch: Architecture) -> float:
+    """Of one image's matrix products, a multiplication and an addition counted as two."""
+    total = 2.0 * arch.grids[0] ** 2 * 3 * PATCH_SIZE**2 * arch.embed_dim
+    for depth, dim, grid, window in zip(arch.depths, arch.dims, arch.grids, arch.windows, strict=True):
+        tokens, near = grid**2, min(window, grid) ** 2
+        linear = tokens * dim**2 * (4 + 2 * MLP_RATIO)
+        total += depth * 2.0 * (linear + 2 * tokens * near * dim)
+        if dim != arch.dims[-1]:
+            total += 2.0 * (tokens // 4) * (4 * dim) * (2 * dim)
+    return total
+
+
+def _best(tries: list[Row]) -> Row:
+    """The fastest round, with the most memory of any."""
+    best = max(tries, key=lambda row: row.images_per_second)
+    return dataclasses.replace(best, memory=max(row.memory for row in tries), load=min(row.load for row in tries))
+
+
+def _share(row: Row, flops: float, rates: dict[str, float]) -> Row:
+    rate = rates.get(row.precision)
+    return dataclasses.replace(row, share=row.images_per_second * flops / (rate * 1e12)) if rate else row
+
+
+def _sizes(bundle: Bundle) -> dict[str, float]:
+    return {name: round((bundle.path / name).stat().st_size / 1e6, 2) for name in bundle.checksums}
+
+
+def _ask(arguments: list[str]) -> dict[str, Any]:
+    """What a process of its own answers, as JSON on its last line."""
+    done = subprocess.run(  # noqa: S603 - this module, with arguments made here
+        [sys.executable, "-m", "mixmim_serve.bench", *arguments], capture_output=True, text=True
+    )
+    try:
+        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    except (ValueError, IndexError):
+        return {"error": (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]}
+    return answer
+
+
+def measure_engine(path: Path, kind: str, precision: str, batches: Sequence[int], seconds: float) -> dict[str, Any]:
+    """In a process of its own: one engine, all batches."""
+    import resource
+
+    began = time.perf_counter()
+    engine = open_engine(path, kind, precision)
+    size = engine.bundle.arch.image_size
+    noise = np.random.default_rng(0).integers(0, 256, (max(batches), size, size, 3), np.uint8)
+    engine.run("encoder", {"pixels": noise[:1]}, ["embedding"])
+    load = time.perf_counter() - began
+    found = certify(engine)
+    rows = []
+    for batch in batches:
+        calls = list(_times(partial(engine.run, "encoder", {"pixels": noise[:batch]}, ["embedding"]), seconds))
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+        row = Row(
+            engine.name,
+            engine.precision,
+            batch,
+            images_per_second=batch / float(np.median(calls)),
+            p50=float(np.median(calls)) * 1e3,
+            p99=float(np.quantile(calls, 0.99)) * 1e3,
+            memory=memory,
+            load=load,
+            cosine=found.cosine,
+            error=found.error,
+            share=None,
+        )
+        rows.append(dataclasses.asdict(row))
+    return {"engine": engine.name, "version": engine.version, "rows": rows}
+
+
+def matrix_rate(precision: str, seconds: float = 1.0) -> float | None:
+    """TFLOP/s of square matrix products, best call; bf16 through OpenVINO, None without it or the instructions."""
+    flops = 2.0 * MATRIX**3
+    values = np.random.default_rng(0).standard_normal((2, MATRIX, MATRIX), np.float32)
+    if precision == "fp32":
+        return flops / min(_times(lambda: values[0] @ values[1], seconds)) / 1e12
+    try:
+        import openvino
+        from openvino import opset13, properties
+    except ImportError:
+        return None
+    core = openvino.Core()
+    if "BF16" not in core.get_property("CPU", properties.device.capabilities):
+        return None
+    left = opset13.parameter([MATRIX, MATRIX], np.float32)
+    model = openvino.Model([opset13.matmul(left, opset13.constant(values[1]), False, False)], [left])
+    request = core.compile_model(
+        model, "CPU", {properties.hint.inference_precision: openvino.Type.bf16}
+    ).create_infer_request()
+    return flops / min(_times(lambda: request.infer([values[0]], share_inputs=True), seconds)) / 1e12
+
+
+def _times(call: Callable[[], object], seconds: float) -> Iterator[float]:
+    """Seconds of each call, after one that does not count: for so long, and at least five."""
+    call()
+    end, count = time.perf_counter() + seconds, 0
+    while count < 5 or time.perf_counter() < end:
+        began = time.perf_counter()
+        call()
+        count += 1
+        yield time.perf_counter() - began
+
+
+def _main(arguments: list[str]) -> None:
+    """The process that `_ask` starts."""
+    try:
+        if arguments[0] == "rate":
+            answer: dict[str, Any] = {"rate": matrix_rate(arguments[1])}
+        else:
+            path, kind, precision, batches, seconds = arguments[1:]
+            answer = measure_engine(Path(path), kind, precision, json.loads(batches), float(seconds))
+    except MixMIMError as error:
+        answer = {"error": str(error)}
+    print(json.dumps(answer))  # noqa: T201
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])

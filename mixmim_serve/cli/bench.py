@@ -1,0 +1,113 @@
+"""The command `bench`: a table for people, JSON and a picture to keep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mixmim_serve.cli.common import app, bundle_path, progress_console
+
+if TYPE_CHECKING:
+    from mixmim_serve.bench import Report
+
+WIDTH = 110  # characters that the table needs
+
+
+@app.command()
+def bench(
+    bundle: Annotated[
+        Path, typer.Argument(metavar="BUNDLE", help="A bundle folder, or the name of a shipped one.")
+    ] = Path("tiny"),
+    batch: Annotated[list[int], typer.Option(min=1, help="Images a call; may be given several times.")] = [1, 8, 32],  # noqa: B006
+    seconds: Annotated[float, typer.Option(min=0.1, help="Of measuring, for each engine, batch and round.")] = 3.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Engines take turns so many times; the best counts.")] = 2,
+    output: Annotated[Path | None, typer.Option(help="A .json file; a picture is drawn beside it.")] = None,
+) -> None:
+    """Measure every engine that is installed: speed, latency, memory, and how near it is to torch.
+
+    Example: mixmim bench tiny --output bench.json
+    """
+    import json
+
+    from rich.console import Console
+
+    from mixmim_serve.bench import bench as measure
+    from mixmim_serve.files import atomic_path
+
+    with progress_console().status("") as status:
+        report = measure(
+            bundle_path(bundle), batches=tuple(batch), seconds=seconds, rounds=rounds, progress=status.update
+        )
+    console = Console()
+    console.width = max(console.width, WIDTH)  # a wider table than the window wraps, a narrower one is unreadable
+    console.print(_table(report))
+    rates = ", ".join(f"{rate:.2f} in {precision}" for precision, rate in report.rates.items())
+    console.print(f"{report.about['hardware']}; matrix products: {rates} TFLOP/s. Share: of that, by the encoder.")
+    for name, reason in report.missing.items():
+        console.print(f"not measured: {name}: {reason}", markup=False)
+    if output:
+        with atomic_path(output) as temporary:
+            temporary.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+        _draw(report, output.with_suffix(".png"))
+        console.print(f"wrote {output} and {output.with_suffix('.png')}", markup=False)
+
+
+def _table(report: Report) -> object:
+    from rich.table import Table
+
+    table = Table(title=f"{report.about['bundle']}, {report.about['gflop_an_image']} GFLOP an image")
+    for heading in (
+        "engine",
+        "precision",
+        "batch",
+        "images/s",
+        "p50 ms",
+        "p99 ms",
+        "MB",
+        "load s",
+        "cosine",
+        "error",
+        "share",
+    ):
+        table.add_column(heading, justify="left" if heading in ("engine", "precision") else "right")
+    for row in report.rows:
+        share = "" if row.share is None else f"{row.share:.0%}"
+        table.add_row(
+            row.engine, row.precision, str(row.batch), f"{row.images_per_second:.1f}", f"{row.p50:.1f}",
+            f"{row.p99:.1f}", f"{row.memory:.0f}", f"{row.load:.2f}", f"{row.cosine:.6f}", f"{row.error:.1e}", share,
+        )  # fmt: skip
+    return table
+
+
+def _draw(report: Report, target: Path) -> None:
+    """Bars of images/s, one group a batch."""
+    from io import BytesIO
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from mixmim_serve.files import atomic_path
+
+    batches = sorted({row.batch for row in report.rows})
+    engines = list(dict.fromkeys((row.engine, row.precision) for row in report.rows))
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    width = 0.8 / len(engines)
+    for number, (engine, precision) in enumerate(engines):
+        rows = [row for row in report.rows if (row.engine, row.precision) == (engine, precision)]
+        places = [batches.index(row.batch) + (number - (len(engines) - 1) / 2) * width for row in rows]
+        bars = axes.bar(places, [row.images_per_second for row in rows], width, label=f"{engine} {precision}")
+        axes.bar_label(bars, fmt="%.3g", fontsize=8)
+    axes.set_xticks(range(len(batches)), [f"batch {batch}" for batch in batches])
+    axes.set_ylabel("images/s")
+    axes.set_title(f"{report.about['bundle']} on {report.about['hardware']}")
+    axes.legend(frameon=False, fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    buffer = BytesIO()
+    figure.savefig(buffer, dpi=130, format="png")
+    pyplot.close(figure)
+    with atomic_path(target) as temporary:
+        temporary.write_bytes(buffer.getvalue())

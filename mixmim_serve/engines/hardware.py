@@ -1,0 +1,57 @@
+"""What this machine is, and how runtimes' errors are told in one sentence."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import platform
+from pathlib import Path
+
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute, CUDA driver API
+
+
+@functools.cache
+def processor() -> str:
+    """Model name of the CPU and the matrix instructions it has, such as "AMD EPYC (avx512_bf16)"."""
+    name, flags = platform.processor() or platform.machine(), set[str]()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                name = value.strip()
+            elif key.strip() == "flags":
+                flags = set(value.split())
+                break
+    except OSError:
+        pass  # not Linux
+    known = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+    return f"{name} ({known[-1]})" if known else name
+
+
+@functools.cache
+def has_cuda_device() -> bool:
+    """Whether the CUDA driver finds a GPU; asked of the driver, since packages for CUDA install without one."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if platform.system() == "Windows" else "libcuda.so.1")
+        count = ctypes.c_int(0)
+        return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+    except OSError:
+        return False
+
+
+@functools.cache
+def gpu() -> str:
+    """Compute capability of the first CUDA device, such as "sm90"; empty without one."""
+    if not has_cuda_device():
+        return ""
+    driver = ctypes.CDLL("nvcuda.dll" if platform.system() == "Windows" else "libcuda.so.1")
+    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    driver.cuDeviceGet(ctypes.byref(device), 0)
+    driver.cuDeviceGetAttribute(ctypes.byref(major), _CAPABILITY_MAJOR, device)
+    driver.cuDeviceGetAttribute(ctypes.byref(minor), _CAPABILITY_MINOR, device)
+    return f"sm{major.value}{minor.value}"
+
+
+def first_line(error: Exception) -> str:
+    """The sentence with which a runtime begins its report."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

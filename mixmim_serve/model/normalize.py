@@ -1,0 +1,25 @@
+"""The first step of every graph: bytes to the values that the network was trained on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mixmim_serve.config import Preprocessing
+
+
+class Normalize(nn.Module):
+    """uint8 (B, H, W, 3) to float32 (B, 3, H, W), to the same bits as `mixmim_serve.preprocess.normalize`."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(preprocessing.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(preprocessing.std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, pixels_BHWC: Tensor) -> Tensor:
+        """As the network takes them. TensorRT can do nothing with bytes but cast them, so that comes first."""
+        values: Tensor = (pixels_BHWC.float().permute(0, 3, 1, 2) / 255 - self.mean) / self.std
+        return values

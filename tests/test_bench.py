@@ -1,0 +1,78 @@
+"""`mixmim bench`: what it measures, and what it writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
+
+from mixmim_serve.bench import Row, bench, encoder_flops, matrix_rate
+from mixmim_serve.cli import app
+from mixmim_serve.config import architecture
+from mixmim_serve.errors import EngineError
+from mixmim_serve.model import Encoder
+
+
+@pytest.mark.parametrize(("name", "size"), [("tiny", 128), ("base", 224), ("base", 384)])
+def test_the_arithmetic_is_counted_as_torch_does(name: str, size: int) -> None:
+    arch = architecture(name, with_decoder=False).at(size)
+    with torch.device("meta"):
+        model = Encoder(arch).eval()
+        pixels = torch.empty(1, 3, size, size)
+    with FlopCounterMode(display=False) as counter:
+        model(pixels)
+    assert encoder_flops(arch) == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+
+def test_a_report_has_a_row_for_each_engine_precision_and_batch(exported_bundle: Path) -> None:
+    heard: list[str] = []
+    contenders = (("onnx", "fp32"), ("openvino", "fp32"), ("onnx", "fp16"))
+    report = bench(exported_bundle, contenders, batches=(1, 3), seconds=0.01, rounds=2, progress=heard.append)
+    assert [(row.engine, row.precision, row.batch) for row in report.rows] == [
+        ("onnx-cpu", "fp32", 1), ("onnx-cpu", "fp32", 3), ("openvino-cpu", "fp32", 1), ("openvino-cpu", "fp32", 3)
+    ]  # fmt: skip
+    for row in report.rows:
+        assert row.images_per_second == pytest.approx(row.batch * 1e3 / row.p50)
+        assert 0 < row.p50 <= row.p99
+        assert row.memory > 20
+        assert 0 < row.load < 60
+        assert row.cosine > 0.99999
+        assert row.error < 1e-4
+        assert row.share is not None
+        assert 0 < row.share < 2
+    assert list(report.missing) == ["onnx fp16"]
+    assert "has no fp16 graphs" in report.missing["onnx fp16"]
+    assert report.rates["fp32"] > 0
+    assert report.about["engines"].keys() == {"onnx-cpu", "openvino-cpu"}
+    assert sum("openvino fp32" in line for line in heard) == 2
+    assert sum("onnx fp16" in line for line in heard) == 1  # not asked again
+
+
+def test_a_bundle_that_nothing_runs_is_refused(exported_bundle: Path) -> None:
+    with pytest.raises(EngineError, match=r"no engine runs this bundle here\. .*has no fp16 graphs"):
+        bench(exported_bundle, (("onnx", "fp16"),), seconds=0.01, rounds=1)
+
+
+def test_the_machines_rate_is_a_rate() -> None:
+    rate = matrix_rate("fp32", 0.05)
+    assert rate is not None
+    assert 0.001 < rate < 1000
+
+
+def test_the_command_writes_a_table_json_and_a_picture(exported_bundle: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out" / "bench.json"
+    done = CliRunner().invoke(
+        app,
+        ["bench", str(exported_bundle), "--batch", "2", "--seconds", "0.1", "--rounds", "1", "--output", str(target)],
+    )
+    assert done.exit_code == 0, done.output
+    assert "openvino-cpu" in done.output
+    values = json.loads(target.read_text())
+    assert {Row(**row).batch for row in values["rows"]} == {2}
+    with Image.open(target.with_suffix(".png")) as picture:
+        assert picture.width > 800
