@@ -135,6 +135,7 @@ def test_warm_up_runs_every_graph(engine: Engine, bundle_copy: Path) -> None:
     both, one = Around(engine, list), Around(open_engine(take_out(bundle_copy, "decoder"), "onnx", threads=1), list)
     for around in (both, one):
         runtime = Runtime(around)
+        around.ran.clear()  # of what the certificate may have run
         runtime.warm_up()
         runtime.close()
     assert [graph for graph, _ in both.ran] == ["encoder", "reconstruct"]
