@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.machine import cpu_name
+from mixmim_serve.engines.hardware import processor
 from mixmim_serve.preprocess import decode, read_limited
 from training.augment import RandomCrop
 
@@ -42,7 +42,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = [measure(name, make_jpeg(Path(folder), name), arguments.images) for name in FILES]
-    report = {"date": date.today().isoformat(), "hardware": cpu_name(), "pillow": Image.__version__, "rows": rows}
+    report = {"date": date.today().isoformat(), "hardware": processor(), "pillow": Image.__version__, "rows": rows}
     text = table(report)
     print(text)
     if arguments.output:

@@ -19,9 +19,9 @@ import numpy as np
 import onnxruntime
 import torch
 
-from benchmarks.machine import cpu_name
 from mixmim_serve.bundle import WEIGHTS, open_bundle
 from mixmim_serve.engines import Engine, open_engine
+from mixmim_serve.engines.hardware import processor
 from mixmim_serve.extract.run import run_files
 from mixmim_serve.images import list_images
 from mixmim_serve.tasks import Floats
@@ -42,7 +42,7 @@ def main() -> None:
         bundle = Path(__file__).parent.parent / "mixmim_serve" / "bundles" / arguments.bundle
     report = {
         "date": date.today().isoformat(),
-        "hardware": cpu_name(),
+        "hardware": processor(),
         "onnxruntime": onnxruntime.__version__,
         "data": str(arguments.data.name),
         "fingerprint": open_bundle(bundle).fingerprint,

@@ -34,9 +34,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.machine import cpu_name
 from benchmarks.plain import PlainMixMIM
 from mixmim_serve.config import Preprocessing
+from mixmim_serve.engines.hardware import processor
 from mixmim_serve.model import MixMIM
 from mixmim_serve.model.mixmim import random_units
 from training.augment import Normalize
@@ -382,7 +382,7 @@ def environment(device: str) -> dict[str, Any]:
     return {
         "date": date.today().isoformat(),
         "commit": git("rev-parse", "--short", "HEAD") + (" with changes" if git("status", "--porcelain") else ""),
-        "hardware": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
+        "hardware": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -13,8 +13,8 @@ import torch
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from export.onnx import DTYPES, Graph, export_graph, graphs_of, prepare
-from export.tensorrt import MODULES, EngineOptions, Progress, build_engine
+from export.onnx import Graph, export_graph, graphs_of, prepare
+from export.tensorrt import MODULES, EngineOptions, Progress, build_engine, capability_values, load
 from export.verify import compare, photos, verify_precision
 from mixmim_serve.bundle import CONFIG, GOLDEN, PRECISIONS, WEIGHTS, Built, Bundle, fingerprint, graph_file
 from mixmim_serve.config import unknown
@@ -25,7 +25,7 @@ from mixmim_serve.engines.certificate import Agreement
 from mixmim_serve.errors import BundleError, ConfigError
 from mixmim_serve.files import atomic_path, sha256
 from mixmim_serve.model import Encoder
-from mixmim_serve.model.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
+from mixmim_serve.model.checkpoint import DTYPES, load_checkpoint, read_checkpoint, save_checkpoint
 from mixmim_serve.version import __version__
 
 TARGETS = ("onnx", "openvino", *MODULES)
@@ -75,6 +75,9 @@ def export_bundle(
     """
     target = target.absolute()  # "." has no name
     _check_target(target, options.overwrite)
+    compilers = [replace(options.engine, runtime=each) for each in options.targets if each in MODULES]
+    for engine in compilers:
+        capability_values(load(engine.runtime), engine)  # refused now, and not after minutes of work
     model, description = load_checkpoint(checkpoint)
     if options.half_weights or "fp16" in options.precisions:
         _check_fits_half(checkpoint, model)
@@ -93,8 +96,7 @@ def export_bundle(
             progress(f"{precision} graphs")
             weights = write_weights(folder, description, precision, options.half_weights)
             write_graphs(weights, description, images, precision)
-            for runtime in (target for target in options.targets if target in MODULES):
-                engine = replace(options.engine, runtime=runtime)
+            for engine in compilers:
                 built += build_engines(weights, description, images, precision, engine, progress)
         bundle = seal(folder, description, graphs, options, built)
         agreement = {}

@@ -27,6 +27,7 @@ from mixmim_serve.bundle import encoder_outputs
 from mixmim_serve.config import Preprocessing
 from mixmim_serve.errors import BundleError
 from mixmim_serve.model import Encoder, MixMIM
+from mixmim_serve.model.checkpoint import DTYPES
 from mixmim_serve.model.normalize import Normalize
 
 OPSET = 23  # LayerNormalization is one operator from 17 on (fp16 stays safe: Triton issue 4105), Attention from 23
@@ -37,7 +38,6 @@ MAX_BATCH = 65536
 FOLD_LIMIT = 1024
 
 _DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class EncoderGraph(nn.Module):
@@ -97,19 +97,6 @@ def graphs_of(model: Encoder, preprocessing: Preprocessing) -> dict[str, Graph]:
     return graphs
 
 
-class InPrecision(nn.Module):
-    """The patch embedding of a network in half precision: pixels come in float32, so that targets keep theirs."""
-
-    def __init__(self, patch_embed: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.patch_embed, self.dtype = patch_embed, dtype
-
-    def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """As `PatchEmbed.forward`."""
-        tokens: Tensor = self.patch_embed(pixels_BCHW.to(self.dtype))
-        return tokens
-
-
 def prepare(model: Encoder, precision: str, *, written_out: bool = False) -> Encoder:
     """Give a model, in place, the precision and the attention of an exported graph.
 
@@ -119,8 +106,8 @@ def prepare(model: Encoder, precision: str, *, written_out: bool = False) -> Enc
     dtype = DTYPES[precision]
     model.to(dtype)
     for_export(model, written_out=written_out)
-    if dtype != torch.float32:
-        model.add_module("patch_embed", InPrecision(model.patch_embed, dtype))
+    if dtype != torch.float32:  # pixels come in float32, so that reconstruction keeps their statistics exact
+        model.patch_embed.register_forward_pre_hook(lambda _, pixels: (pixels[0].to(dtype),))
     return model
 
 
@@ -205,7 +192,7 @@ def as_in_graph(stored: Mapping[str, Stored]) -> dict[str, Stored]:
 def _point_at_weights(model: ir.Model, weights: Path, stored: Mapping[str, Stored]) -> None:
     """Replace the initializers that are weights by references into the file."""
     for name, value in list(model.graph.initializers.items()):
-        entry = stored.get(name.replace(".patch_embed.patch_embed.", ".patch_embed."))
+        entry = stored.get(name)
         if entry is None:
             continue
         external = ir.ExternalTensor(

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from mixmim_serve.config import unknown
+from mixmim_serve.engines import hardware
 from mixmim_serve.errors import BundleError, ConfigError
 from mixmim_serve.files import atomic_path
 
@@ -57,7 +58,7 @@ def build_engine(graph: Path, options: EngineOptions, progress: Progress = lambd
         BundleError: when the runtime is not installed, does not know the hardware, or refuses the graph.
     """
     trt = load(options.runtime)
-    capabilities = capability_values(trt, options)  # before minutes of work
+    capabilities = capability_values(trt, options)
     log = _log(trt)
     log.errors.clear()
     builder = trt.Builder(log)
@@ -79,7 +80,7 @@ def build_engine(graph: Path, options: EngineOptions, progress: Progress = lambd
     if cache is not None and options.timing_cache:
         with atomic_path(options.timing_cache) as temporary:
             temporary.write_bytes(bytes(cache.serialize()))
-    return BuiltEngine(bytes(plan), str(trt.__version__), "+".join(capabilities) or _own_hardware())
+    return BuiltEngine(bytes(plan), str(trt.__version__), "+".join(capabilities) or hardware.gpu())
 
 
 def load(runtime: str) -> ModuleType:
@@ -103,7 +104,7 @@ def capability_values(trt: ModuleType, options: EngineOptions) -> dict[str, Any]
     if options.runtime == "tensorrt" and options.capabilities:
         raise BundleError("tensorrt builds for the GPU it runs on: --compute-capability is for tensorrt-rtx only.")
     if not options.capabilities:
-        if not _own_hardware():
+        if not hardware.gpu():
             advice = (
                 "name one with --compute-capability" if options.runtime == "tensorrt-rtx" else "run it where one is"
             )
@@ -120,12 +121,6 @@ def capability_values(trt: ModuleType, options: EngineOptions) -> dict[str, Any]
             )
         found[name] = known[name]
     return found
-
-
-def _own_hardware() -> str:
-    from mixmim_serve.engines.hardware import gpu
-
-    return gpu()
 
 
 def _profile(builder: Any, network: Any, batches: Sequence[int]) -> Any:
@@ -163,8 +158,7 @@ def _log(trt: ModuleType) -> Any:
                 self.errors.append(message)
 
         def reason(self) -> str:
-            lines = self.errors[0].strip().splitlines() if self.errors else []
-            return lines[0] if lines else "it gave no reason"
+            return hardware.first_line(self.errors[0]) if self.errors else "it gave no reason"
 
     return Log()
 
@@ -194,7 +188,7 @@ def _monitor(trt: ModuleType, progress: Progress) -> Any:
 
 
 def _first(parser: Any, log: Any) -> str:
-    return str(parser.get_error(0).desc() if parser.num_errors else log.reason())
+    return hardware.first_line(parser.get_error(0).desc()) if parser.num_errors else str(log.reason())
 
 
 def _name(trt: ModuleType, options: EngineOptions) -> str:

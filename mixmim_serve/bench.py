@@ -66,10 +66,6 @@ class Report:
     rates: dict[str, float]  # TFLOP/s of matrix products, by precision
     about: dict[str, Any]  # bundle, hardware, versions, settings
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return dataclasses.asdict(self)
-
 
 def bench(
     path: Path,
@@ -206,17 +202,17 @@ def matrix_rate(precision: str, seconds: float = 1.0) -> float | None:
 def _openvino_product(right: NDArray[np.float32], precision: str) -> Any:
     """A request that multiplies by a matrix; None without OpenVINO or the instructions."""
     try:
-        import openvino
-        from openvino import opset13, properties
-    except ImportError:
+        from openvino import Model, opset13, properties
+
+        from mixmim_serve.engines.openvino import TYPES, core, has_bf16
+    except (ImportError, EngineError):
         return None
-    core = openvino.Core()
-    if precision == "bf16" and "BF16" not in core.get_property("CPU", properties.device.capabilities):
+    if precision == "bf16" and not has_bf16():
         return None
     left = opset13.parameter(list(right.shape), np.float32)
-    model = openvino.Model([opset13.matmul(left, opset13.constant(right), False, False)], [left])
-    hint = openvino.Type.bf16 if precision == "bf16" else openvino.Type.f32
-    return core.compile_model(model, "CPU", {properties.hint.inference_precision: hint}).create_infer_request()
+    model = Model([opset13.matmul(left, opset13.constant(right), False, False)], [left])
+    settings = {properties.hint.inference_precision: TYPES[precision]}
+    return core().compile_model(model, "CPU", settings).create_infer_request()
 
 
 def _times(call: Callable[[], object], seconds: float) -> Iterator[float]:

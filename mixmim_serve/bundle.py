@@ -1,7 +1,7 @@
 """The bundle: a folder that the server runs, with no training code and no torch.
 
-config.json            the description (architecture, preprocessing, labels, provenance), precision, outputs,
-                       versions, fingerprint, and the sha256 of every other file
+config.json            the description (architecture, preprocessing, labels, provenance), precisions, outputs,
+                       built engines, versions, fingerprint, and the sha256 of every other file
 weights.safetensors    the checkpoint itself; the graphs point into it, so nothing is stored twice
 encoder.onnx           pixels -> embedding, stage1..stage4, logits if there is a head
 reconstruct.onnx       image_a, image_b, from_partner -> mixed, reconstruction_a, reconstruction_b (if a decoder)

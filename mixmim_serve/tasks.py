@@ -13,10 +13,9 @@ from mixmim_serve.bundle import Bundle
 from mixmim_serve.config import units_from_partner
 from mixmim_serve.engines import Engine
 from mixmim_serve.errors import BundleError
-from mixmim_serve.preprocess import normalize
+from mixmim_serve.preprocess import Pixels, normalize
 
 Floats = NDArray[np.float32]
-Pixels = NDArray[np.uint8]
 
 RECONSTRUCT_OUTPUTS = ("mixed", "reconstruction_a", "reconstruction_b")
 

@@ -29,6 +29,7 @@ def bench(
 
     Example: mixmim bench tiny --output bench.json
     """
+    import dataclasses
     import json
 
     from rich.console import Console
@@ -49,7 +50,7 @@ def bench(
         console.print(f"not measured: {name}: {reason}", markup=False)
     if output:
         with atomic_path(output) as temporary:
-            temporary.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+            temporary.write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
         _draw(report, output.with_suffix(".png"))
         console.print(f"wrote {output} and {output.with_suffix('.png')}", markup=False)
 
@@ -58,20 +59,10 @@ def _table(report: Report) -> object:
     from rich.table import Table
 
     table = Table(title=f"{report.about['bundle']}, {report.about['gflop_an_image']} GFLOP an image")
-    for heading in (
-        "engine",
-        "precision",
-        "batch",
-        "images/s",
-        "p50 ms",
-        "p99 ms",
-        "MB",
-        "load s",
-        "cosine",
-        "error",
-        "share",
-    ):
-        table.add_column(heading, justify="left" if heading in ("engine", "precision") else "right")
+    for heading in ("engine", "precision"):
+        table.add_column(heading)
+    for heading in ("batch", "images/s", "p50 ms", "p99 ms", "MB", "load s", "cosine", "error", "share"):
+        table.add_column(heading, justify="right")
     for row in report.rows:
         share = "" if row.share is None else f"{row.share:.0%}"
         table.add_row(

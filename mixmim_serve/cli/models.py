@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mixmim_serve.cli.common import EngineOption, app, bundle_path
+from mixmim_serve.cli.common import EngineOption, app, bundle_path, progress_console
 
 
 @app.command("import")
@@ -55,14 +55,12 @@ def export(
 
     Example: mixmim export runs/tiny/final.safetensors bundles/tiny --precision fp32 --precision fp16
     """
-    from rich.console import Console
-
     from export.build import Options, export_bundle
     from export.tensorrt import EngineOptions
 
     engine = EngineOptions(batches=batches, capabilities=tuple(compute_capability or ()), timing_cache=timing_cache)
     options = Options(tuple(precision), tuple(target), half_weights, overwrite, engine)
-    with Console(stderr=True).status("reading the checkpoint") as status:
+    with progress_console().status("reading the checkpoint") as status:
         exported = export_bundle(checkpoint, bundle_dir, options, status.update)
     typer.echo(f"wrote {bundle_dir}  fingerprint {exported.bundle.fingerprint}")
     for name, outputs in exported.agreement.items():

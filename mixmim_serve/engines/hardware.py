@@ -32,7 +32,7 @@ def processor() -> str:
 def has_cuda_device() -> bool:
     """Whether the CUDA driver finds a GPU; asked of the driver, since packages for CUDA install without one."""
     try:
-        driver = ctypes.CDLL("nvcuda.dll" if platform.system() == "Windows" else "libcuda.so.1")
+        driver = _driver()
         count = ctypes.c_int(0)
         return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
     except OSError:
@@ -44,7 +44,7 @@ def gpu() -> str:
     """Compute capability of the first CUDA device, such as "sm90"; empty without one."""
     if not has_cuda_device():
         return ""
-    driver = ctypes.CDLL("nvcuda.dll" if platform.system() == "Windows" else "libcuda.so.1")
+    driver = _driver()
     device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
     driver.cuDeviceGet(ctypes.byref(device), 0)
     driver.cuDeviceGetAttribute(ctypes.byref(major), _CAPABILITY_MAJOR, device)
@@ -52,6 +52,10 @@ def gpu() -> str:
     return f"sm{major.value}{minor.value}"
 
 
-def first_line(error: Exception) -> str:
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("nvcuda.dll" if platform.system() == "Windows" else "libcuda.so.1")
+
+
+def first_line(error: Exception | str) -> str:
     """The sentence with which a runtime begins its report."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -26,13 +26,18 @@ TYPES = {"fp32": openvino.Type.f32, "bf16": openvino.Type.bf16}
 
 
 @functools.cache
-def _core() -> openvino.Core:
+def core() -> openvino.Core:
     """One for as long as the process lives.
 
     The CPU plugin gives the thread that loads it a signal stack of its own, and unmaps that stack when the last core
     goes, in whatever thread: the next signal would end the process with SIGSEGV (OpenVINO 2026.4).
     """
     return openvino.Core()
+
+
+def has_bf16() -> bool:
+    """Whether the processor has instructions for it."""
+    return "BF16" in core().get_property("CPU", properties.device.capabilities)
 
 
 class OpenVinoEngine:
@@ -47,11 +52,10 @@ class OpenVinoEngine:
     def __init__(self, bundle: Bundle, precision: str = "", threads: int = 0) -> None:
         self.bundle = bundle
         self.hardware = processor()
-        self._core = _core()
-        self.precision = precision or ("bf16" if self._has_bf16() else "fp32")
+        self.precision = precision or ("bf16" if has_bf16() else "fp32")
         if self.precision not in TYPES:
             raise EngineError(f"OpenVINO computes in {' or '.join(TYPES)} on a CPU, not in {self.precision}.")
-        if self.precision == "bf16" and not self._has_bf16():
+        if self.precision == "bf16" and not has_bf16():
             raise EngineError(f"{self.hardware} has no bf16 instructions: choose fp32.")
         self._settings: dict[Any, Any] = {
             properties.hint.inference_precision: TYPES[self.precision],
@@ -83,10 +87,7 @@ class OpenVinoEngine:
                 # Told to read ONNX: left to itself it tries every format on a damaged file, TensorFlow's among them.
                 reader = FrontEndManager().load_by_framework("onnx")
                 model = reader.convert(reader.load(str(path)))
-                self._requests[graph] = self._core.compile_model(model, "CPU", self._settings).create_infer_request()
+                self._requests[graph] = core().compile_model(model, "CPU", self._settings).create_infer_request()
             except Exception as error:
                 raise EngineError(f"OpenVINO {self.version} cannot load {path}: {first_line(error)}") from error
         return self._requests[graph]
-
-    def _has_bf16(self) -> bool:
-        return "BF16" in self._core.get_property("CPU", properties.device.capabilities)

@@ -19,10 +19,8 @@ except ImportError as error:
     raise EngineError("torch is not installed: run pip install 'mixmim-serve[export]'.") from error
 
 from mixmim_serve.model import MixMIM
-from mixmim_serve.model.checkpoint import load_checkpoint
+from mixmim_serve.model.checkpoint import DTYPES, load_checkpoint
 from mixmim_serve.model.normalize import Normalize
-
-TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class TorchEngine:
@@ -47,7 +45,7 @@ class TorchEngine:
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> Arrays:
         """See `Engine.run`."""
         check_request(self.bundle, graph, graph_inputs(self.bundle, graph), inputs, outputs)
-        half = torch.autocast(self.device.type, TYPES[self.precision], enabled=self.precision != "fp32")
+        half = torch.autocast(self.device.type, DTYPES[self.precision], enabled=self.precision != "fp32")
         with torch.inference_mode(), half:
             tensors = {name: self._as_input(name, array) for name, array in inputs.items()}
             results = self._encode(**tensors) if graph == "encoder" else self._reconstruct(**tensors)

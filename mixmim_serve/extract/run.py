@@ -16,8 +16,7 @@ from mixmim_serve.config import Preprocessing
 from mixmim_serve.engines import Engine
 from mixmim_serve.engines.base import Arrays
 from mixmim_serve.errors import ImageError
-from mixmim_serve.preprocess import preprocess, read_limited
-from mixmim_serve.tasks import Pixels
+from mixmim_serve.preprocess import Pixels, preprocess, read_limited
 
 BATCH = 32
 AHEAD = 3  # batches that are decoded before the engine asks for them; bounds memory

@@ -20,6 +20,8 @@ from mixmim_serve.errors import CheckpointError
 from mixmim_serve.files import atomic_path
 from mixmim_serve.model import Encoder, build_model
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of the precisions of bundles
+
 
 def save_checkpoint(
     path: Path, weights: Mapping[str, Tensor], description: Description, dtype: torch.dtype | None = None

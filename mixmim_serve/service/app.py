@@ -29,12 +29,11 @@ from mixmim_serve.engines.base import Arrays
 from mixmim_serve.engines.certificate import certify
 from mixmim_serve.errors import ImageError
 from mixmim_serve.panel import TILES, draw_panel, npz, png
-from mixmim_serve.preprocess import preprocess
+from mixmim_serve.preprocess import Pixels, preprocess
 from mixmim_serve.service.batcher import Batcher
 from mixmim_serve.service.requests import LimitBody, RequestError, exception_handlers, query_number, read_images
 from mixmim_serve.tasks import (
     RECONSTRUCT_OUTPUTS,
-    Pixels,
     random_mask,
     reconstruct_inputs,
     reconstructed,
