@@ -19,6 +19,7 @@ PATCH_SIZE = 4  # pixels on one side of a patch
 STAGES = 4
 UNIT_SIZE = PATCH_SIZE * 2 ** (STAGES - 1)  # 32 pixels: one token of the last stage, one cell of the mixing mask
 MLP_RATIO = 4
+TARGET_EPS = 1e-6  # added to a unit's variance before its pixels are normalised
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

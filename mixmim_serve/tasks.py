@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixmim_serve.bundle import Bundle
-from mixmim_serve.config import units_from_partner
+from mixmim_serve.config import TARGET_EPS, UNIT_SIZE, units_from_partner
 from mixmim_serve.engines import Engine
 from mixmim_serve.errors import BundleError
 from mixmim_serve.preprocess import Pixels, normalize
@@ -53,11 +53,16 @@ def require_decoder(bundle: Bundle) -> None:
 
 def top_classes(bundle: Bundle, logits: Floats, count: int = 5) -> list[Class]:
     """The most probable classes of one image, best first; `logits` is (classes,)."""
-    exponents = np.exp(logits.astype(np.float64) - logits.max())
-    probabilities = exponents / exponents.sum()
-    order = np.argsort(-probabilities, kind="stable")[:count]
+    likely = probabilities(logits)
+    order = np.argsort(-likely, kind="stable")[:count]
     labels = bundle.description.labels
-    return [Class(int(index), labels[index] if labels else str(index), float(probabilities[index])) for index in order]
+    return [Class(int(index), labels[index] if labels else str(index), float(likely[index])) for index in order]
+
+
+def probabilities(logits: Floats) -> NDArray[np.float64]:
+    """Softmax over the last dimension."""
+    exponents = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+    return np.asarray(exponents / exponents.sum(axis=-1, keepdims=True))
 
 
 def random_mask(units: int, ratio: float = 0.5, seed: int = 0) -> NDArray[np.bool_]:
@@ -70,6 +75,27 @@ def random_mask(units: int, ratio: float = 0.5, seed: int = 0) -> NDArray[np.boo
     mask = np.zeros(units, np.bool_)
     mask[np.random.default_rng(seed).permutation(units)[:count]] = True
     return mask
+
+
+def scoring_masks(units: int, count: int) -> NDArray[np.bool_]:
+    """(2 * count, units): masks of the seeds from 0 on, each followed by its complement, so each unit counts alike."""
+    masks = np.stack([random_mask(units, 0.5, seed) for seed in range(count)])
+    return np.stack([masks, ~masks], axis=1).reshape(2 * count, units)
+
+
+def unit_errors(image: Floats, reconstruction: Floats, normalize_targets: bool) -> Floats:
+    """How wrong each unit of a reconstruction is, (rows, columns): the mean squared error that pretraining minimises.
+
+    Both images are normalised, (3, size, size); see `MixMIM.reconstruction_loss`. Units that were not hidden have none.
+    """
+    side = image.shape[-1] // UNIT_SIZE
+    original, found = (
+        array.astype(np.float64).reshape(3, side, UNIT_SIZE, side, UNIT_SIZE) for array in (image, reconstruction)
+    )
+    errors = np.square(found - original).mean(axis=(0, 2, 4))
+    if normalize_targets:
+        errors /= original.var(axis=(0, 2, 4), ddof=1) + TARGET_EPS
+    return np.asarray(errors, np.float32)
 
 
 def reconstruct_inputs(image_a: Pixels, image_b: Pixels, mask: NDArray[np.bool_]) -> dict[str, NDArray[Any]]:

@@ -16,10 +16,14 @@ from numpy.typing import NDArray
 
 from mixmim_serve.engines import Engine
 from mixmim_serve.engines.base import Arrays
-from mixmim_serve.service.app import Runtime, create_app
+from mixmim_serve.engines.certificate import certify
+from mixmim_serve.service.app import create_app
+from mixmim_serve.service.runtime import Runtime
+from mixmim_serve.service.settings import Settings
 
 with warnings.catch_warnings():  # Starlette would rather have httpx2, which BentoML does not use yet
     warnings.simplefilter("ignore")
+    from starlette.applications import Starlette
     from starlette.testclient import TestClient
 
 PHOTOS = {path.stem: path for path in sorted((REPOSITORY / "examples").glob("*.jpg"))}
@@ -59,15 +63,23 @@ class Around:
         return self.engine.run(graph, inputs, outputs)
 
 
+def app_of(engine: Engine, **settings: Any) -> Starlette:
+    """The app with this engine."""
+    certify(getattr(engine, "engine", engine))  # kept from here on, so that what stands around an engine sees no test
+    app = create_app(Settings(**settings))
+    app.state.runtime = Runtime(engine, app.state.settings, app.state.metrics)
+    return app
+
+
 @contextlib.contextmanager
-def client_of(engine: Engine, *, raises: bool = True) -> Iterator[TestClient]:
-    """A client of the app with this engine; `raises` lets errors that nobody foresaw through to the test."""
-    app = create_app()
-    app.state.runtime = Runtime(engine)
-    with TestClient(app, raise_server_exceptions=raises) as client:
+def client_of(engine: Engine, **settings: Any) -> Iterator[TestClient]:
+    """A client of the app with this engine; nothing may be left inside."""
+    app = app_of(engine, **settings)
+    runtime = app.state.runtime
+    with TestClient(app) as client:
         yield client
-    assert app.state.runtime.in_flight == 0
-    app.state.runtime.close()
+    assert (runtime.admission.images, runtime.admission.bytes) == (0, 0)
+    runtime.close()
 
 
 def files(*images: bytes) -> list[tuple[str, tuple[str, bytes]]]:
@@ -79,7 +91,7 @@ def refusal(response: Any) -> tuple[int, str, str | None]:
     """Status, message and param, after a look at the shape that all errors share."""
     body = response.json()
     assert body.keys() == {"error"}
-    assert body["error"].keys() == {"message", "param"}
+    assert body["error"].keys() == {"message", "type", "param", "code"}
     assert response.headers["content-type"] == "application/json"
     return response.status_code, body["error"]["message"], body["error"]["param"]
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mixmim_serve.engines.base import Arrays
 from mixmim_serve.errors import EngineError
-from mixmim_serve.service.batcher import Batcher
+from mixmim_serve.service.batcher import Batcher, Ran
 
 PATIENCE = 20  # seconds until a test that would hang fails
 FACTORS = {"double": 2, "triple": 3}  # outputs of the engine, as multiples of its input
@@ -64,19 +64,19 @@ async def behind_another(
     batcher: Batcher,
     engine: Multiplier,
     requests: Sequence[tuple[int, Sequence[str]]],
-    meanwhile: Callable[[list[asyncio.Task[Arrays]]], None] = lambda _: None,
+    meanwhile: Callable[[list[asyncio.Task[Ran]]], None] = lambda _: None,
 ) -> list[Arrays | BaseException]:
     """Results of requests that all waited while the engine ran another one, the value 0."""
     first = asyncio.create_task(batcher.run(pixels(0), ["double"]))
     assert await asyncio.to_thread(engine.started.wait, PATIENCE)
     tasks = [asyncio.create_task(batcher.run(pixels(value), outputs)) for value, outputs in requests]
     await asyncio.sleep(0)  # each runs up to its place in the queue
-    assert len(batcher.waiting) == len(requests)
+    assert batcher.queued == len(requests)
     meanwhile(tasks)
     engine.release.set()
     results = await asyncio.gather(first, *tasks, return_exceptions=True)
-    assert results[0]["double"].tolist() == [0, 0, 0]
-    return results[1:]
+    assert results[0].outputs["double"].tolist() == [0, 0, 0]
+    return [result.outputs if isinstance(result, Ran) else result for result in results[1:]]
 
 
 def test_requests_that_wait_share_a_batch_and_get_their_own_row(thread: ThreadPoolExecutor) -> None:
@@ -101,7 +101,7 @@ def test_a_lone_request_does_not_wait_for_company(thread: ThreadPoolExecutor) ->
     batcher = Batcher(engine, "encoder", thread)
 
     async def one_by_one() -> list[float]:
-        return [(await batcher.run(pixels(value), ["triple"]))["triple"][0] for value in (7, 8)]
+        return [(await batcher.run(pixels(value), ["triple"])).outputs["triple"][0] for value in (7, 8)]
 
     assert finish(one_by_one()) == [21, 24]
 
@@ -139,7 +139,7 @@ def test_the_batcher_works_on_after_a_failure(thread: ThreadPoolExecutor) -> Non
     async def fail_then_succeed() -> float:
         with pytest.raises(ValueError, match="cannot take"):
             await batcher.run(pixels(1), ["double"])
-        return (await batcher.run(pixels(2), ["double"]))["double"][0]
+        return (await batcher.run(pixels(2), ["double"])).outputs["double"][0]
 
     assert finish(fail_then_succeed()) == 4
 
@@ -164,7 +164,7 @@ def test_cancelled_requests_never_reach_the_engine(thread: ThreadPoolExecutor) -
     engine = Multiplier(sizes=[1, 2])
     batcher = Batcher(engine, "encoder", thread)
 
-    def leave(tasks: list[asyncio.Task[Arrays]]) -> None:
+    def leave(tasks: list[asyncio.Task[Ran]]) -> None:
         tasks[0].cancel()
         tasks[2].cancel()
 
@@ -178,10 +178,55 @@ def test_a_queue_of_cancelled_requests_runs_nothing(thread: ThreadPoolExecutor) 
     engine = Multiplier(sizes=[1])
     batcher = Batcher(engine, "encoder", thread)
 
-    def leave(tasks: list[asyncio.Task[Arrays]]) -> None:
+    def leave(tasks: list[asyncio.Task[Ran]]) -> None:
         for task in tasks:
             task.cancel()
 
     finish(behind_another(batcher, engine, [(1, ["double"]), (2, ["double"])], leave))
     assert engine.batches == [[0]]
-    assert not batcher.waiting
+    assert not batcher.queued
+
+
+def test_a_full_batch_is_put_together_while_the_engine_is_busy(thread: ThreadPoolExecutor) -> None:
+    engine = Multiplier(sizes=[1, 2, 2])
+    batcher = Batcher(engine, "encoder", thread, max_batch=2)
+    prepared = []
+
+    def look(_: list[asyncio.Task[Ran]]) -> None:
+        prepared.append([int(item.inputs["pixels"][0]) for item in batcher.next])
+
+    finish(behind_another(batcher, engine, [(value, ["double"]) for value in (1, 2, 3, 4)], look))
+    assert prepared == [[1, 2]]
+    assert engine.batches == [[0], [1, 2], [3, 4]]
+
+
+def test_who_leaves_a_prepared_batch_does_not_reach_the_engine(thread: ThreadPoolExecutor) -> None:
+    engine = Multiplier(sizes=[1, 1, 1])
+    batcher = Batcher(engine, "encoder", thread, max_batch=2)
+    results = finish(
+        behind_another(batcher, engine, [(value, ["double"]) for value in (1, 2, 3)], lambda tasks: tasks[0].cancel())
+    )
+    assert engine.batches == [[0], [2], [3]]
+    assert [result["double"][0] for result in results[1:]] == [4, 6]
+
+
+def test_an_urgent_item_goes_first_and_all_are_told_their_times(thread: ThreadPoolExecutor) -> None:
+    engine = Multiplier()
+    observed = []
+    batcher = Batcher(engine, "encoder", thread, 1, lambda size, seconds: observed.append((size, seconds)))
+
+    async def urgent_last() -> list[Ran]:
+        first = asyncio.create_task(batcher.run(pixels(0), ["double"]))
+        assert await asyncio.to_thread(engine.started.wait, PATIENCE)
+        batcher.max_batch = 4  # so that nothing is prepared yet
+        others = [asyncio.create_task(batcher.run(pixels(value), ["double"])) for value in (1, 2)]
+        others.append(asyncio.create_task(batcher.run(pixels(3), ["double"], urgent=True)))
+        await asyncio.sleep(0)
+        engine.release.set()
+        return await asyncio.gather(first, *others)
+
+    ran = finish(urgent_last())
+    assert engine.batches == [[0], [3, 1, 2]]
+    assert [size for size, _ in observed] == [1, 3]
+    assert min(ran[0].infer, ran[1].queue) > 0
+    assert ran[1].infer == observed[1][1]

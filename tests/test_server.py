@@ -1,4 +1,4 @@
-"""The server as it really runs: BentoML around our routes, and `mixmim serve` as a process of its own."""
+"""The server as it really runs: `mixmim serve` as a process of its own."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import contextlib
 import hashlib
 import http.client
 import json
-import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil  # comes with BentoML
@@ -33,7 +33,6 @@ class Server:
     process: subprocess.Popen[bytes]
     port: int
     log: Path
-    workers: set[psutil.Process] = field(default_factory=set)  # seen so far; each is a session of its own
 
     def ask(self, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
         """Status and body."""
@@ -50,52 +49,35 @@ class Server:
             with contextlib.suppress(OSError):
                 if self.ask("GET", "/readyz")[0] == 200:
                     return
-            self.look()
+            time.sleep(0.05)
         pytest.fail(f"not ready:\n{self.log.read_text()}")
 
     def wait(self, seconds: int) -> int:
-        """The exit code, once the server and every worker have ended."""
-        deadline = time.monotonic() + seconds
-        while self.process.poll() is None:
-            assert time.monotonic() < deadline, self.log.read_text()
-            self.look()
-        assert not psutil.wait_procs(self.workers, timeout=STOP)[1]
-        return self.process.returncode
-
-    def look(self) -> None:
-        """Pause, and remember the workers that run."""
-        time.sleep(0.05)
-        with contextlib.suppress(psutil.NoSuchProcess):
-            self.workers.update(psutil.Process(self.process.pid).children(recursive=True))
-
-    def kill(self) -> None:
-        """The server first, which would start new workers."""
-        self.look()
-        for process in (self.process, *self.workers):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        self.process.wait()
+        """The exit code, once the server has ended."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"did not end:\n{self.log.read_text()}")
 
 
 @contextlib.contextmanager
-def serve(bundle: Path, folder: Path) -> Iterator[Server]:
-    """Start a server; whatever happens, all of it is gone afterwards."""
+def serve(bundle: Path, folder: Path, *settings: str) -> Iterator[Server]:
+    """Start a server; whatever happens, it is gone afterwards."""
     port = free_port()
-    environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}
+    options = [word for each in settings for word in ("--set", each)]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
-            [*MIXMIM, "serve", str(bundle), "--port", str(port), "--engine", "onnx"],
+            [*MIXMIM, "serve", str(bundle), "--port", str(port), "--engine", "onnx", *options],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env=environment,
-            start_new_session=True,
         )
     server = Server(process, port, folder / "log")
     try:
         yield server
     finally:
-        server.kill()
+        process.kill()
+        process.wait()
 
 
 def free_port() -> int:
@@ -104,60 +86,114 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-IN_BENTOML = """
-import sys, warnings
-from pathlib import Path
-warnings.simplefilter("ignore")
-from starlette.testclient import TestClient
-from mixmim_serve.service.bento import MixMIMService, app
-
-photo = Path(sys.argv[1]).read_bytes()
-with TestClient(MixMIMService.to_asgi()) as client:
-    assert client.get("/readyz").status_code == 200
-    assert client.get("/livez").status_code == 200
-    answer = client.post("/embed", files={"image": ("hat.jpg", photo)})
-    assert (answer.status_code, len(answer.json()["embedding"])) == (200, 64), answer.text
-    answer = client.post("/embed", files={"image": (None, "http://127.0.0.1:1/hat.jpg")})
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "image[0]"), answer.text
-    answer = client.post("/embed", files={"image": ("cut.jpg", photo[:900])})
-    assert (answer.status_code, answer.json()["error"]["param"]) == (422, "image[0]"), answer.text
-assert app.state.runtime is None  # closed
-assert "torch" not in sys.modules
-"""
-
-
-def test_bentoml_serves_our_routes_without_torch(exported_bundle: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", IN_BENTOML, str(HAT)],
-        env=os.environ | {"MIXMIM_BUNDLE": str(exported_bundle), "BENTOML_HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=START,
-    )
-    assert done.returncode == 0, done.stderr
-
-
 def test_serve_starts_answers_and_ends(exported_bundle: Path, tmp_path: Path) -> None:
     with serve(exported_bundle, tmp_path) as server:
         server.wait_until_ready()
         status, body = server.ask("POST", "/embed", HAT.read_bytes())
         assert (status, body[:14]) == (200, b'{"embedding":[')
-        assert b'_request_total{endpoint="/embed"' in server.ask("GET", "/metrics")[1]
+        assert b'mixmim_requests_total{route="/embed",status="200"} 1.0' in server.ask("GET", "/metrics")[1]
         server.process.send_signal(signal.SIGTERM)
         assert server.wait(STOP) == 0
-        assert server.workers
-        assert f"at http://127.0.0.1:{server.port}" in server.log.read_text()
+        log = server.log.read_text()
+        assert f"at http://127.0.0.1:{server.port}" in log
+        assert "POST '/embed' 200" in log
+        assert "Traceback" not in log
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
-def test_no_worker_outlives_a_killed_server(exported_bundle: Path, tmp_path: Path) -> None:
+def test_what_is_in_flight_is_finished_after_sigterm(exported_bundle: Path, tmp_path: Path) -> None:
     with serve(exported_bundle, tmp_path) as server:
         server.wait_until_ready()
-        server.look()
-        server.process.kill()
-        server.wait(STOP)  # for the workers, too
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", server.port))
+        with socket.create_connection(("127.0.0.1", server.port), timeout=STOP) as connection:
+            photo = HAT.read_bytes()
+            head = post(len(photo))
+            connection.sendall(head + photo[:-100])
+            assert server.ask("GET", "/livez")[0] == 200  # so that the first half has been read
+            server.process.send_signal(signal.SIGTERM)
+            deadline = time.monotonic() + STOP
+            while time.monotonic() < deadline:  # nobody is let in any more
+                with contextlib.suppress(OSError):
+                    socket.create_connection(("127.0.0.1", server.port), timeout=1).close()
+                    time.sleep(0.05)
+                    continue
+                break
+            connection.sendall(photo[-100:])
+            answer = connection.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert server.wait(STOP) == 0
+
+
+def test_a_request_that_does_not_end_is_given_up_after_the_grace(exported_bundle: Path, tmp_path: Path) -> None:
+    with serve(exported_bundle, tmp_path, "grace_seconds=1") as server:
+        server.wait_until_ready()
+        with socket.create_connection(("127.0.0.1", server.port), timeout=STOP) as connection:
+            connection.sendall(post(9))
+            assert server.ask("GET", "/livez")[0] == 200
+            server.process.send_signal(signal.SIGTERM)
+            assert server.wait(STOP) == 0
+
+
+def test_a_slow_body_is_answered_408_and_slow_headers_are_hung_up_on(exported_bundle: Path, tmp_path: Path) -> None:
+    with serve(exported_bundle, tmp_path, "body_seconds=1", "header_seconds=1") as server:
+        server.wait_until_ready()
+        address = ("127.0.0.1", server.port)
+        with (
+            socket.create_connection(address, timeout=STOP) as body,
+            socket.create_connection(address, timeout=STOP) as head,
+        ):
+            body.sendall(post(99))
+            head.sendall(b"POST /embed HTTP/1.1\r\n")
+            began = time.monotonic()
+            while time.monotonic() - began < 0.8:
+                body.sendall(b"x")
+                head.sendall(b"x-y: z\r\n")
+                assert server.ask("POST", "/embed", HAT.read_bytes())[0] == 200  # others are not kept waiting
+                time.sleep(0.2)
+            answer = read_to_end(body)
+            assert answer.startswith(b"HTTP/1.1 408 ")
+            assert b"the body was not complete within 1 s" in answer
+            assert read_to_end(head) == b""
+        assert b'mixmim_failures_total{reason="body_too_slow"} 1.0' in server.ask("GET", "/metrics")[1]
+
+
+def test_a_body_that_lies_about_its_length_harms_nobody(exported_bundle: Path, tmp_path: Path) -> None:
+    photo = HAT.read_bytes()
+    with serve(exported_bundle, tmp_path, "body_seconds=1") as server:
+        server.wait_until_ready()
+        for length, expected in ((len(photo) + 50, b"HTTP/1.1 408 "), (len(photo) - 50, b"HTTP/1.1 4")):
+            with socket.create_connection(("127.0.0.1", server.port), timeout=STOP) as connection:
+                head = post(length)
+                connection.sendall(head + photo)
+                assert connection.recv(65536).startswith(expected)
+        assert server.ask("POST", "/embed", photo)[0] == 200
+
+
+def test_a_thousand_connections_at_once(exported_bundle: Path, tmp_path: Path) -> None:
+    with serve(exported_bundle, tmp_path) as server, contextlib.ExitStack() as stack:
+        server.wait_until_ready()
+        before = psutil.Process(server.process.pid).memory_info().rss
+        open_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, open_files[1]), open_files[1]))
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, open_files)
+        idle = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port), STOP)) for _ in range(1000)]
+        assert server.ask("POST", "/embed", HAT.read_bytes())[0] == 200
+        for connection in idle:
+            connection.sendall(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert all(connection.recv(4096).startswith(b"HTTP/1.1 200 OK") for connection in idle)
+        assert psutil.Process(server.process.pid).memory_info().rss - before < 100e6
+
+
+def post(length: int) -> bytes:
+    """Headers that announce an image of so many bytes."""
+    return f"POST /embed HTTP/1.1\r\nhost: x\r\ncontent-type: image/jpeg\r\ncontent-length: {length}\r\n\r\n".encode()
+
+
+def read_to_end(connection: socket.socket) -> bytes:
+    """Until the other side closes."""
+    found = b""
+    with contextlib.suppress(ConnectionResetError):
+        while piece := connection.recv(65536):
+            found += piece
+    return found
 
 
 def test_serve_ends_by_itself_when_the_engine_cannot_load(bundle_copy: Path, tmp_path: Path) -> None:
@@ -166,7 +202,7 @@ def test_serve_ends_by_itself_when_the_engine_cannot_load(bundle_copy: Path, tmp
     config["sha256"]["encoder.onnx"] = hashlib.sha256(b"no graph").hexdigest()  # so that only the runtime objects
     (bundle_copy / "config.json").write_text(json.dumps(config))
     with serve(bundle_copy, tmp_path) as server:
-        server.wait(START)  # rather than start its worker again and again
+        assert server.wait(START) == 1
         assert "mixmim: ONNX Runtime" in server.log.read_text()
 
 

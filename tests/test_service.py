@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import socket
 from io import BytesIO
@@ -31,9 +32,11 @@ from mixmim_serve.engines import Engine, engine_fingerprint, open_engine
 from mixmim_serve.engines.certificate import certify
 from mixmim_serve.extract.run import run_files
 from mixmim_serve.preprocess import preprocess
-from mixmim_serve.service.app import Runtime
-from mixmim_serve.service.requests import MAX_IMAGES
+from mixmim_serve.service.runtime import Runtime
+from mixmim_serve.service.settings import Settings
 from mixmim_serve.tasks import random_mask, reconstruct_pair
+
+MAX_ITEMS = Settings().max_items
 
 # Answers
 
@@ -92,7 +95,7 @@ def test_reconstruct_as_arrays(client: TestClient, engine: Engine) -> None:
     assert (response.status_code, response.headers["content-type"]) == (200, "application/x-npz")
     arrays = dict(np.load(BytesIO(response.content), allow_pickle=False))
     images = {"image_a", "image_b", "mixed", "reconstruction_a", "reconstruction_b"}
-    assert arrays.keys() == images | {"from_partner"}
+    assert arrays.keys() == images | {"from_partner", "model", "fingerprint"}
     assert {arrays[name].shape for name in images} == {(3, 64, 64)}
     assert {arrays[name].dtype for name in images} == {np.dtype(np.float32)}
     assert arrays["from_partner"].tolist() == random_mask(4, 0.75, 3).tolist()
@@ -142,7 +145,7 @@ def test_warm_up_runs_every_graph(engine: Engine, bundle_copy: Path) -> None:
     assert [graph for graph, _ in one.ran] == ["encoder"]
 
 
-@pytest.mark.parametrize(("part", "route"), [("head", "/classify"), ("decoder", "/reconstruct")])
+@pytest.mark.parametrize(("part", "route"), [("head", "/classify"), ("decoder", "/reconstruct"), ("decoder", "/score")])
 def test_a_bundle_without_the_part_answers_404(bundle_copy: Path, part: str, route: str) -> None:
     with client_of(open_engine(take_out(bundle_copy, part), "onnx", threads=1)) as client:
         status, message, _ = refusal(client.post(route, files=files(HAT, SHOES)))
@@ -166,16 +169,41 @@ def test_a_bundle_without_the_part_answers_404(bundle_copy: Path, part: str, rou
     ids=["empty", "truncated", "text", "bytes", "pixels"],
 )
 def test_bad_images_are_refused_by_name(client: TestClient, image: bytes, status: int, sentence: str) -> None:
-    for position in range(2):  # alone, and behind a good one
-        response = client.post("/embed", files=files(*[HAT] * position, image))
-        assert refusal(response)[::2] == (status, f"image[{position}]")
+    for response in (
+        client.post("/embed", files=files(image)),
+        client.post("/embed", content=image, headers=JPEG),
+        client.post("/embed", json={"input": base64.b64encode(image).decode()}),
+    ):
+        assert refusal(response)[::2] == (status, "input[0]")
         assert sentence in refusal(response)[1]
-    assert refusal(client.post("/embed", content=image, headers=JPEG))[::2] == (status, "image[0]")
 
 
-@pytest.mark.parametrize("route", ["/classify", "/reconstruct"])
+def test_a_bad_image_does_not_harm_those_beside_it(client: TestClient) -> None:
+    response = client.post("/embed", files=files(HAT, HAT[:900], b"text", SHOES))
+    assert response.status_code == 200
+    data = response.json()["data"]
+    assert [(item["index"], item["status"]) for item in data] == [(0, "ok"), (1, "error"), (2, "error"), (3, "ok")]
+    assert [data[1]["error"]["param"], data[1]["error"]["code"]] == ["input[1]", "undecodable_image"]
+    assert [data[2]["error"]["param"], data[2]["error"]["code"]] == ["input[2]", "unsupported_image"]
+    for item, image in ((data[0], HAT), (data[3], SHOES)):
+        alone = client.post("/embed", files=files(image)).json()["embedding"]
+        np.testing.assert_allclose(item["embedding"], alone, atol=1e-5)
+
+
+def test_several_images_of_which_none_is_good_answer_422(client: TestClient) -> None:
+    response = client.post("/embed", files=files(HAT[:900], b"text"))
+    body = response.json()
+    assert (response.status_code, body["error"]["param"], body["error"]["code"]) == (422, "input", "no_good_image")
+    assert [item["error"]["param"] for item in body["data"]] == ["input[0]", "input[1]"]
+
+
+@pytest.mark.parametrize("route", ["/classify", "/features", "/score"])
 def test_every_route_refuses_a_bad_image(client: TestClient, route: str) -> None:
-    assert refusal(client.post(route, files=files(HAT, HAT[:900])))[::2] == (422, "image[1]")
+    assert refusal(client.post(route, files=files(HAT[:900])))[::2] == (422, "input[0]")
+
+
+def test_reconstruct_needs_both_images_good(client: TestClient) -> None:
+    assert refusal(client.post("/reconstruct", files=files(HAT, HAT[:900])))[::2] == (422, "input[1]")
 
 
 def test_an_url_is_not_an_image(client: TestClient) -> None:
@@ -185,7 +213,7 @@ def test_an_url_is_not_an_image(client: TestClient) -> None:
         listener.setblocking(False)
         with pytest.raises(BlockingIOError):  # nobody came
             listener.accept()
-    assert refusal(response)[::2] == (400, "image[0]")
+    assert refusal(response)[::2] == (400, "input[0]")
     assert "must be a file, not text" in refusal(response)[1]
 
 
@@ -199,28 +227,28 @@ def test_forms_that_hold_no_image_are_refused(client: TestClient) -> None:
     assert refusal(client.post("/embed", content=b"no parts", headers=multipart))[0] == 400
 
 
-@pytest.mark.parametrize("kind", ["", "application/json", "application/x-www-form-urlencoded", "text/plain"])
+@pytest.mark.parametrize("kind", ["", "application/x-www-form-urlencoded", "text/plain"])
 def test_other_content_types_are_refused(client: TestClient, kind: str) -> None:
     status, message, _ = refusal(client.post("/embed", content=HAT, headers={"content-type": kind} if kind else {}))
     assert status == 415
     assert f"content type {kind or 'missing'!r} is not accepted" in message
 
 
-@pytest.mark.parametrize("count", [MAX_IMAGES + 1, MAX_IMAGES + 5])
+@pytest.mark.parametrize("count", [MAX_ITEMS + 1, MAX_ITEMS + 5])
 def test_too_many_images_are_refused(client: TestClient, count: int) -> None:
     status, message, param = refusal(client.post("/embed", files=files(*[HAT] * count)))
     assert (status, param) == (413, "image")
-    assert f"more than {MAX_IMAGES}" in message
+    assert f"more than {MAX_ITEMS}" in message
 
 
 def test_as_many_images_as_allowed_are_taken(client: TestClient) -> None:
-    assert len(client.post("/embed", files=files(*[HAT] * MAX_IMAGES)).json()["data"]) == MAX_IMAGES
+    assert len(client.post("/embed", files=files(*[HAT] * MAX_ITEMS)).json()["data"]) == MAX_ITEMS
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_reconstruct_needs_two_images(client: TestClient, count: int) -> None:
     status, message, param = refusal(client.post("/reconstruct", files=files(*[HAT] * count)))
-    assert (status, param) == (400, "image")
+    assert (status, param) == (400, "input")
     assert f"got {count} images, need two" in message
 
 

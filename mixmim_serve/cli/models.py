@@ -112,11 +112,23 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535, help="TCP port.")] = 3000,
     host: Annotated[str, typer.Option(help="Address to bind; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     engine: EngineOption = "auto",
+    api_keys: Annotated[
+        Path | None, typer.Option(help="A file with one API key a line; requests must then bring one of them.")
+    ] = None,
+    cors: Annotated[
+        list[str] | None, typer.Option(metavar="ORIGIN", help="A web page that may call the server from a browser.")
+    ] = None,
+    log_format: Annotated[str, typer.Option(help="text, or json.")] = "text",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A limit or a time; docs/serving.md has all.")
+    ] = None,
 ) -> None:
-    """Serve a bundle over HTTP; ready when GET /readyz answers 200.
+    """Serve a bundle over HTTP; ready when GET /readyz answers 200, tried at /docs.
 
-    Example: mixmim serve tiny --port 3000
+    Example: mixmim serve tiny --port 3000 --set max_items=128
     """
     from mixmim_serve.service.launch import launch
+    from mixmim_serve.service.settings import from_assignments
 
-    launch(bundle_path(bundle), host, port, engine)
+    given = {"api_keys": str(api_keys or ""), "cors": tuple(cors or ()), "log_format": log_format}
+    launch(bundle_path(bundle), host, port, engine, from_assignments(set_ or [], **given))

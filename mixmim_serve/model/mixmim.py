@@ -12,12 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mixmim_serve.config import UNIT_SIZE, Architecture, units_from_partner
+from mixmim_serve.config import TARGET_EPS, UNIT_SIZE, Architecture, units_from_partner
 from mixmim_serve.errors import ConfigError
 from mixmim_serve.model.attention import Attention
 from mixmim_serve.model.encoder import Block, Encoder, initialize, position_embedding
-
-TARGET_EPS = 1e-6  # added to a unit's variance before its pixels are normalised
 
 
 @dataclass(frozen=True)

@@ -1,237 +1,65 @@
-"""The routes: POST /embed, /classify, /reconstruct and GET /model.
-
-A request goes through four steps: read the images under limits, decode them in a pool, let the batcher run them,
-encode the answer.
-"""
+"""The app: routes, and what lies around all of them."""
 
 from __future__ import annotations
 
-import asyncio
-import dataclasses
-import logging
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import BaseRoute, Route
 
-from mixmim_serve.bundle import Bundle
-from mixmim_serve.config import size_name
-from mixmim_serve.engines import Engine, engine_fingerprint
-from mixmim_serve.engines.base import Arrays
-from mixmim_serve.engines.certificate import certify
-from mixmim_serve.errors import ImageError
-from mixmim_serve.panel import TILES, draw_panel, npz, png
-from mixmim_serve.preprocess import Pixels, preprocess
-from mixmim_serve.service.batcher import Batcher
-from mixmim_serve.service.requests import LimitBody, RequestError, exception_handlers, query_number, read_images
-from mixmim_serve.tasks import (
-    RECONSTRUCT_OUTPUTS,
-    random_mask,
-    reconstruct_inputs,
-    reconstructed,
-    require_decoder,
-    require_head,
-    top_classes,
-)
+from mixmim_serve.service.front import Front
+from mixmim_serve.service.keys import Keys
+from mixmim_serve.service.metrics import Metrics
+from mixmim_serve.service.problems import exception_handlers
+from mixmim_serve.service.routes import about, images, openai, stream
+from mixmim_serve.service.settings import Settings
 
-log = logging.getLogger(__name__)
-
-MAX_IN_FLIGHT = 512  # images admitted at once, decoded or not; above it 429
-DECODE_THREADS = 4
-NPY = "application/x-npy"
-NPZ = "application/x-npz"
+EXPOSED = ["X-Request-Id", "Server-Timing", "Retry-After"]  # to pages of other origins
 
 
-class Runtime:
-    """One engine with its batchers and the pool that decodes.
+def create_app(settings: Settings | None = None) -> Starlette:
+    """The app with no engine yet: give `app.state.runtime` one before the first request.
 
     Raises:
-        EngineError: when the engine's numbers are wrong.
+        ConfigError: when the file of API keys cannot be read.
     """
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.certificate = certify(engine)
-        self.certificate.require()
-        self.fingerprint = engine_fingerprint(engine)
-        self.decoders = ThreadPoolExecutor(DECODE_THREADS, thread_name_prefix="decode")
-        self.engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
-        self.batchers = {graph: Batcher(engine, graph, self.engine_thread) for graph in engine.bundle.graphs}
-        self.in_flight = 0
-
-    @property
-    def bundle(self) -> Bundle:
-        """What is served."""
-        return self.engine.bundle
-
-    @property
-    def model_name(self) -> str:
-        """The size by name."""
-        return size_name(self.bundle.arch)
-
-    def warm_up(self) -> None:
-        """Run each graph once, so that the first request waits for nothing.
-
-        Raises:
-            EngineError: when the engine cannot answer.
-        """
-        size, units = self.bundle.arch.image_size, self.bundle.arch.units
-        blank = np.zeros((1, size, size, 3), np.uint8)
-        self.engine.run("encoder", {"pixels": blank}, ["embedding"])
-        if "reconstruct" in self.bundle.graphs:
-            inputs = reconstruct_inputs(blank, blank, random_mask(units)[None])
-            self.engine.run("reconstruct", inputs, RECONSTRUCT_OUTPUTS)
-
-    async def preprocess(self, images: Sequence[bytes]) -> list[Pixels]:
-        """Decode and preprocess in the pool, all at once.
-
-        Raises:
-            RequestError: for the first image that is refused, naming it.
-        """
-        loop = asyncio.get_running_loop()
-        preprocessing = self.bundle.description.preprocessing
-        jobs = [loop.run_in_executor(self.decoders, preprocess, image, preprocessing) for image in images]
-        results = await asyncio.gather(*jobs, return_exceptions=True)
-        for number, result in enumerate(results):
-            if isinstance(result, ImageError):
-                log.info("refused image %d: %s (%r)", number, result, result.__cause__)
-                raise RequestError(result.status, str(result), f"image[{number}]") from result
-            if isinstance(result, BaseException):
-                raise result
-        return [result for result in results if not isinstance(result, BaseException)]
-
-    async def encode(self, images: Sequence[bytes], outputs: Sequence[str]) -> list[Arrays]:
-        """Encoder outputs of each image, without the batch dimension."""
-        pixels = await self.preprocess(images)
-        batcher = self.batchers["encoder"]
-        return await asyncio.gather(*(batcher.run({"pixels": image}, outputs) for image in pixels))
-
-    def close(self) -> None:
-        """End the threads; what runs is finished."""
-        self.decoders.shutdown()
-        self.engine_thread.shutdown()
+    settings = settings or Settings()
+    routes = [*_post_routes(), *_get_routes()]
+    paths = frozenset(route.path for route in routes if isinstance(route, Route))
+    metrics = Metrics()
+    around = [Middleware(Front, settings, metrics, Keys(settings.api_keys), paths)]
+    if settings.cors:
+        origins = list(settings.cors)
+        around.insert(0, Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"],
+                                    allow_headers=["*"], expose_headers=EXPOSED))  # fmt: skip
+    app = Starlette(routes=routes, middleware=around, exception_handlers=exception_handlers())
+    app.state.settings, app.state.metrics = settings, metrics
+    app.state.runtime, app.state.draining = None, False
+    return app
 
 
-class Admission:
-    """Room for a request's images, refused before anything is decoded when there is none."""
-
-    def __init__(self, runtime: Runtime, images: int) -> None:
-        self.runtime, self.images = runtime, images
-
-    def __enter__(self) -> None:
-        if self.runtime.in_flight + self.images > MAX_IN_FLIGHT:
-            raise RequestError(429, f"{self.runtime.in_flight} images are waiting already: try again in a second.")
-        self.runtime.in_flight += self.images
-
-    def __exit__(self, *_: object) -> None:
-        self.runtime.in_flight -= self.images
-
-
-def create_app() -> Starlette:
-    """The routes, with no engine yet: give `app.state.runtime` one before the first request."""
-    routes = [
-        Route("/embed", embed, methods=["POST"]),
-        Route("/classify", classify, methods=["POST"]),
-        Route("/reconstruct", reconstruct, methods=["POST"]),
-        Route("/model", model, methods=["GET"]),
+def _post_routes() -> list[BaseRoute]:
+    return [
+        Route("/embed", images.embed, methods=["POST"]),
+        Route("/embed/stream", stream.EmbedStream()),
+        Route("/classify", images.classify, methods=["POST"]),
+        Route("/features", images.features, methods=["POST"]),
+        Route("/score", images.score, methods=["POST"]),
+        Route("/reconstruct", images.reconstruct, methods=["POST"]),
+        Route("/v1/embeddings", openai.embeddings, methods=["POST"]),
     ]
-    return Starlette(routes=routes, middleware=[Middleware(LimitBody)], exception_handlers=exception_handlers())
 
 
-async def embed(request: Request) -> Response:
-    """One vector an image: JSON, or float32 npy (images, D) by `Accept: application/x-npy`."""
-    runtime = _runtime(request)
-    images = await read_images(request)
-    with Admission(runtime, len(images)):
-        results = await runtime.encode(images, ["embedding"])
-    vectors = np.stack([result["embedding"] for result in results])
-    if NPY in request.headers.get("accept", ""):
-        return Response(_npy(vectors), media_type=NPY)
-    return _json(runtime, [{"embedding": vector.tolist()} for vector in vectors])
-
-
-async def classify(request: Request) -> Response:
-    """The `top` (5) most probable classes of each image."""
-    runtime = _runtime(request)
-    require_head(runtime.bundle)
-    top = query_number(request, "top", 5, 1, runtime.bundle.arch.num_classes)
-    images = await read_images(request)
-    with Admission(runtime, len(images)):
-        results = await runtime.encode(images, ["logits"])
-    guesses = [top_classes(runtime.bundle, result["logits"], top) for result in results]
-    return _json(runtime, [{"classes": [dataclasses.asdict(guess) for guess in one]} for one in guesses])
-
-
-async def reconstruct(request: Request) -> Response:
-    """Two images mixed and completed: a PNG panel, or the arrays by `Accept: application/x-npz`.
-
-    `seed` (0) and `ratio` (0.5) choose the units that image B covers.
-    """
-    runtime = _runtime(request)
-    require_decoder(runtime.bundle)
-    seed = query_number(request, "seed", 0, 0, 2**32 - 1)
-    mask = random_mask(runtime.bundle.arch.units, query_number(request, "ratio", 0.5, 0, 1), seed)
-    images = await read_images(request)
-    if len(images) != 2:
-        raise RequestError(400, f"got {len(images)} images, need two: curl -F image=@a.jpg -F image=@b.jpg.", "image")
-    with Admission(runtime, 2):
-        image_a, image_b = await runtime.preprocess(images)
-        inputs = reconstruct_inputs(image_a, image_b, mask)
-        outputs = await runtime.batchers["reconstruct"].run(inputs, RECONSTRUCT_OUTPUTS)
-        arrays = reconstructed(runtime.bundle, inputs, outputs)
-        loop = asyncio.get_running_loop()
-        if NPZ in request.headers.get("accept", ""):
-            return Response(await loop.run_in_executor(runtime.decoders, npz, arrays), media_type=NPZ)
-        return Response(
-            await loop.run_in_executor(runtime.decoders, _panel_png, runtime, arrays), media_type="image/png"
-        )
-
-
-async def model(request: Request) -> Response:
-    """What is served."""
-    runtime = _runtime(request)
-    bundle = runtime.bundle
-    return JSONResponse(
-        {
-            "model": runtime.model_name,
-            "fingerprint": runtime.fingerprint,
-            "bundle": bundle.fingerprint,
-            "engine": runtime.certificate.summary(),
-            **bundle.description.to_dict(),
-            "embedding_size": bundle.arch.embedding_size,
-            "outputs": {graph: list(outputs) for graph, outputs in bundle.graphs.items()},
-        }
-    )
-
-
-def _runtime(request: Request) -> Runtime:
-    runtime: Runtime | None = getattr(request.app.state, "runtime", None)
-    if runtime is None:
-        raise RequestError(503, "the engine is still loading: try again in a second.")
-    return runtime
-
-
-def _json(runtime: Runtime, items: list[dict[str, Any]]) -> JSONResponse:
-    """One image answers flat, several under `data`."""
-    about = {"model": runtime.model_name, "fingerprint": runtime.fingerprint}
-    if len(items) == 1:
-        return JSONResponse(items[0] | about)
-    return JSONResponse({"data": [{"index": index, **item} for index, item in enumerate(items)]} | about)
-
-
-def _npy(array: NDArray[Any]) -> bytes:
-    buffer = BytesIO()
-    np.save(buffer, array)
-    return buffer.getvalue()
-
-
-def _panel_png(runtime: Runtime, arrays: Arrays) -> bytes:
-    return png(draw_panel({name: arrays[name] for name in TILES}, runtime.bundle.description.preprocessing))
+def _get_routes() -> list[BaseRoute]:
+    return [
+        Route("/model", about.model),
+        Route("/v1/models", openai.models),
+        Route("/v1/models/{name:path}", openai.model),
+        Route("/livez", about.livez),
+        Route("/healthz", about.livez),
+        Route("/readyz", about.readyz),
+        Route("/metrics", about.metrics),
+        Route("/openapi.json", about.openapi),
+        Route("/docs", about.docs),
+        Route("/docs/{name}", about.asset),
+    ]

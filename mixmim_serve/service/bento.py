@@ -1,16 +1,12 @@
-"""The BentoML service: packaging, lifecycle, health and metrics. The routes are in app.py.
+"""The BentoML service: what `bentoml build` packs and `bentoml serve` starts. The routes are those of app.py.
 
-BentoML's own inputs and batching are not used: they download URLs that clients send, and let one bad image fail its
-neighbours (docs/decisions.md).
+BentoML's own inputs, batching and metrics are not used: they download URLs that clients send, let one bad image fail
+its neighbours, and make a series of every path that anybody asks for (docs/decisions.md).
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
-import signal
-import sys
 import warnings
 from pathlib import Path
 
@@ -18,33 +14,36 @@ import bentoml
 
 from mixmim_serve.bundle import DEFAULT_BUNDLE
 from mixmim_serve.engines import open_engine
-from mixmim_serve.errors import MixMIMError
-from mixmim_serve.service.app import Runtime, create_app
-from mixmim_serve.service.launch import BUNDLE_VARIABLE, ENGINE_VARIABLE, SUPERVISOR_VARIABLE
+from mixmim_serve.service.app import create_app
+from mixmim_serve.service.launch import BUNDLE_VARIABLE, ENGINE_VARIABLE
+from mixmim_serve.service.runtime import Runtime
+from mixmim_serve.service.server import tune_garbage_collection
+from mixmim_serve.service.settings import from_environment
 
-app = create_app()
+settings = from_environment()
+app = create_app(settings)
 
-PR_SET_PDEATHSIG = 1  # prctl(2)
+BENTO_BUNDLE = Path(__file__).parents[2] / "bundle"  # where `bentoml build` may put another than the shipped one
 
 
-@bentoml.service(name="mixmim-serve", workers=1, traffic={"timeout": 60})
+@bentoml.service(
+    name="mixmim-serve",
+    workers=1,
+    traffic={"timeout": settings.request_seconds + 5},
+    metrics={"enabled": False},
+)
 @bentoml.asgi_app(app, path="/")
 class MixMIMService:
     """One bundle, one engine, one process."""
 
     def __init__(self) -> None:
         warnings.filterwarnings("ignore", module="PIL")  # of odd files that decode all the same
-        _end_with_server()
-        try:
-            self.runtime = load_runtime()
-        except MixMIMError as error:
-            _end_server(error)
-            raise
+        self.runtime = load_runtime()
         app.state.runtime = self.runtime
-        _tune_garbage_collection()
+        tune_garbage_collection()
 
     async def __is_ready__(self) -> bool:
-        return getattr(app.state, "runtime", None) is self.runtime
+        return app.state.runtime is self.runtime and await self.runtime.is_well()
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     def close(self) -> None:
@@ -59,32 +58,8 @@ def load_runtime() -> Runtime:
     Raises:
         BundleError, EngineError: when they cannot serve.
     """
-    bundle = Path(os.environ.get(BUNDLE_VARIABLE) or DEFAULT_BUNDLE)
-    runtime = Runtime(open_engine(bundle, os.environ.get(ENGINE_VARIABLE) or "auto"))
+    named = os.environ.get(BUNDLE_VARIABLE)
+    bundle = Path(named) if named else BENTO_BUNDLE if BENTO_BUNDLE.is_dir() else DEFAULT_BUNDLE
+    runtime = Runtime(open_engine(bundle, os.environ.get(ENGINE_VARIABLE) or "auto"), settings, app.state.metrics)
     runtime.warm_up()
     return runtime
-
-
-def _is_worker() -> bool:
-    """Whether this process is a worker that `mixmim serve` started, and not a test or `bentoml serve`."""
-    return os.environ.get(SUPERVISOR_VARIABLE) == str(os.getppid())
-
-
-def _end_server(error: MixMIMError) -> None:
-    """BentoML would start a worker that cannot load again and again; `mixmim serve` ends with the reason instead."""
-    if _is_worker():
-        sys.stderr.write(f"mixmim: {error}\n")
-        os.kill(os.getppid(), signal.SIGTERM)
-
-
-def _end_with_server() -> None:
-    """Have Linux end this worker when its server is killed; it would keep the port and its memory for ever."""
-    if _is_worker() and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _tune_garbage_collection() -> None:
-    """What lives now lives for ever: scanning it again and again took p99 from 67 to 266 ms (BentoML 1.4.39)."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 50, 100)

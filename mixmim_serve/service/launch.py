@@ -1,69 +1,65 @@
-"""Start the BentoML server in place of this process."""
+"""Check what can be checked in one sentence, say how to try it, then serve."""
 
 from __future__ import annotations
 
 import errno
 import os
 import socket
-import sys
 from pathlib import Path
 
 from mixmim_serve.bundle import open_bundle
 from mixmim_serve.config import size_name
 from mixmim_serve.engines.base import check_kind
 from mixmim_serve.errors import ConfigError
+from mixmim_serve.service.keys import VARIABLE as KEYS_VARIABLE
+from mixmim_serve.service.settings import Settings
 
-TARGET = "mixmim_serve.service.bento:MixMIMService"
-BUNDLE_VARIABLE = "MIXMIM_BUNDLE"
+BUNDLE_VARIABLE = "MIXMIM_BUNDLE"  # for servers that `mixmim serve` does not start
 ENGINE_VARIABLE = "MIXMIM_ENGINE"
-SUPERVISOR_VARIABLE = "MIXMIM_SUPERVISOR"  # process id of the server that `mixmim serve` became
-GRACE = 30  # seconds for requests in flight after SIGTERM
+LOCAL = ("127.0.0.1", "::1", "localhost")
 
 
-def launch(bundle: Path, host: str, port: int, engine: str) -> None:
-    """Check what can be checked, say how to try it, then become `bentoml serve`.
+def launch(path: Path, host: str, port: int, engine: str, settings: Settings) -> None:
+    """Serve a bundle until a signal ends it.
 
     Raises:
         BundleError: when the bundle cannot be read, or was altered.
-        ConfigError: when the address is taken or not ours.
-        EngineError: for an unknown engine.
+        ConfigError: when the address is taken or not ours, or the API keys cannot be read.
+        EngineError: for an unknown engine, or one that cannot run the bundle.
     """
-    opened = open_bundle(bundle)
-    opened.verify()  # the server does it again; here it is one sentence, there a traceback inside BentoML's log
+    bundle = open_bundle(path)
     check_kind(engine)
-    check_address(host, port)
-    photo = "examples/hat.jpg" if Path("examples/hat.jpg").is_file() else "photo.jpg"
-    print(  # noqa: T201
-        f"serving {size_name(opened.arch)} from {bundle} at http://{host}:{port}\n"
-        f"try: curl -F image=@{photo} http://{host}:{port}/embed",
-        flush=True,
-    )
-    environment = os.environ | {
-        BUNDLE_VARIABLE: str(bundle.resolve()),
-        ENGINE_VARIABLE: engine,
-        SUPERVISOR_VARIABLE: str(os.getpid()),  # exec keeps it
-    }
-    environment.setdefault("BENTOML_DO_NOT_TRACK", "true")  # "1" would not switch its telemetry off
-    environment.setdefault("BENTOML_HOME", str(_cache() / f"bentoml-{port}"))  # one a server, or they share state
-    command = [sys.executable, "-m", "bentoml", "serve", TARGET, "--host", host, "--port", str(port)]
-    os.execve(sys.executable, [*command, "--timeout-graceful-shutdown", str(GRACE)], environment)  # noqa: S606
+    with bind(host, port) as listener:
+        from mixmim_serve.service.server import prepare, run
+
+        app = prepare(bundle, engine, settings)
+        photo = "examples/hat.jpg" if Path("examples/hat.jpg").is_file() else "photo.jpg"
+        open_to_all = host not in LOCAL and not (settings.api_keys or os.environ.get(KEYS_VARIABLE))
+        note = "\nanybody who reaches this address may use it: --api-keys FILE asks for a key" if open_to_all else ""
+        print(  # noqa: T201
+            f"serving {size_name(bundle.arch)} from {path} at http://{host}:{port}\n"
+            f"try: curl -F image=@{photo} http://{host}:{port}/embed{note}",
+            flush=True,
+        )
+        run(app, listener)
 
 
-def check_address(host: str, port: int) -> None:
-    """Bind once, because a server that dies later says it in a traceback.
+def bind(host: str, port: int) -> socket.socket:
+    """The socket to listen on; it does not yet, so nobody is let in before the model is loaded.
 
     Raises:
         ConfigError: when the address cannot be bound.
     """
+    listener = None
     try:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
     except OSError as error:
+        if listener:
+            listener.close()
         if error.errno == errno.EADDRINUSE:
             raise ConfigError(f"port {port} is in use: choose another with --port.") from error
         raise ConfigError(f"cannot bind {host}:{port}: {error.strerror or error}.") from error
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixmim-serve"
+    return listener
