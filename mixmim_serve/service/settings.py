@@ -40,6 +40,9 @@ class Settings:
         object.__setattr__(self, "cors", tuple(self.cors))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            kinds = (int, float) if isinstance(field.default, float) else (type(field.default),)
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                raise ConfigError(f"{field.name} must be like {field.default!r}, got {value!r}.")
             lowest = 0 if field.name == "decode_threads" else 1
             if isinstance(value, int) and value < lowest:
                 raise ConfigError(f"{field.name} must be {lowest} or more, got {value}.")
