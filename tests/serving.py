@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import socket
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -80,6 +81,12 @@ def client_of(engine: Engine, **settings: Any) -> Iterator[TestClient]:
         yield client
     assert (runtime.admission.images, runtime.admission.bytes) == (0, 0)
     runtime.close()
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
 
 
 def files(*images: bytes) -> list[tuple[str, tuple[str, bytes]]]:

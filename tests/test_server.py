@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil  # comes with BentoML
 import pytest
 from conftest import REPOSITORY
+from serving import free_port
 
 HAT = REPOSITORY / "examples" / "hat.jpg"
 MIXMIM = [sys.executable, "-c", "from mixmim_serve.cli import main; main()"]
@@ -78,12 +79,6 @@ def serve(bundle: Path, folder: Path, *settings: str) -> Iterator[Server]:
     finally:
         process.kill()
         process.wait()
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 def test_serve_starts_answers_and_ends(exported_bundle: Path, tmp_path: Path) -> None:
