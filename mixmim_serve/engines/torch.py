@@ -58,8 +58,10 @@ class TorchEngine:
     def _encode(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         output = self.model(pixels)
         results = {"embedding": output.embedding_BD, **dict(zip(STAGE_OUTPUTS, output.stages_BDHW, strict=True))}
-        if output.logits_BC is not None:
-            results["logits"] = output.logits_BC
+        if self.bundle.arch.num_classes:
+            # In float32: rounding a head of a few classes moves close decisions and saves nothing.
+            with torch.autocast(self.device.type, enabled=False):
+                results["logits"] = self.model.head(output.embedding_BD.float())
         return results
 
     def _reconstruct(
