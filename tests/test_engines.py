@@ -35,6 +35,7 @@ class Altered:
         self.engine, self.by = engine, by
         self.bundle, self.name, self.precision = engine.bundle, engine.name, engine.precision
         self.version, self.hardware = engine.version, engine.hardware
+        self.max_batch = engine.max_batch
         self.runs = 0
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> Arrays:
@@ -204,9 +205,37 @@ def test_auto_passes_over_what_is_not_installed_and_what_is_wrong(
         open_engine(bundle_copy)
 
 
-def test_auto_asks_for_the_gpu_first(bundle_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_asks_for_the_gpu_first(
+    bundle_copy: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A bundle without TensorRT engines, and packages of which only torch can use the GPU."""
+    opened, asked = base._open, []
+
+    def torch_uses_it(bundle: Any, kind: str, precision: str, threads: int) -> Engine:
+        asked.append(kind)
+        engine = opened(bundle, kind, precision, threads)
+        if kind == "torch":
+            engine.name = "torch-cuda"
+        return engine
+
     monkeypatch.setattr(base, "has_cuda_device", lambda: True)
-    assert open_engine(bundle_copy, "auto", "fp32").name.startswith("onnx-")
+    monkeypatch.setattr(base, "_open", torch_uses_it)
+    with caplog.at_level(logging.INFO):
+        assert open_engine(bundle_copy).name == "torch-cuda"
+    assert asked == ["tensorrt", "tensorrt-rtx", "onnx", "torch"]
+    assert "has no tensorrt-rtx engine: export it with --precision fp16 --target tensorrt-rtx" in caplog.text
+
+
+def test_auto_on_a_gpu_that_no_package_can_use_is_auto_on_a_cpu(
+    bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "has_cuda_device", lambda: True)
+    assert open_engine(bundle_copy, "auto", "fp32").name == "openvino-cpu"
+
+
+def test_an_empty_batch_is_refused(plain: Engine) -> None:
+    with pytest.raises(EngineError, match="the batch is empty: give one row at least"):
+        plain.run("encoder", {"pixels": np.zeros((0, 64, 64, 3), np.uint8)}, ["embedding"])
 
 
 def test_the_fingerprint_says_how_it_was_computed(bundle_copy: Path) -> None:

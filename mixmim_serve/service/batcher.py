@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixmim_serve.engines import Engine
-from mixmim_serve.engines.base import Arrays
+from mixmim_serve.engines.base import Arrays, largest_batch
 from mixmim_serve.errors import EngineError
 
 
@@ -33,7 +33,8 @@ class Batcher:
     """The queue of one graph; all batchers of an engine share its one thread."""
 
     def __init__(self, engine: Engine, graph: str, thread: ThreadPoolExecutor, max_batch: int = 32) -> None:
-        self.engine, self.graph, self.thread, self.max_batch = engine, graph, thread, max_batch
+        self.engine, self.graph, self.thread = engine, graph, thread
+        self.max_batch = largest_batch(engine, max_batch)
         self.waiting: list[Item] = []
         self.drainer: asyncio.Task[None] | None = None
 
