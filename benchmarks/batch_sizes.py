@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,11 @@ def main() -> None:
         except MixMIMError as error:
             print(json.dumps({"error": str(error)}))
         return
-    found: dict[str, Any] = {"hardware": processor(), "bundle": str(options.bundle.name)}
+    found: dict[str, Any] = {
+        "command": f"python -m benchmarks.batch_sizes {options.bundle.name}",
+        "hardware": processor(),
+        "versions": {name: version(name) for name in ("mixmim-serve", "onnxruntime", "openvino")},
+    }
     for kind, precision in ENGINES:
         rows = found[f"{kind} {precision}"] = {}
         for what in ("equality", "as it comes", "bucketed", "speed"):

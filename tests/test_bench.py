@@ -47,7 +47,8 @@ def test_a_report_has_a_row_for_each_engine_precision_and_batch(exported_bundle:
         assert 0 < row.share < 2
     assert list(report.missing) == ["onnx fp16"]
     assert "has no fp16 graphs" in report.missing["onnx fp16"]
-    assert report.rates["fp32"] > 0
+    assert report.rates["cpu fp32"] > 0
+    assert {row.gpu_memory for row in report.rows} == {None}
     assert report.about["engines"].keys() == {"onnx-cpu", "openvino-cpu"}
     assert sum("openvino fp32" in line for line in heard) == 2
     assert sum("onnx fp16" in line for line in heard) == 1  # not asked again
