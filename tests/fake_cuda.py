@@ -144,6 +144,7 @@ class FakeTensorRt:
         self.capturable = True
         self.compiled: set[str] = set()  # what a runtime cache was told
         self.ran: list[int] = []  # batches, as they ran
+        self.given: dict[str, NDArray[Any]] = {}  # inputs of the last of them
 
     def Runtime(self, log: Any) -> Any:
         def deserialize(plan: bytes) -> FakeEngine | None:
@@ -261,7 +262,8 @@ class FakeContext:
             for name, shape in shapes.items()
         }
         self.trt.ran.append(len(next(iter(inputs.values()))))
-        results = self.trt.engine.run(engine.graph, {k: v.copy() for k, v in inputs.items()}, list(engine.rows))
+        self.trt.given = {name: array.copy() for name, array in inputs.items()}
+        results = self.trt.engine.run(engine.graph, self.trt.given, list(engine.rows))
         for name, array in results.items():
             bytes_at(device, addresses[name], array.nbytes)[:] = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
 

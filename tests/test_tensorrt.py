@@ -28,6 +28,7 @@ from mixmim_serve.engines.certificate import certify
 from mixmim_serve.engines.tensorrt import TensorRtEngine, TensorRtRtxEngine, choose
 from mixmim_serve.errors import EngineError
 from mixmim_serve.extract.run import run_files
+from mixmim_serve.service.app import Runtime
 from mixmim_serve.service.batcher import Batcher
 
 VERSION = FakeTensorRt.__version__
@@ -136,10 +137,11 @@ def test_a_profile_that_starts_above_one_is_padded_up_to(trt: FakeTensorRt, bund
     plans = tuple(dataclasses.replace(plan, batches=(4, 4, 6)) for plan in bundle.built)
     ours = TensorRtEngine(dataclasses.replace(bundle, built=plans))
     batch = images(engine, 5)
-    for count in (1, 5):
+    for count in (5, 1):
         result = ours.run("encoder", {"pixels": batch[:count]}, ["embedding"])["embedding"]
         expected = engine.run("encoder", {"pixels": batch[:count]}, ["embedding"])["embedding"]
         np.testing.assert_allclose(result, expected, atol=1e-5)
+        assert (trt.given["pixels"][count:] == batch[count - 1]).all()
     assert set(trt.ran) == {4, 6}
 
 
@@ -162,6 +164,14 @@ def test_nobody_sends_more_than_the_profile_takes(bundle: Bundle, engine: Engine
         assert Batcher(ours, "encoder", thread).max_batch == 8
         assert Batcher(ours, "encoder", thread, max_batch=4).max_batch == 4
         assert Batcher(engine, "encoder", thread).max_batch == 32
+
+
+def test_a_server_is_ready_when_every_bucket_is(trt: FakeTensorRt, bundle: Bundle) -> None:
+    runtime = Runtime(TensorRtEngine(bundle))
+    trt.ran.clear()
+    runtime.warm_up()
+    runtime.close()
+    assert set(trt.ran) == {1, 2, 4, 8}
 
 
 @pytest.mark.parametrize("kind", [TensorRtEngine, TensorRtRtxEngine])
