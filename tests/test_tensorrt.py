@@ -248,7 +248,7 @@ def engines(*plans: Built) -> dict[str, dict[str, Built]]:
         ),
         ({"hardware": "sm80+sm86"}, r"built for sm80 and sm86, and this GPU is sm89: .* --compute-capability 8\.9\."),
         ({"hardware": "sm120"}, "built for sm120, and this GPU is sm89"),
-        ({"hardware": "sm8"}, "built for sm8, and this GPU is sm89"),
+        ({"hardware": "sm890"}, "built for sm890, and this GPU is sm89"),
         (
             {"hardware": "sm90", "runtime": "tensorrt"},
             "built for sm90, and this GPU is sm89: export the bundle again here",
