@@ -179,9 +179,9 @@ class BoundSession:
 
     def _on_host(self, value: onnxruntime.OrtValue) -> NDArray[Any]:
         array: NDArray[Any] = value.numpy()
-        return (
-            array.copy() if self.device == "cpu" else array
-        )  # of a CPU's value it is a view, which the next call alters
+        if self.device == "cpu":
+            return array.copy()  # it is a view, which the next call alters
+        return array
 
 
 def cache_options(folder: Path) -> dict[str, Any]:
