@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from export.onnx import Graph, export_graph, graphs_of, prepare
-from export.tensorrt import MODULES, EngineOptions, Progress, build_engine, capability_values, load
+from export.tensorrt import EngineOptions, Progress, build_engine, capability_values
 from export.verify import compare, photos, verify_precision
 from mixmim_serve.bundle import CONFIG, GOLDEN, PRECISIONS, WEIGHTS, Built, Bundle, fingerprint, graph_file
 from mixmim_serve.config import unknown
@@ -22,6 +22,7 @@ from mixmim_serve.description import Description
 from mixmim_serve.engines import open_engine
 from mixmim_serve.engines.base import Arrays
 from mixmim_serve.engines.certificate import Agreement
+from mixmim_serve.engines.tensorrt_library import MODULES, load
 from mixmim_serve.errors import BundleError, ConfigError
 from mixmim_serve.files import atomic_path, sha256
 from mixmim_serve.model import Encoder
@@ -71,13 +72,16 @@ def export_bundle(
 
     Raises:
         CheckpointError: when the checkpoint cannot be read.
+        EngineError: when the runtime of a target is not installed.
         BundleError: when `target` is in the way, a weight does not fit in fp16, or ONNX Runtime disagrees with torch.
     """
     target = target.absolute()  # "." has no name
     _check_target(target, options.overwrite)
     compilers = [replace(options.engine, runtime=each) for each in options.targets if each in MODULES]
-    for engine in compilers:
-        capability_values(load(engine.runtime), engine)  # refused now, and not after minutes of work
+    for engine in compilers:  # refused now, and not after minutes of work
+        capability_values(load(engine.runtime), engine)
+    if "openvino" in options.targets:
+        import mixmim_serve.engines.openvino  # noqa: F401 - raises where it is not installed
     model, description = load_checkpoint(checkpoint)
     if options.half_weights or "fp16" in options.precisions:
         _check_fits_half(checkpoint, model)

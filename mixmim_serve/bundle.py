@@ -11,7 +11,8 @@ Where asked for, also:
 encoder.fp16.onnx, reconstruct.fp16.onnx, weights.fp16.safetensors     the same in half precision (or bf16)
 encoder.fp16.tensorrt-rtx.engine...                                    built for one TensorRT version and kind of GPU
 
-`certificates/` holds what `mixmim_serve.engines.certificate` found when engines were opened; it may be deleted.
+`certificates/` holds what `mixmim_serve.engines.certificate` found when engines were opened, `cache/` what runtimes
+compiled then; both may be deleted.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from mixmim_serve.files import atomic_path, sha256
 CONFIG = "config.json"
 WEIGHTS = "weights.safetensors"
 GOLDEN = "golden.safetensors"
+CACHE = "cache"  # what runtimes compiled on machines that opened the bundle
 FORMAT = 2  # raised when an older reader would misread the folder
 
 PRECISIONS = ("fp32", "fp16", "bf16")

@@ -56,6 +56,7 @@ class Around:
     def __post_init__(self) -> None:
         self.bundle, self.name, self.precision = self.engine.bundle, self.engine.name, self.engine.precision
         self.version, self.hardware = self.engine.version, self.engine.hardware
+        self.max_batch = self.engine.max_batch
         self.ran: list[tuple[str, list[str]]] = []
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> Arrays:

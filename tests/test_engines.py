@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -19,9 +20,11 @@ from safetensors.numpy import load_file
 
 from mixmim_serve.bundle import open_bundle
 from mixmim_serve.engines import Engine, base, engine_fingerprint, open_engine
+from mixmim_serve.engines import onnx as onnx_engine
 from mixmim_serve.engines.base import Arrays, graph_inputs
 from mixmim_serve.engines.certificate import FOLDER, TOLERANCES, Agreement, agreement, certificates, certify, measure
-from mixmim_serve.engines.hardware import processor
+from mixmim_serve.engines.hardware import cores, processor
+from mixmim_serve.engines.onnx import cache_options
 from mixmim_serve.engines.openvino import OpenVinoEngine
 from mixmim_serve.errors import EngineError
 
@@ -35,6 +38,7 @@ class Altered:
         self.engine, self.by = engine, by
         self.bundle, self.name, self.precision = engine.bundle, engine.name, engine.precision
         self.version, self.hardware = engine.version, engine.hardware
+        self.max_batch = engine.max_batch
         self.runs = 0
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> Arrays:
@@ -204,9 +208,37 @@ def test_auto_passes_over_what_is_not_installed_and_what_is_wrong(
         open_engine(bundle_copy)
 
 
-def test_auto_asks_for_the_gpu_first(bundle_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_asks_for_the_gpu_first(
+    bundle_copy: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A bundle without TensorRT engines, and packages of which only torch can use the GPU."""
+    opened, asked = base._open, []
+
+    def torch_uses_it(bundle: Any, kind: str, precision: str, threads: int) -> Engine:
+        asked.append(kind)
+        engine = opened(bundle, kind, precision, threads)
+        if kind == "torch":
+            engine.name = "torch-cuda"
+        return engine
+
     monkeypatch.setattr(base, "has_cuda_device", lambda: True)
-    assert open_engine(bundle_copy, "auto", "fp32").name.startswith("onnx-")
+    monkeypatch.setattr(base, "_open", torch_uses_it)
+    with caplog.at_level(logging.INFO):
+        assert open_engine(bundle_copy).name == "torch-cuda"
+    assert asked == ["tensorrt", "tensorrt-rtx", "onnx", "torch"]
+    assert "has no tensorrt-rtx engine: export it with --precision fp16 --target tensorrt-rtx" in caplog.text
+
+
+def test_auto_on_a_gpu_that_no_package_can_use_is_auto_on_a_cpu(
+    bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "has_cuda_device", lambda: True)
+    assert open_engine(bundle_copy, "auto", "fp32").name == "openvino-cpu"
+
+
+def test_an_empty_batch_is_refused(plain: Engine) -> None:
+    with pytest.raises(EngineError, match="the batch is empty: give one row at least"):
+        plain.run("encoder", {"pixels": np.zeros((0, 64, 64, 3), np.uint8)}, ["embedding"])
 
 
 def test_the_fingerprint_says_how_it_was_computed(bundle_copy: Path) -> None:
@@ -243,3 +275,54 @@ def test_golden_rows_run_alone_and_together(plain: Engine) -> None:
 
 def test_the_processor_has_a_name() -> None:
     assert len(processor()) > 2
+
+
+def test_cores_are_those_that_a_container_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"cpu.max": "150000 100000\n", "thread_siblings_list": "0-1\n"}
+    monkeypatch.setattr(Path, "read_text", lambda path: files[path.name])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert cores() == 2  # of four, with two threads each
+    files["cpu.max"] = "max 100000\n"
+    assert cores() == 4
+    files["thread_siblings_list"] = "0,64\n"
+    assert cores() == 4
+    files["thread_siblings_list"] = "0\n"
+    assert cores() == 8
+
+
+def test_tensorrt_inside_onnx_runtime_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_engine, "has_cuda_device", lambda: False)
+    with pytest.raises(EngineError, match="onnx-tensorrt needs an NVIDIA GPU, and the CUDA driver finds none"):
+        open_engine(TINY, "onnx-tensorrt")
+    monkeypatch.setattr(onnx_engine, "has_cuda_device", lambda: True)
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: [onnx_engine.CUDA, onnx_engine.CPU])
+    with pytest.raises(
+        EngineError, match=r"this ONNX Runtime knows no TensorRT: run pip install 'mixmim-serve\[gpu\]'"
+    ):
+        open_engine(TINY, "onnx-tensorrt")
+
+
+def test_tensorrt_inside_onnx_runtime_compiles_for_all_buckets_at_once(bundle_copy: Path) -> None:
+    engine = object.__new__(onnx_engine.OnnxTensorRtEngine)
+    engine.bundle, engine.precision, engine.device = open_bundle(bundle_copy), "fp16", "cuda"
+    (name, options), *others = engine._providers("reconstruct")
+    assert [name, *(other for other, _ in others)] == [onnx_engine.TENSORRT, onnx_engine.CUDA, onnx_engine.CPU]
+    shapes = "image_a:{0}x64x64x3,image_b:{0}x64x64x3,from_partner:{0}x4"
+    assert options["trt_profile_min_shapes"] == shapes.format(1)
+    assert options["trt_profile_max_shapes"] == shapes.format(32)
+    assert (options["trt_fp16_enable"], options["trt_bf16_enable"]) == (True, False)
+    assert options["trt_engine_cache_path"] == str(bundle_copy / "cache" / "onnx-tensorrt")
+    assert cache_options(bundle_copy / "config.json" / "folder") == {}
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_a_gpu_that_onnx_runtime_cannot_use_is_no_cpu_in_disguise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """ONNX Runtime warns, and goes on with the next provider."""
+    monkeypatch.setattr(onnx_engine, "has_cuda_device", lambda: True)
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: [onnx_engine.CUDA, onnx_engine.CPU])
+    with pytest.raises(
+        EngineError, match=r"cannot load its CUDAExecutionProvider: run pip install 'mixmim-serve\[gpu\]'"
+    ):
+        open_engine(TINY, "onnx")

@@ -369,7 +369,7 @@ class Wrong:
 
     def __init__(self, engine: Engine, error: float) -> None:
         self.bundle, self.name, self.engine, self.error = engine.bundle, engine.name, engine, error
-        self.precision = engine.precision
+        self.precision, self.max_batch = engine.precision, engine.max_batch
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> Arrays:
         results = self.engine.run(graph, inputs, outputs)

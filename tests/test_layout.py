@@ -134,7 +134,7 @@ def test_no_extra_brings_both_onnx_runtimes() -> None:
                 for inner in requirement.removeprefix("mixmim-serve[").partition("]")[0].split(","):
                     names |= closure(inner)
             else:
-                names.add(requirement.partition(">")[0].partition("=")[0].strip())
+                names.add(requirement.partition(">")[0].partition("=")[0].partition("[")[0].strip())
         return names
 
     base = {requirement.partition(">")[0].partition("=")[0] for requirement in project["dependencies"]}

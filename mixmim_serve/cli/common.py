@@ -24,7 +24,11 @@ BundleArgument = Annotated[
     Path, typer.Argument(metavar="BUNDLE", help="A bundle folder, or the name of a shipped one: tiny.")
 ]
 EngineOption = Annotated[
-    str, typer.Option("--engine", help="onnx, openvino or torch; auto is the fastest here with the right numbers.")
+    str,
+    typer.Option(
+        "--engine",
+        help="onnx, onnx-tensorrt, openvino, tensorrt, tensorrt-rtx or torch; auto: the fastest with right numbers.",
+    ),
 ]
 
 # Which extra brings a package that a command turned out to need.
@@ -34,6 +38,7 @@ EXTRAS = {
     "onnxscript": "export",
     "onnx_ir": "export",
     "onnxruntime": "cpu",
+    "cuda": "tensorrt",
     "pyarrow": "extract",
     "kornia": "train",
     "matplotlib": "train",

@@ -48,6 +48,7 @@ class OpenVinoEngine:
 
     name = "openvino-cpu"
     version: str = openvino.__version__.partition("-")[0]
+    max_batch: int | None = None
 
     def __init__(self, bundle: Bundle, precision: str = "", threads: int = 0) -> None:
         self.bundle = bundle

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixmim_serve.engines import Engine
-from mixmim_serve.engines.base import Arrays
+from mixmim_serve.engines.base import Arrays, largest_batch
 from mixmim_serve.errors import EngineError
 
 
@@ -62,7 +62,8 @@ class Batcher:
         max_batch: int = 32,
         observe: Callable[[int, float], None] = lambda size, seconds: None,
     ) -> None:
-        self.engine, self.graph, self.thread, self.max_batch, self.observe = engine, graph, thread, max_batch, observe
+        self.engine, self.graph, self.thread, self.observe = engine, graph, thread, observe
+        self.max_batch = largest_batch(engine, max_batch)
         self.waiting: deque[Item] = deque()
         self.drainer: asyncio.Task[None] | None = None
         self.next: list[Item] = []  # a full batch, taken from those that wait

@@ -15,6 +15,7 @@ from mixmim_serve.bundle import GOLDEN, Bundle
 from mixmim_serve.config import size_name
 from mixmim_serve.engines import Engine, engine_fingerprint
 from mixmim_serve.engines.base import Arrays
+from mixmim_serve.engines.buckets import buckets_between
 from mixmim_serve.engines.certificate import TOLERANCES, agreement, certify
 from mixmim_serve.preprocess import Pixels, decode, resize_and_crop
 from mixmim_serve.service.admission import Admission
@@ -87,12 +88,16 @@ class Runtime:
     def warm_up(self) -> None:
         """Run each graph once, so that the first request waits for nothing.
 
+        An engine with a largest batch prepares each bucket when it first meets it: it meets them now.
+
         Raises:
             EngineError: when the engine cannot answer.
         """
         size, units = self.bundle.arch.image_size, self.bundle.arch.units
         blank = np.zeros((1, size, size, 3), np.uint8)
-        self.engine.run("encoder", {"pixels": blank}, ["embedding"])
+        largest = self.batchers["encoder"].max_batch
+        for batch in buckets_between(1, largest) if self.engine.max_batch else (1,):
+            self.engine.run("encoder", {"pixels": blank.repeat(batch, axis=0)}, ["embedding"])
         if "reconstruct" in self.bundle.graphs:
             inputs = reconstruct_inputs(blank, blank, random_mask(units)[None])
             self.engine.run("reconstruct", inputs, RECONSTRUCT_OUTPUTS)
