@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import textwrap
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 from PIL import Image
 from serving import BAD, HAT, PATIENCE, PHOTOS, SHOES, Around, Gate, app_of, take_out, url_of
 
@@ -130,6 +133,16 @@ def test_model_and_ready(ours: Client, engine: Engine) -> None:
     assert found.about["fingerprint"] == found.fingerprint
     assert ours.ready() is True
     assert Client("http://127.0.0.1:9", policy=QUICK).ready() is False
+
+
+def test_the_example_of_the_documents_runs(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = (REPOSITORY / "docs" / "serving.md").read_text().splitlines()
+    begin = lines.index("    from mixmim_serve.client import Client")
+    code = itertools.takewhile(lambda line: not line or line.startswith("    "), lines[begin:])
+    monkeypatch.chdir(REPOSITORY)
+    values: dict[str, Any] = {"paths": [*PHOTOS.values()]}
+    exec(textwrap.dedent("\n".join(code)).replace("http://127.0.0.1:3000", url), values)  # noqa: S102
+    assert values["found"].vector.shape == (64,)
 
 
 # Errors
