@@ -235,6 +235,12 @@ def test_many_come_in_order_with_errors_in_their_places(ours: Client, vectors: l
     assert kinds == {5: UnsupportedImageError, 6: UndecodableImageError, 17: ImageError, 40: UndecodableImageError}
 
 
+@pytest.mark.parametrize("name", ["per_request", "in_flight", "patience"])
+def test_options_of_many_that_cannot_work_are_refused(ours: Client, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} must be"):
+        [*ours.embed_many([HAT], **{name: 0})]
+
+
 def test_only_bad_images_are_only_errors(ours: Client) -> None:
     found = [*ours.embed_many([b"bad"] * 5, per_request=4)]
     assert [type(each) for each in found] == [UnsupportedImageError] * 5

@@ -110,6 +110,12 @@ def test_serving_modules_import_without_torch(module: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_the_client_loads_no_server() -> None:
+    heavy = {"torch", "onnxruntime", "bentoml", "starlette", "uvicorn", "mixmim_serve.service"}
+    code = f"import sys, mixmim_serve.client; assert not sys.modules.keys() & {heavy!r}"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_help_loads_nothing_heavy() -> None:
     code = f"""
 import sys

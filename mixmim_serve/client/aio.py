@@ -14,7 +14,7 @@ from mixmim_serve.client import calls
 from mixmim_serve.client.answers import Reply
 from mixmim_serve.client.calls import Call, Dtype, Layout
 from mixmim_serve.client.images import Image, encoded
-from mixmim_serve.client.many import Embedded, OneModel, Pack, Packer, bulk, embedded, load
+from mixmim_serve.client.many import Bulk, Embedded, OneModel, Pack, Packer, embedded, load
 from mixmim_serve.client.results import Classes, Embedding, Features, ModelInfo, Reconstruction, Score
 from mixmim_serve.client.retry import Outcome, Policy, Send, Steps, attempts, is_ready
 from mixmim_serve.client.target import Target
@@ -96,7 +96,7 @@ class AsyncClient:
             ModelChangedError: when another model answers than at first, unless `same_model` is False.
             ConfigError, RefusedError, UnavailableError, ServerError: when nothing was wrong with the images.
         """
-        options = bulk(self._target.policy, patience, normalize, dtype, per_request, in_flight, same_model)
+        options = Bulk(self._target.policy, patience, normalize, dtype, per_request, in_flight)
         model, waiting = OneModel(same_model), deque[asyncio.Task[list[Embedded]]]()
         try:
             async for pack in _packs(images, per_request):

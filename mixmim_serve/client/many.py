@@ -25,20 +25,27 @@ class Bulk:
     """The options of `embed_many`.
 
     Raises:
-        ConfigError: for numbers below 1.
+        ConfigError: for numbers below 1, or a patience of no seconds.
     """
 
-    policy: Policy
+    policy: Policy  # of single calls
+    patience: float  # seconds for which a request is tried again
     normalize: bool
     dtype: Dtype
     per_request: int
     in_flight: int
-    same_model: bool
+
+    @property
+    def patient(self) -> Policy:
+        """The policy of each request: only time ends it."""
+        return dataclasses.replace(self.policy, total=self.patience, retries=None)
 
     def __post_init__(self) -> None:
         for name in ("per_request", "in_flight"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}.")
+        if not 0 < self.patience < float("inf"):
+            raise ConfigError(f"patience must be a number of seconds above 0, got {self.patience}.")
 
 
 @dataclass(frozen=True)
@@ -110,7 +117,7 @@ def _split(images: Sequence[bytes], bulk: Bulk) -> Steps[list[Embedded]]:
     if not images:
         return []
     try:
-        return [*(yield from attempts(calls.embed(images, bulk.normalize, bulk.dtype), bulk.policy))]
+        return [*(yield from attempts(calls.embed(images, bulk.normalize, bulk.dtype), bulk.patient))]
     except ImageError as error:
         return [error]  # of an image that came alone
     except ServerError as error:
@@ -121,14 +128,6 @@ def _split(images: Sequence[bytes], bulk: Bulk) -> Steps[list[Embedded]]:
     half = len(images) // 2
     first = yield from _split(images[:half], bulk)
     return first + (yield from _split(images[half:], bulk))
-
-
-def bulk(
-    policy: Policy, patience: float, normalize: bool, dtype: Dtype, per_request: int, in_flight: int, same_model: bool
-) -> Bulk:
-    """Options, with the policy of single calls made patient."""
-    patient = dataclasses.replace(policy, total=patience, retries=None)
-    return Bulk(patient, normalize, dtype, per_request, in_flight, same_model)
 
 
 @dataclass

@@ -151,5 +151,5 @@ def _given_up(call: Call[Any], tries: int, policy: Policy, last: Outcome | None,
             last.problem.get("code"),
             request=request,
         )
-    reason = str(last) or type(last).__name__
+    reason = "there was no time to send it" if last is None else str(last) or type(last).__name__
     return UnavailableError(f"{what} ({reason}): see whether the server runs, or wait longer.", request=request)

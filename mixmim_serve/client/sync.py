@@ -16,7 +16,7 @@ from mixmim_serve.client import calls
 from mixmim_serve.client.answers import Reply
 from mixmim_serve.client.calls import Call, Dtype, Layout
 from mixmim_serve.client.images import Image, encoded
-from mixmim_serve.client.many import Embedded, OneModel, bulk, embedded, packs
+from mixmim_serve.client.many import Bulk, Embedded, OneModel, embedded, packs
 from mixmim_serve.client.results import Classes, Embedding, Features, ModelInfo, Reconstruction, Score
 from mixmim_serve.client.retry import Outcome, Policy, Send, Steps, attempts, is_ready
 from mixmim_serve.client.target import Target
@@ -99,7 +99,7 @@ class Client:
             ModelChangedError: when another model answers than at first, unless `same_model` is False.
             ConfigError, RefusedError, UnavailableError, ServerError: when nothing was wrong with the images.
         """
-        options = bulk(self._target.policy, patience, normalize, dtype, per_request, in_flight, same_model)
+        options = Bulk(self._target.policy, patience, normalize, dtype, per_request, in_flight)
         model, waiting, ended = OneModel(same_model), deque[Future[list[Embedded]]](), threading.Event()
         threads = ThreadPoolExecutor(in_flight, thread_name_prefix="embed_many")
         try:
