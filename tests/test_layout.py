@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("mixmim_serve.engines", "mixmim_serve.model"),
     ("mixmim_serve.tasks", "mixmim_serve.panel"),
-    ("mixmim_serve.service", "mixmim_serve.extract", "mixmim_serve.bench"),
+    ("mixmim_serve.service", "mixmim_serve.client", "mixmim_serve.extract", "mixmim_serve.bench"),
     ("mixmim_serve.cli",),
 )
 BESIDE = ("export", "training")  # may use the first four layers, and not each other
@@ -107,6 +107,12 @@ TORCH_FREE = sorted(name for name in modules() if not name.startswith(MAY_IMPORT
 @pytest.mark.parametrize("module", [name for name in TORCH_FREE if ".service" in name or name.count(".") < 2])
 def test_serving_modules_import_without_torch(module: str) -> None:
     code = f"import sys, {module}; assert 'torch' not in sys.modules and 'onnx' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_client_loads_no_server() -> None:
+    heavy = {"torch", "onnxruntime", "bentoml", "starlette", "uvicorn", "mixmim_serve.service"}
+    code = f"import sys, mixmim_serve.client; assert not sys.modules.keys() & {heavy!r}"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -62,9 +62,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(bundle: Path, folder: Path, *settings: str) -> Iterator[Server]:
-    """Start a server; whatever happens, it is gone afterwards."""
-    port = free_port()
+def serve(bundle: Path, folder: Path, *settings: str, port: int = 0) -> Iterator[Server]:
+    """Start a server, at a free port unless told which; whatever happens, it is gone afterwards."""
+    port = port or free_port()
     options = [word for each in settings for word in ("--set", each)]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(

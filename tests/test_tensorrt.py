@@ -28,8 +28,8 @@ from mixmim_serve.engines.certificate import certify
 from mixmim_serve.engines.tensorrt import TensorRtEngine, TensorRtRtxEngine, choose
 from mixmim_serve.errors import EngineError
 from mixmim_serve.extract.run import run_files
-from mixmim_serve.service.runtime import Runtime
 from mixmim_serve.service.batcher import Batcher
+from mixmim_serve.service.runtime import Runtime
 
 VERSION = FakeTensorRt.__version__
 GPU = "sm89"
