@@ -78,7 +78,7 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(bundle: Path, folder: Path) -> Iterator[Server]:
+def serve(bundle: Path | str, folder: Path) -> Iterator[Server]:
     """Start a server; whatever happens, all of it is gone afterwards."""
     port = free_port()
     environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}
