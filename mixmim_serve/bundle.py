@@ -42,6 +42,9 @@ DEFAULT_BUNDLE = Path(__file__).parent / "bundles" / "tiny"
 STAGE_OUTPUTS = tuple(f"stage{number}" for number in range(1, STAGES + 1))
 
 
+POOLED = ("embedding", "logits")  # the encoder's outputs that most callers are content with
+
+
 def encoder_outputs(arch: Architecture) -> tuple[str, ...]:
     """Names of the encoder's outputs, in the graph's order."""
     return ("embedding", *STAGE_OUTPUTS, *(("logits",) if arch.num_classes else ()))

@@ -67,7 +67,6 @@ def pull(repo: str, target: Path, *, revision: str = "", overwrite: bool = False
                 _copy(Path(repo).expanduser(), folder)
             else:
                 _download(repo, revision, folder)
-            open_bundle(folder).verify()
         except BundleError as error:
             raise BundleError(f"nothing was pulled: {str(error).replace(str(folder), repo)}") from error
     return open_bundle(target)
@@ -111,10 +110,11 @@ def _download(repo: str, revision: str, folder: Path) -> None:
     with _hub(repo) as hub:
         commit = hub.HfApi(library_name="mixmim-serve").model_info(repo, revision=revision or None).sha
         hub.snapshot_download(repo, revision=commit, local_dir=folder, allow_patterns=[CONFIG])
-    wanted = open_bundle(folder).checksums
+    bundle = open_bundle(folder)
     with _hub(repo) as hub:
-        hub.snapshot_download(repo, revision=commit, local_dir=folder, allow_patterns=[*wanted, CARD])
+        hub.snapshot_download(repo, revision=commit, local_dir=folder, allow_patterns=[*bundle.checksums, CARD])
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's notes
+    bundle.verify()
 
 
 @contextlib.contextmanager
