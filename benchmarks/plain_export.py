@@ -76,9 +76,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rates, rows = take_turns(models, options)
         report |= {"rates": rates, "rows": rows}
         for size, about in models.items():
-            report["sizes"][size] = about | {"nodes": {graph: ask("nodes", about, graph) for graph in GRAPHS}}
-            report["sizes"][size]["profile"] = {
-                graph: ask("profile", about, graph, "bf16", max(options.batches)) for graph in GRAPHS
+            kept = {
+                name: value for name, value in about.items() if name not in GRAPHS
+            }  # those are paths of this machine
+            report["sizes"][size] = kept | {
+                "nodes": {graph: ask("nodes", about, graph) for graph in GRAPHS},
+                "profile": {graph: ask("profile", about, graph, "bf16", max(options.batches)) for graph in GRAPHS},
             }
     text = markdown(report)
     print(text)
