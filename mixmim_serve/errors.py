@@ -4,6 +4,7 @@
     ├── ConfigError                an architecture, recipe or option that cannot work
     ├── CheckpointError            a file that is no checkpoint of ours, or not one that can be imported
     ├── BundleError                a bundle folder that is missing, incomplete or altered
+    ├── HubError                   a repository that does not exist or cannot be reached
     ├── EngineError                a runtime that is not installed, or that refuses the bundle
     ├── DataError                  a data set with nothing usable in it
     ├── NonFiniteError             a training step whose gradients are not finite
@@ -35,6 +36,10 @@ class CheckpointError(MixMIMError):
 
 class BundleError(MixMIMError):
     """A bundle folder that is missing, incomplete, altered or of another version."""
+
+
+class HubError(MixMIMError):
+    """A repository of models that does not exist, or cannot be read, written or reached."""
 
 
 class EngineError(MixMIMError):

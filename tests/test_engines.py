@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from conftest import REPOSITORY
 from numpy.typing import NDArray
@@ -25,7 +26,7 @@ from mixmim_serve.engines.base import Arrays, graph_inputs
 from mixmim_serve.engines.certificate import FOLDER, TOLERANCES, Agreement, agreement, certificates, certify, measure
 from mixmim_serve.engines.hardware import cores, processor
 from mixmim_serve.engines.onnx import cache_options
-from mixmim_serve.engines.openvino import OpenVinoEngine
+from mixmim_serve.engines.openvino import OpenVinoEngine, core, read_graph
 from mixmim_serve.errors import EngineError
 
 TINY = REPOSITORY / "mixmim_serve" / "bundles" / "tiny"
@@ -76,6 +77,27 @@ def test_openvino_rounds_to_bf16_where_the_processor_can() -> None:
     assert 1e-4 < found.error < TOLERANCES["bf16"].error  # rounded, and no more than that
 
 
+def test_openvino_computes_what_is_asked_for(exported_bundle: Path) -> None:
+    """The embedding comes from a graph without stages, in which nothing looks for rows whose scores are all -inf."""
+    engine = open_engine(exported_bundle, "openvino", "fp32", threads=1)
+    whole, pooled = (read_graph(exported_bundle / "encoder.onnx", pooled=pooled) for pooled in (False, True))
+    assert (len(whole.get_results()), len(pooled.get_results())) == (6, 2)
+    assert not [node for node in whole.get_ops() if node.get_type_name() == "IsNaN"]
+    pixels = {"pixels": load_file(exported_bundle / "golden.safetensors")["encoder.pixels"]}
+    alone = engine.run("encoder", pixels, ["embedding"])["embedding"]
+    beside = engine.run("encoder", pixels, ["stage1", "embedding"])["embedding"]
+    np.testing.assert_allclose(alone, beside, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("graph", ["encoder", "reconstruct"])
+def test_openvino_runs_each_norm_as_one_kernel(exported_bundle: Path, graph: str) -> None:
+    compiled = core().compile_model(read_graph(exported_bundle / f"{graph}.onnx", pooled=graph == "encoder"), "CPU")
+    kinds = [str(node.get_rt_info()["layerType"].value) for node in compiled.get_runtime_model().get_ops()]
+    model = onnx.load(exported_bundle / f"{graph}.onnx", load_external_data=False)
+    assert kinds.count("MVN") == sum(node.op_type == "LayerNormalization" for node in model.graph.node)
+    assert "RMS" not in kinds
+
+
 def test_openvino_has_no_fp16() -> None:
     with pytest.raises(EngineError, match="OpenVINO computes in fp32 or bf16 on a CPU, not in fp16"):
         open_engine(TINY, "openvino", "fp16")
@@ -118,9 +140,9 @@ def test_a_certificate_is_measured_once(plain: Engine) -> None:
     engine = Altered(plain, 0.0)
     first = certify(engine)
     assert first.holds
-    assert engine.runs == 4  # both graphs, each with all golden rows and with one
+    assert engine.runs == 6  # each graph with all golden rows and with one, and so again for what is pooled alone
     assert certify(engine) == first
-    assert engine.runs == 4
+    assert engine.runs == 6
     (path,) = (plain.bundle.path / FOLDER).iterdir()
     assert path.name.startswith("onnx-cpu-fp32-")
     assert certificates(plain.bundle) == [first]
@@ -132,7 +154,7 @@ def test_another_engine_needs_another_certificate(plain: Engine, name: str) -> N
     certify(engine)
     setattr(engine, name, "bf16" if name == "precision" else "other")
     certify(engine)
-    assert engine.runs == 8
+    assert engine.runs == 12
     assert len(certificates(plain.bundle)) == 2
 
 
@@ -153,7 +175,7 @@ def test_other_golden_arrays_need_another_certificate(plain: Engine) -> None:
     values = json.loads(path.read_text())
     path.write_text(json.dumps(values | {"golden": "0" * 64}))
     certify(engine)
-    assert engine.runs == 8
+    assert engine.runs == 12
 
 
 def test_a_bundle_that_cannot_be_written_to_is_measured_each_time(
@@ -261,16 +283,17 @@ def test_agreement_is_of_the_worst_row() -> None:
 
 
 def test_golden_rows_run_alone_and_together(plain: Engine) -> None:
-    sizes = []
+    asked = []
 
     class Counting(Altered):
         def run(self, graph: str, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> Arrays:
             assert inputs.keys() == graph_inputs(self.bundle, graph).keys()
-            sizes.append((graph, len(next(iter(inputs.values())))))
+            asked.append((graph, len(next(iter(inputs.values()))), len(outputs)))
             return super().run(graph, inputs, outputs)
 
     measure(Counting(plain, 0.0), load_file(plain.bundle.path / "golden.safetensors"))
-    assert sizes == [("encoder", 2), ("encoder", 1), ("reconstruct", 1), ("reconstruct", 1)]
+    encoder = [("encoder", 2, 6), ("encoder", 1, 6), ("encoder", 2, 2), ("encoder", 1, 2)]  # the last: pooled alone
+    assert asked == [*encoder, ("reconstruct", 1, 3), ("reconstruct", 1, 3)]
 
 
 def test_the_processor_has_a_name() -> None:

@@ -25,12 +25,18 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("mixmim_serve.engines", "mixmim_serve.model"),
     ("mixmim_serve.tasks", "mixmim_serve.panel"),
-    ("mixmim_serve.service", "mixmim_serve.client", "mixmim_serve.extract", "mixmim_serve.bench"),
+    (
+        "mixmim_serve.service",
+        "mixmim_serve.client",
+        "mixmim_serve.extract",
+        "mixmim_serve.bench",
+        "mixmim_serve.publish",
+    ),
     ("mixmim_serve.cli",),
 )
 BESIDE = ("export", "training")  # may use the first four layers, and not each other
 MAY_IMPORT_TORCH = ("mixmim_serve.model", "mixmim_serve.engines.torch", "export", "training")
-HEAVY = ("torch", "fsspec", "onnx", "onnxscript", "onnxruntime", "bentoml", "pyarrow")
+HEAVY = ("torch", "fsspec", "onnx", "onnxscript", "onnxruntime", "bentoml", "pyarrow", "huggingface_hub")
 
 
 def modules() -> dict[str, Path]:
@@ -121,7 +127,7 @@ def test_help_loads_nothing_heavy() -> None:
 import sys
 from typer.testing import CliRunner
 from mixmim_serve.cli import app
-for arguments in (["--help"], ["embed", "--help"], ["serve", "--help"]):
+for arguments in (["--help"], ["embed", "--help"], ["serve", "--help"], ["push", "--help"]):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0 and "Usage" in result.output
 assert not sys.modules.keys() & set({HEAVY!r}), sys.modules.keys() & set({HEAVY!r})

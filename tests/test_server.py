@@ -62,7 +62,7 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(bundle: Path, folder: Path, *settings: str, port: int = 0) -> Iterator[Server]:
+def serve(bundle: Path | str, folder: Path, *settings: str, port: int = 0) -> Iterator[Server]:
     """Start a server, at a free port unless told which; whatever happens, it is gone afterwards."""
     port = port or free_port()
     options = [word for each in settings for word in ("--set", each)]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mixmim_serve.cli.common import app, bundle_path, progress_console
+from mixmim_serve.cli.common import BundleArgument, app, bundle_path, progress_console
 
 if TYPE_CHECKING:
     from mixmim_serve.bench import Report
@@ -17,9 +17,7 @@ WIDTH = 110  # characters that the table needs
 
 @app.command()
 def bench(
-    bundle: Annotated[
-        Path, typer.Argument(metavar="BUNDLE", help="A bundle folder, or the name of a shipped one.")
-    ] = Path("tiny"),
+    bundle: BundleArgument = Path("tiny"),
     batch: Annotated[list[int], typer.Option(min=1, help="Images a call; may be given several times.")] = [1, 8, 32],  # noqa: B006
     seconds: Annotated[float, typer.Option(min=0.1, help="Of measuring, for each engine, batch and round.")] = 3.0,
     rounds: Annotated[int, typer.Option(min=1, help="Engines take turns so many times; the best counts.")] = 2,

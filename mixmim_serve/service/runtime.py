@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 from safetensors.numpy import load_file
 
-from mixmim_serve.bundle import GOLDEN, Bundle
+from mixmim_serve.bundle import GOLDEN, STAGE_OUTPUTS, Bundle
 from mixmim_serve.config import size_name
 from mixmim_serve.engines import Engine, engine_fingerprint
 from mixmim_serve.engines.base import Arrays
@@ -25,6 +25,9 @@ from mixmim_serve.service.settings import Settings
 from mixmim_serve.service.visit import Visit
 from mixmim_serve.tasks import RECONSTRUCT_OUTPUTS, random_mask, reconstruct_inputs
 
+# The queue of those who want the encoder's stages: an engine may have another graph for them, and who shares a batch
+# must not decide which graph makes an embedding.
+STAGES = "stages"
 CANARY_SECONDS = 10.0  # for an answer, behind at most one batch
 CANARY_AGE = 1.0  # seconds for which one canary speaks; probes of a crowd share it
 
@@ -47,6 +50,7 @@ class Runtime:
         self.decoders = ThreadPoolExecutor(self.settings.decoders, thread_name_prefix="decode")
         self.engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self.batchers = {graph: self._batcher(graph) for graph in engine.bundle.graphs}
+        self.batchers[STAGES] = self._batcher("encoder", STAGES)
         self.golden = load_file(engine.bundle.path / GOLDEN)
         self._canary: tuple[float, bool] = (-np.inf, False)
         self._checking = asyncio.Lock()
@@ -67,8 +71,9 @@ class Runtime:
         """What every answer says of itself."""
         return {"model": self.model_name, "fingerprint": self.fingerprint}
 
-    def _batcher(self, graph: str) -> Batcher:
-        size, seconds = self.metrics.batch_size.labels(graph), self.metrics.batch_seconds.labels(graph)
+    def _batcher(self, graph: str, queue: str = "") -> Batcher:
+        queue = queue or graph
+        size, seconds = self.metrics.batch_size.labels(queue), self.metrics.batch_seconds.labels(queue)
 
         def observe(images: int, spent: float) -> None:
             size.observe(images)
@@ -129,7 +134,8 @@ class Runtime:
         Raises:
             EngineError: when the engine fails on it.
         """
-        ran = await self.batchers[graph].run(inputs, outputs)
+        queue = graph if set(outputs).isdisjoint(STAGE_OUTPUTS) else STAGES
+        ran = await self.batchers[queue].run(inputs, outputs)
         visit.note("queue", ran.queue)
         visit.note("infer", ran.infer)
         return ran.outputs
