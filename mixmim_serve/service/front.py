@@ -20,6 +20,7 @@ from mixmim_serve.service.visit import Visit, begin
 
 OPEN = frozenset({"/livez", "/readyz", "/healthz", "/metrics", "/docs", "/openapi.json"})  # no key, no log line
 LONGEST = 3600.0  # seconds that X-Request-Timeout may ask for
+STREAMS = frozenset({"/embed/stream"})  # have no deadline of the server's: their pieces have
 LEFT = 499  # nginx's status for a client that left before its answer; nobody receives it
 
 
@@ -60,7 +61,7 @@ class Front:
         body = bodies.Body(scope, receive, self.settings, visit)
         body.check_announced()
         scope[bodies.KEY] = body
-        seconds = self._seconds(headers)
+        seconds = self._seconds(headers, None if visit.path in STREAMS else self.settings.request_seconds)
         with runtime.admission.enter() as ticket:
             visit.ticket = ticket
             await self._while_waited_for(self.app(scope, body, reply), body, seconds, visit)
@@ -94,11 +95,11 @@ class Front:
             )
         return runtime
 
-    def _seconds(self, headers: Headers) -> float | None:
+    def _seconds(self, headers: Headers, default: float | None) -> float | None:
         """Until the deadline."""
         text = headers.get("x-request-timeout")
         if text is None:
-            return self.settings.request_seconds
+            return default
         try:
             value = float(text)
         except ValueError:
