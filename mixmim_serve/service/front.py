@@ -20,7 +20,7 @@ from mixmim_serve.service.visit import Visit, begin
 
 OPEN = frozenset({"/livez", "/readyz", "/healthz", "/metrics", "/docs", "/openapi.json"})  # no key, no log line
 LONGEST = 3600.0  # seconds that X-Request-Timeout may ask for
-STREAMS = frozenset({"/embed/stream"})  # have no deadline of the server's: their pieces have
+STREAMS = frozenset({"/embed/stream"})  # as long as they like, in bytes and time: their pieces have limits
 LEFT = 499  # nginx's status for a client that left before its answer; nobody receives it
 
 
@@ -59,9 +59,11 @@ class Front:
         self.keys.check(headers)
         runtime = self._runtime(scope)
         body = bodies.Body(scope, receive, self.settings, visit)
-        body.check_announced()
+        stream = visit.path in STREAMS
+        if not stream:
+            body.check_announced()
         scope[bodies.KEY] = body
-        seconds = self._seconds(headers, None if visit.path in STREAMS else self.settings.request_seconds)
+        seconds = self._seconds(headers, None if stream else self.settings.request_seconds)
         with runtime.admission.enter() as ticket:
             visit.ticket = ticket
             await self._while_waited_for(self.app(scope, body, reply), body, seconds, visit)
