@@ -230,7 +230,7 @@ def measure(
         bare, bare_cpu = bare_rate(running["bare"], files, asked.seconds)
         cells = list(itertools.product(asked.bodies, asked.clients))
         for body, clients in cells[:: -1 if number % 2 else 1]:
-            seconds = max(asked.seconds, 4 * clients / bare)  # some turns of each client
+            seconds = max(asked.seconds, 2 * clients / bare)  # some turns of each client
             for server in servers[:: -1 if number % 2 else 1]:
                 if body == "multipart" or server.name in RAW:
                     turn = load(server, size, body, clients, seconds, files)
