@@ -2,13 +2,14 @@
 PYTHON ?= python3
 PORT ?= 3000
 BUNDLE ?= tiny
+FUZZ ?= 50
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 GPU_BIN := .venv-gpu/bin
 GPU_PIP := $(GPU_BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve test test-slow gpu check format bench clean
+.PHONY: serve test test-slow fuzz gpu check format bench clean
 
 serve: .venv/serve.ok  ## install what serving needs (no torch) and serve the shipped model
 	$(BIN)/mixmim serve $(BUNDLE) --port $(PORT)
@@ -18,6 +19,9 @@ test: .venv/dev.ok  ## the whole default test suite
 
 test-slow: .venv/dev.ok  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+fuzz: .venv/dev.ok  ## the fuzzers on FUZZ times as many cases, new ones each time; what fails is left in tests/data/fuzz
+	FUZZ=$(FUZZ) $(BIN)/python -m pytest tests/test_fuzz.py
 
 gpu: .venv-gpu/gpu.ok  ## all that needs a CUDA device: tests, the training step against a plain one, every engine
 	$(GPU_BIN)/python -m pytest -m gpu

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mixmim_serve.engines.base import Arrays
 from mixmim_serve.errors import EngineError
-from mixmim_serve.service.batcher import Batcher, Ran
+from mixmim_serve.service.batcher import Batcher, Coming, Ran
 
 PATIENCE = 20  # seconds until a test that would hang fails
 FACTORS = {"double": 2, "triple": 3}  # outputs of the engine, as multiples of its input
@@ -231,3 +231,42 @@ def test_an_urgent_item_goes_first_and_all_are_told_their_times(thread: ThreadPo
     assert [size for size, _ in observed] == [1, 3]
     assert min(ran[0].infer, ran[1].queue) > 0
     assert ran[1].infer == observed[1][1]
+
+
+@pytest.mark.parametrize(("patience", "batches"), [(PATIENCE, [[1, 2]]), (0.0, [[1], [2]]), (0.01, [[1], [2]])])
+def test_an_engine_on_the_same_cores_waits_for_what_is_being_decoded(
+    thread: ThreadPoolExecutor, patience: float, batches: list[list[int]]
+) -> None:
+    engine = Multiplier()
+    engine.release.set()
+    coming = Coming(patience)
+    batcher = Batcher(engine, "encoder", thread, coming=coming)
+
+    async def decoded_later() -> None:
+        with coming:
+            await asyncio.sleep(0.1)
+        await batcher.run(pixels(2), ["double"])
+
+    async def both() -> None:
+        await asyncio.gather(decoded_later(), batcher.run(pixels(1), ["double"]))
+
+    finish(both())
+    assert engine.batches == batches
+
+
+def test_a_full_batch_and_an_image_that_is_refused_are_not_waited_for(thread: ThreadPoolExecutor) -> None:
+    engine = Multiplier()
+    engine.release.set()
+    coming = Coming(10 * PATIENCE)
+    batcher = Batcher(engine, "encoder", thread, max_batch=2, coming=coming)
+
+    async def all_of_them() -> None:
+        with coming:  # for ever, as far as these two can see
+            await asyncio.gather(*(batcher.run(pixels(value), ["double"]) for value in (1, 2)))
+        job = asyncio.create_task(batcher.run(pixels(3), ["double"]))
+        with coming:  # refused: it leaves and does not join
+            await asyncio.sleep(0)
+        await job
+
+    finish(all_of_them())
+    assert engine.batches == [[1, 2], [3]]

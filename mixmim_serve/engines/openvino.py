@@ -65,6 +65,9 @@ class OpenVinoEngine:
             properties.hint.inference_precision: TYPES[self.precision],
             # THROUGHPUT halves the speed on two cores: it splits them into streams that each hold a batch.
             properties.hint.performance_mode: properties.hint.PerformanceMode.LATENCY,
+            # Threads bound to cores wait, spinning, for a core that decodes or answers requests while another is free:
+            # 12 % more CPU time an image in a server under load.
+            properties.hint.enable_cpu_pinning: False,
         }
         if threads:
             self._settings[properties.inference_num_threads] = threads

@@ -16,12 +16,13 @@ from mixmim_serve.service.metrics import OTHER, Metrics
 from mixmim_serve.service.problems import RequestError, error_response
 from mixmim_serve.service.routes.about import DOCS_ASSETS
 from mixmim_serve.service.runtime import Runtime
-from mixmim_serve.service.settings import Settings
+from mixmim_serve.service.settings import LONGEST_DEADLINE, Settings
 from mixmim_serve.service.visit import Visit, begin
 
 # No key is asked for, no log line is written.
 OPEN = frozenset({"/livez", "/readyz", "/healthz", "/metrics", "/openapi.json", "/docs", *DOCS_ASSETS})
-LONGEST = 3600.0  # seconds that X-Request-Timeout may ask for
+
+STREAMS = frozenset({"/embed/stream"})  # as long as they like, in bytes and time: their pieces have limits
 LEFT = 499  # nginx's status for a client that left before its answer; nobody receives it
 
 
@@ -60,9 +61,11 @@ class Front:
         self.keys.check(headers)
         runtime = self._runtime(scope)
         body = bodies.Body(scope, receive, self.settings, visit)
-        body.check_announced()
+        stream = visit.path in STREAMS
+        if not stream:
+            body.check_announced()
         scope[bodies.KEY] = body
-        seconds = self._seconds(headers)
+        seconds = self._seconds(headers, None if stream else self.settings.request_seconds)
         with runtime.admission.enter() as ticket:
             visit.ticket = ticket
             await self._while_waited_for(self.app(scope, body, reply), body, seconds, visit)
@@ -96,17 +99,17 @@ class Front:
             )
         return runtime
 
-    def _seconds(self, headers: Headers) -> float | None:
+    def _seconds(self, headers: Headers, default: float | None) -> float | None:
         """Until the deadline."""
         text = headers.get("x-request-timeout")
         if text is None:
-            return self.settings.request_seconds
+            return default
         try:
             value = float(text)
         except ValueError:
             value = 0.0
-        if not 0 < value <= LONGEST:
-            message = f"X-Request-Timeout must be seconds above 0 and up to {LONGEST:g}, got {text!r}."
+        if not 0 < value <= LONGEST_DEADLINE:
+            message = f"X-Request-Timeout must be seconds above 0 and up to {LONGEST_DEADLINE:g}, got {text!r}."
             raise RequestError(400, "bad_option", message, "X-Request-Timeout")
         return value
 

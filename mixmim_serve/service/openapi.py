@@ -7,16 +7,23 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from mixmim_serve.bundle import STAGE_OUTPUTS
-from mixmim_serve.service.settings import Settings
+from mixmim_serve.service.settings import LONGEST_DEADLINE, Settings
 from mixmim_serve.version import __version__
 
 Json = dict[str, Any]
 
-PHOTO = "data:image/jpeg;base64,/9j/4AAQSkZJRgABAQAAAQABAAD..."
+PHOTO = "data:image/jpeg;base64,/9j/4AAQSkZJRgABAQAAAQABAAD/"
 ABOUT: Json = {"model": "tiny", "fingerprint": "00112233445566778899aabbccddeeff"}
+STRING: Json = {"type": "string"}
+INTEGER: Json = {"type": "integer"}
+NUMBERS: Json = {"type": "array", "items": {"type": "number"}}
+STRINGS: Json = {"model": STRING, "fingerprint": STRING}  # what every answer says of itself
+CLOSED: Json = {"additionalProperties": False}
+BASE64 = r"^(data:[A-Za-z0-9/+.=-]*;base64,)?([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$"
 BINARY = {
     "application/x-npy": "one array, a row an image",
     "application/x-npz": "arrays by name, a row an image",
@@ -67,15 +74,19 @@ REFUSALS = {
 def _image_paths() -> Json:
     normalize = _option("normalize", {"type": "boolean", "default": False}, "Give each vector length 1.")
     top = _option("top", {"type": "integer", "minimum": 1, "default": 5}, "How many classes, at most all.")
+    stage = f"({'|'.join(STAGE_OUTPUTS)})"
     stages = _option(
-        "stages", {"type": "string", "default": "stage4"}, f"Of {', '.join(STAGE_OUTPUTS)}; several between commas."
-    )
+        "stages", {"type": "string", "pattern": f"^{stage}(,{stage})*$", "default": "stage4"},
+        f"Of {', '.join(STAGE_OUTPUTS)}; several between commas.",
+    )  # fmt: skip
     layout = _option("layout", {"enum": ["map", "tokens"], "default": "map"}, "(D, H, W), or (H * W, D).")
     masks = _option("masks", {"type": "integer", "minimum": 1, "maximum": 16, "default": 2}, "Pairs of masks.")
     with_map = _option("map", {"type": "boolean", "default": False}, "Also the error of each unit of 32 pixels.")
     seed = _option("seed", {"type": "integer", "minimum": 0, "maximum": 2**32 - 1, "default": 0}, "Of the mask.")
     ratio = _option(
-        "ratio", {"type": "number", "minimum": 0, "maximum": 1, "default": 0.5}, "Share of units that B covers."
+        "ratio",
+        {"type": "number", "minimum": 0, "maximum": 1, "default": 0.5},
+        "Share of units that B covers: some, and not all.",
     )
     dtype = _option("dtype", {"enum": ["float32", "float16"], "default": "float32"}, "Of the numbers in the answer.")
     guesses = [{"index": 3, "label": "hat", "probability": 0.91}]
@@ -99,7 +110,7 @@ def _post(summary: str, schema: str, options: list[Json], binary: dict[str, str]
     several = {"data": [{"index": 0, "status": "ok"} | {k: v for k, v in example.items() if k not in ABOUT}]} | ABOUT
     content: Json = {
         "application/json": {
-            "schema": {"oneOf": [_ref(schema), _ref(f"{schema}List")]},
+            "schema": {"anyOf": [_ref(schema), _ref(f"{schema}List")]},
             "examples": {"one image": {"value": example}, "several images": {"value": several}},
         }
     }
@@ -111,7 +122,11 @@ def _reconstruct(options: list[Json]) -> Json:
     kinds = ("image/png", "application/x-npz", "application/x-safetensors")
     content = {media: {"schema": {"type": "string", "format": "binary"}} for media in kinds}
     answer = {"description": "A panel, or the arrays.", "content": content}
-    return {"post": _operation("Mix two images and complete both", options, _images(raw=False), answer)}
+    body: Json = {
+        "multipart/form-data": {"schema": _ref("FormOfTwo")},
+        "application/json": {"schema": _ref("InputOfTwo"), "example": {"input": [PHOTO, PHOTO]}},
+    }
+    return {"post": _operation("Mix two images and complete both", options, body, answer)}
 
 
 def _stream(options: list[Json]) -> Json:
@@ -121,7 +136,7 @@ def _stream(options: list[Json]) -> Json:
             "schema": {"type": "string"},
             "example": f'{{"input": "{PHOTO}", "id": "a.jpg"}}\n',
         },
-        "multipart/form-data": {"schema": _ref("Form")},
+        "multipart/form-data": {"schema": _ref("FormOfMany")},
     }
     lines = {"schema": {"type": "string"}, "example": json.dumps(line) + "\n"}
     answer = {
@@ -141,117 +156,133 @@ def _openai_paths() -> Json:
     body = {"application/json": {"schema": _ref("OpenAIRequest"), "example": request}}
     found = {
         "description": "The answer.",
-        "content": {"application/json": {"schema": {"type": "object"}, "example": answer}},
+        "content": {"application/json": {"schema": _ref("OpenAIEmbeddings"), "example": answer}},
     }
     name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
     return {
         "/v1/embeddings": {"post": _operation("Embeddings, as OpenAI's clients ask for them", [], body, found)},
-        "/v1/models": {"get": _get("The model that is served, as OpenAI's clients ask for it")},
-        "/v1/models/{name}": {"get": _get("The same, by name", parameters=[name], refusals=(401, 404, 503))},
+        "/v1/models": {"get": _get("The model that is served, as OpenAI's clients ask for it", "OpenAIModels")},
+        "/v1/models/{name}": {
+            "get": _get("The same, by name", "OpenAIModel", parameters=[name], refusals=(401, 404, 503))
+        },
     }
 
 
 def _other_paths() -> Json:
+    name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
     return {
-        "/model": {"get": _get("What is served: network, preprocessing, labels, engine, fingerprint")},
-        "/livez": {"get": _get("Whether the process lives", "text/plain", refusals=())},
-        "/healthz": {"get": _get("The same as /livez", "text/plain", refusals=())},
-        "/readyz": {"get": _get("Whether a known photo gets the right answer", "text/plain", refusals=(503,))},
-        "/metrics": {"get": _get("For Prometheus", "text/plain", refusals=())},
+        "/model": {"get": _get("What is served: network, preprocessing, labels, engine, fingerprint", "Model")},
+        "/livez": {"get": _get("Whether the process lives", media="text/plain", refusals=())},
+        "/healthz": {"get": _get("The same as /livez", media="text/plain", refusals=())},
+        "/readyz": {"get": _get("Whether a known photo gets the right answer", media="text/plain", refusals=(503,))},
+        "/metrics": {"get": _get("For Prometheus", media="text/plain", refusals=())},
+        "/openapi.json": {"get": _get("This document", refusals=())},
+        "/docs": {"get": _get("A page to try it", media="text/html", refusals=())},
+        "/docs/{name}": {"get": _get("What that page needs", media="text/css", parameters=[name], refusals=(401, 404))},
     }
 
 
 def _operation(summary: str, options: list[Json], body: Json, answer: Json) -> Json:
     refusals = {str(status): {"$ref": f"#/components/responses/{status}"} for status in REFUSALS}
+    seconds = {"type": "number", "exclusiveMinimum": 0, "maximum": LONGEST_DEADLINE}
     return {
         "summary": summary,
-        "parameters": [*options, _header("X-Request-Timeout", "Seconds until the answer is of no more use."),
-                       _header("X-Request-Id", "Comes back in the answer and stands in the log.")],
+        "parameters": [*options, _header("X-Request-Timeout", "Seconds until the answer is of no more use.", seconds),
+                       _header("X-Request-Id", "Comes back in the answer and stands in the log.", {"type": "string"})],
         "requestBody": {"required": True, "content": body},
         "responses": {"200": answer} | refusals,
     }  # fmt: skip
 
 
 def _get(
-    summary: str, media: str = "application/json", parameters: list[Json] | None = None,
+    summary: str, name: str = "", *, media: str = "application/json", parameters: list[Json] | None = None,
     refusals: tuple[int, ...] = (401, 503),
 ) -> Json:  # fmt: skip
-    schema = {"type": "object"} if media == "application/json" else {"type": "string"}
+    schema: Json = {"type": "object"} if media == "application/json" else {"type": "string"}
+    schema = _ref(name) if name else schema
     answer = {"description": "The answer.", "content": {media: {"schema": schema}}}
     responses = {"200": answer} | {str(s): {"$ref": f"#/components/responses/{s}"} for s in refusals}
     return {"summary": summary, "responses": responses, **({"parameters": parameters} if parameters else {})}
 
 
-def _images(*, raw: bool = True) -> Json:
-    body: Json = {
+def _images() -> Json:
+    return {
         "multipart/form-data": {"schema": _ref("Form")},
         "application/json": {"schema": _ref("Input"), "example": {"input": [PHOTO]}},
+        "image/*": {"schema": {"type": "string", "format": "binary"}},
     }
-    if raw:
-        body["image/*"] = {"schema": {"type": "string", "format": "binary"}}
-    return body
 
 
 def _schemas() -> Json:
-    numbers = {"type": "array", "items": {"type": "number"}}
-    guess = {
-        "type": "object",
-        "properties": {"index": {"type": "integer"}, "label": {"type": "string"}, "probability": {"type": "number"}},
-    }
-    image = {"type": "string", "description": "A data URI, or base64 alone.", "examples": [PHOTO]}
-    most = Settings().max_items
-    images = {"oneOf": [image, {"type": "array", "items": image, "minItems": 1, "maxItems": most}]}
-    file = {"type": "string", "format": "binary"}
+    return _answers() | _bodies() | _openai() | {
+        "Model": _object({**STRINGS, "embedding_size": INTEGER, "outputs": {"type": "object"}}),
+        "Error": _object({"message": STRING, "type": STRING, "code": STRING,
+                          "param": {"type": ["string", "null"], "examples": ["input[3]"]}}),
+        "Refusal": _object({"error": _ref("Error")}),
+    }  # fmt: skip
+
+
+def _answers() -> Json:
+    """Of each route: flat for one image, a list for several."""
+    guess = _object({"index": INTEGER, "label": STRING, "probability": {"type": "number"}})
     flat: dict[str, Json] = {
-        "Embedding": {"embedding": numbers},
+        "Embedding": {"embedding": NUMBERS},
         "Classes": {"classes": {"type": "array", "items": guess}},
         "Features": {stage: {"type": "array"} for stage in STAGE_OUTPUTS},
-        "Score": {"score": {"type": "number"}, "map": {"type": "array", "items": numbers}},
+        "Score": {"score": {"type": "number"}, "map": {"type": "array", "items": NUMBERS}},
     }
     schemas: Json = {}
     for name, properties in flat.items():
-        about = {"model": {"type": "string"}, "fingerprint": {"type": "string"}}
-        schemas[name] = {"type": "object", "properties": properties | about, "required": list(about)}
-        one = {"index": {"type": "integer"}, "status": {"enum": ["ok", "error"]}, "error": _ref("Error")} | properties
-        each = {"type": "object", "properties": one, "required": ["index", "status"]}
-        data = {"data": {"type": "array", "items": each}}
-        schemas[f"{name}List"] = {"type": "object", "properties": data | about, "required": ["data", *about]}
-    return schemas | {
-        "Form": {
-            "type": "object",
-            "properties": {"image": {"type": "array", "items": file, "maxItems": most}},
-            "required": ["image"],
-        },
-        "Input": {
-            "type": "object",
-            "properties": {"input": images},
-            "required": ["input"],
-            "additionalProperties": False,
-        },
-        "OpenAIRequest": {
-            "type": "object",
-            "properties": {
-                "model": {"type": "string"},
-                "input": images,
-                "encoding_format": {"enum": ["float", "base64"], "default": "float"},
-                "dimensions": {"type": "integer", "description": "Must be the embedding's own length."},
-                "user": {"type": "string"},
-            },
-            "required": ["model", "input"],
-            "additionalProperties": False,
-        },
-        "Error": {
-            "type": "object",
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"], "examples": ["input[3]"]},
-                "code": {"type": "string"},
-            },
-            "required": ["message", "type", "param", "code"],
-        },
-        "Refusal": {"type": "object", "properties": {"error": _ref("Error")}, "required": ["error"]},
+        schemas[name] = _object(properties | STRINGS, required=STRINGS)
+        one = {"index": INTEGER, "status": {"enum": ["ok", "error"]}, "error": _ref("Error")} | properties
+        data = {"data": {"type": "array", "items": _object(one, required=("index", "status"))}}
+        schemas[f"{name}List"] = _object(data | STRINGS)
+    return schemas
+
+
+def _bodies() -> Json:
+    image = {"type": "string", "description": "A data URI, or base64 alone.", "pattern": BASE64, "examples": [PHOTO]}
+    most = Settings().max_items
+    several = {"type": "array", "items": image, "minItems": 1, "maxItems": most}
+    file = {"type": "string", "format": "binary"}
+    files = {"type": "array", "items": file, "minItems": 1, "maxItems": most}
+    two = {"minItems": 2, "maxItems": 2}
+    request = {
+        "model": STRING,
+        "input": {"oneOf": [image, several]},
+        "encoding_format": {"enum": ["float", "base64"], "default": "float"},
+        "dimensions": {"type": "integer", "description": "Must be the embedding's own length."},
+        "user": STRING,
+    }
+    return {
+        "Form": _object({"image": files}),
+        "FormOfMany": _object({"image": {"type": "array", "items": file}}, required=()),
+        "FormOfTwo": _object({"image": files | two}),
+        "Input": _object({"input": {"oneOf": [image, several]}}) | CLOSED,
+        "InputOfTwo": _object({"input": several | two}) | CLOSED,
+        "OpenAIRequest": _object(request, required=("model", "input")) | CLOSED,
+    }
+
+
+def _openai() -> Json:
+    found = {"description": "Numbers, or base64 of little-endian float32.", "oneOf": [NUMBERS, STRING]}
+    embedding = _object({"object": {"const": "embedding"}, "index": INTEGER, "embedding": found})
+    listed = {"object": {"const": "list"}}
+    model = {"id": STRING, "object": {"const": "model"}, "created": INTEGER, "owned_by": STRING, "fingerprint": STRING}
+    return {
+        "OpenAIEmbeddings": _object(
+            listed | {"data": {"type": "array", "items": embedding},
+                      "usage": _object({"prompt_tokens": INTEGER, "total_tokens": INTEGER})} | STRINGS
+        ),
+        "OpenAIModel": _object(model),
+        "OpenAIModels": _object(listed | {"data": {"type": "array", "items": _ref("OpenAIModel")}}),
     }  # fmt: skip
+
+
+def _object(properties: Json, required: Iterable[str] | None = None) -> Json:
+    """All properties are required unless they are named."""
+    wanted = properties if required is None else required
+    return {"type": "object", "properties": properties, "required": list(wanted)}
 
 
 def _refusal(text: str) -> Json:
@@ -262,8 +293,8 @@ def _option(name: str, schema: Json, text: str) -> Json:
     return {"name": name, "in": "query", "description": text, "schema": schema}
 
 
-def _header(name: str, text: str) -> Json:
-    return {"name": name, "in": "header", "description": text, "schema": {"type": "string"}}
+def _header(name: str, text: str, schema: Json) -> Json:
+    return {"name": name, "in": "header", "description": text, "schema": schema}
 
 
 def _ref(name: str) -> Json:

@@ -19,7 +19,7 @@ from mixmim_serve.engines.buckets import buckets_between
 from mixmim_serve.engines.certificate import TOLERANCES, agreement, certify
 from mixmim_serve.preprocess import Pixels, decode, resize_and_crop
 from mixmim_serve.service.admission import Admission
-from mixmim_serve.service.batcher import Batcher
+from mixmim_serve.service.batcher import Batcher, Coming
 from mixmim_serve.service.metrics import Metrics
 from mixmim_serve.service.settings import Settings
 from mixmim_serve.service.visit import Visit
@@ -28,6 +28,7 @@ from mixmim_serve.tasks import RECONSTRUCT_OUTPUTS, random_mask, reconstruct_inp
 # The queue of those who want the encoder's stages: an engine may have another graph for them, and who shares a batch
 # must not decide which graph makes an embedding.
 STAGES = "stages"
+PATIENCE = 0.02  # seconds that a batch waits at most for images that are being decoded
 CANARY_SECONDS = 10.0  # for an answer, behind at most one batch
 CANARY_AGE = 1.0  # seconds for which one canary speaks; probes of a crowd share it
 
@@ -49,6 +50,7 @@ class Runtime:
         self.admission = Admission(self.settings.max_waiting, self.settings.max_held_bytes)
         self.decoders = ThreadPoolExecutor(self.settings.decoders, thread_name_prefix="decode")
         self.engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self.coming = Coming(PATIENCE if engine.name.endswith("-cpu") else 0.0)
         self.batchers = {graph: self._batcher(graph) for graph in engine.bundle.graphs}
         self.batchers[STAGES] = self._batcher("encoder", STAGES)
         self.golden = load_file(engine.bundle.path / GOLDEN)
@@ -79,7 +81,7 @@ class Runtime:
             size.observe(images)
             seconds.observe(spent)
 
-        return Batcher(self.engine, graph, self.engine_thread, self.settings.max_batch, observe)
+        return Batcher(self.engine, graph, self.engine_thread, self.settings.max_batch, observe, self.coming)
 
     def _publish(self) -> None:
         self.metrics.waiting.set_function(lambda: self.admission.images)
@@ -115,7 +117,8 @@ class Runtime:
         """
         began = time.perf_counter()
         try:
-            return await asyncio.get_running_loop().run_in_executor(self.decoders, self._preprocess, image)
+            with self.coming:
+                return await asyncio.get_running_loop().run_in_executor(self.decoders, self._preprocess, image)
         finally:
             visit.note("decode", time.perf_counter() - began)
 

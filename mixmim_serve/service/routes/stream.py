@@ -88,14 +88,22 @@ class Stream:
         await self.lines.put(b"")
 
     async def _write(self, send: Send) -> None:
-        """Whatever is ready goes out together; an empty line is the end."""
+        """Whatever is ready goes out together; an empty line is the end.
+
+        Raises:
+            RequestError: 408, when the client does not read.
+        """
         ended = False
         while not ended:
             gathered = [await self.lines.get()]
             while not self.lines.empty():
                 gathered.append(self.lines.get_nowait())
             ended = gathered[-1] == b""
-            await send({"type": "http.response.body", "body": b"".join(gathered), "more_body": not ended})
+            try:
+                async with asyncio.timeout(self.runtime.settings.body_seconds):
+                    await send({"type": "http.response.body", "body": b"".join(gathered), "more_body": not ended})
+            except TimeoutError as error:
+                raise RequestError(408, "not_read", "the answers are not read.") from error
 
     def _images(self) -> AsyncIterator[Given]:
         return self._form() if media_type(self.request) == "multipart/form-data" else self._ndjson()

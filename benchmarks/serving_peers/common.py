@@ -1,0 +1,52 @@
+"""The engine and the threads that decode, the same for every peer; told by the environment, which BentoML needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from mixmim_serve.engines import Engine, open_engine
+from mixmim_serve.preprocess import Pixels, preprocess
+
+BUNDLE, ENGINE, PORT = "PEER_BUNDLE", "PEER_ENGINE", "PEER_PORT"  # in the environment
+MAX_BATCH = 32
+
+
+def engine() -> Engine:
+    """The engine of the run."""
+    return open_engine(Path(os.environ[BUNDLE]), os.environ[ENGINE])
+
+
+def port() -> int:
+    """Where to listen."""
+    return int(os.environ[PORT])
+
+
+class Batches:
+    """Encoded images to embeddings, (B, D), decoded side by side."""
+
+    def __init__(self) -> None:
+        self.engine = engine()
+        self.decode = partial(preprocess, preprocessing=self.engine.bundle.description.preprocessing)
+        self.pool = ThreadPoolExecutor(os.cpu_count())
+
+    def embed(self, images: Sequence[bytes]) -> NDArray[Any]:
+        """A batch of any size."""
+        return self.run(list(self.pool.map(self.decode, images)))
+
+    def run(self, pixels: Sequence[Pixels]) -> NDArray[Any]:
+        """The engine alone."""
+        return self.engine.run("encoder", {"pixels": np.stack(pixels)}, ["embedding"])["embedding"]
+
+
+def answer(embedding: NDArray[Any]) -> bytes:
+    """JSON, written as our server writes it."""
+    return orjson.dumps({"embedding": embedding}, option=orjson.OPT_SERIALIZE_NUMPY)
