@@ -178,7 +178,6 @@ def _other_paths() -> Json:
         "/metrics": {"get": _get("For Prometheus", media="text/plain", refusals=())},
         "/openapi.json": {"get": _get("This document", refusals=())},
         "/docs": {"get": _get("A page to try it", media="text/html", refusals=())},
-        "/docs/{name}": {"get": _get("What that page needs", media="text/css", parameters=[name], refusals=(401, 404))},
     }
 
 
