@@ -169,7 +169,6 @@ def _openai_paths() -> Json:
 
 
 def _other_paths() -> Json:
-    name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
     return {
         "/model": {"get": _get("What is served: network, preprocessing, labels, engine, fingerprint", "Model")},
         "/livez": {"get": _get("Whether the process lives", media="text/plain", refusals=())},
