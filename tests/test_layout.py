@@ -30,7 +30,19 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 BESIDE = ("export", "training")  # may use the first four layers, and not each other
 MAY_IMPORT_TORCH = ("mixmim_serve.model", "mixmim_serve.engines.torch", "export", "training")
-HEAVY = ("torch", "fsspec", "onnx", "onnxscript", "onnxruntime", "bentoml", "pyarrow")
+HEAVY = (
+    "torch",
+    "fsspec",
+    "lance",
+    "ray",
+    "sklearn",
+    "usearch",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "bentoml",
+    "pyarrow",
+)
 
 
 def modules() -> dict[str, Path]:
