@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("mixmim_serve.engines", "mixmim_serve.model"),
     ("mixmim_serve.tasks", "mixmim_serve.panel"),
-    ("mixmim_serve.service", "mixmim_serve.extract", "mixmim_serve.bench"),
+    ("mixmim_serve.service", "mixmim_serve.extract", "mixmim_serve.explore", "mixmim_serve.bench"),
     ("mixmim_serve.cli",),
 )
 BESIDE = ("export", "training")  # may use the first four layers, and not each other

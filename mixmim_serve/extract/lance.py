@@ -51,12 +51,17 @@ class LanceSink:
 
     def read(self, files: Mapping[str, Any]) -> pa.Table:
         """See `Sink.read`."""
-        return pa.concat_tables(LanceFileReader(self.folder.path(name)).read_all().to_table() for name in files)
+        return pa.concat_tables(read(self.folder, name) for name in files)
 
     def _entry(self, fragment: Any) -> tuple[str, dict[str, Any]]:
         (name,) = (f"{DATASET}/data/{file.path}" for file in fragment.files)
         sha256, size = sha256_and_size(Path(self.folder.path(name)))
         return name, {"bytes": size, "sha256": sha256, "fragment": fragment.to_json()}
+
+
+def read(folder: Folder, name: str, columns: list[str] | None = None) -> pa.Table:
+    """The rows of one file."""
+    return LanceFileReader(folder.path(name), columns=columns).read_all().to_table()
 
 
 def commit(folder: Folder, whole: Mapping[str, Outcome]) -> None:

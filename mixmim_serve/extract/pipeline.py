@@ -32,7 +32,7 @@ QUEUED = 2  # batches that the engine has: the one it runs, and the next
 
 # A JPEG is decoded at a half, a quarter or an eighth only where its shorter side stays so many times as long as the
 # side to which it is resized (docs/extract.md says what was measured).
-FAST_JPEG_MARGIN = 2
+FAST_JPEG_MARGIN = 2.5
 
 
 @dataclass(frozen=True)
