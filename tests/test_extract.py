@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,7 @@ class Cut:
 )
 def test_shards_respect_where_the_source_is_cut(runs: list[int], images: int, expected: list[int]) -> None:
     ends = np.cumsum([0, *runs]).tolist()
-    shards = plan(Cut([range(*pair) for pair in zip(ends, ends[1:], strict=False)]), images)
+    shards = plan(Cut([range(*pair) for pair in itertools.pairwise(ends)]), images)
     assert [len(shard.indices) for shard in shards] == expected
     assert [index for shard in shards for index in shard.indices] == list(range(sum(runs)))
     assert [shard.name for shard in shards] == [f"{number:06d}" for number in range(len(expected))]
@@ -258,6 +259,21 @@ def test_rows_do_not_depend_on_shards_threads_or_neighbours(engine: Engine, phot
     everything = rows("one", photos)
     assert rows("two", photos, images=5, threads=1) == everything
     assert all(everything[key] == row for key, row in rows("three", few).items())
+
+
+class Watched(Around):
+    """An engine that notes how many images each batch has."""
+
+    def run(self, graph: str, inputs: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
+        self.ran.append((graph, [len(inputs["pixels"])]))
+        return self.engine.run(graph, inputs, outputs)
+
+
+def test_every_batch_has_one_size(engine: Engine, spoilt: Path, tmp_path: Path) -> None:
+    watched = Watched(engine, lambda: None)
+    features(small(engine, spoilt, tmp_path / "out", images=7), watched)
+    assert {tuple(sizes) for _, sizes in watched.ran} == {(4,)}
+    assert len(watched.ran) == 8  # four shards of six
 
 
 def test_a_url_holds_what_a_folder_holds(engine: Engine, photos: Path, tmp_path: Path) -> None:

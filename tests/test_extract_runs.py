@@ -224,9 +224,9 @@ def test_too_many_errors_stop_the_run(
 
 def test_the_share_of_failures_needs_some_images_to_say_much() -> None:
     meter = Meter(10_000, lambda now: None, lambda: False, 0.1)
-    meter.count(100, 100)
-    with pytest.raises(DataError, match="101 of 200"):
-        meter.count(100, 1)
+    meter.count(100, [("a.jpg", "no image.")] * 100)
+    with pytest.raises(DataError, match=r"101 of 200 .*; the last is b\.jpg: cut\.$"):
+        meter.count(100, [("b.jpg", "cut.")])
 
 
 # Sources that vanish
@@ -283,7 +283,7 @@ def test_many_unreadable_images_in_a_row_are_no_accident(
 def test_a_changed_source_is_refused(job: Job, engine: Engine, source: Path) -> None:
     before = complete(job, engine)
     spoil(source, "05.jpg")
-    with pytest.raises(OutputError, match="is not what .*out was begun with .*names or sizes differ"):
+    with pytest.raises(OutputError, match=r"is not what .*out was begun with .*names or sizes differ"):
         features(job, engine)
     (source / "05.jpg").unlink()
     with pytest.raises(OutputError, match="then 24 images, now 23"):
@@ -325,7 +325,7 @@ def test_a_second_run_in_one_folder_is_refused(job: Job, engine: Engine, undistu
     first = threading.Thread(target=features, args=(job, Around(engine, hold)))
     first.start()
     assert reached.wait(PATIENCE)
-    with pytest.raises(OutputError, match="another run is writing to .*out: wait for it, or choose another folder"):
+    with pytest.raises(OutputError, match=r"another run is writing to .*out: wait for it, or choose another folder"):
         features(job, engine)
     release.set()
     first.join(PATIENCE)

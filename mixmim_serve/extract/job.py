@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -106,14 +107,15 @@ def _lead(job: Job, source: Source, folder: Folder, executor: Executor, meter: M
     missing = [shard for shard in shards if shard.name in retried or (shard.name not in whole and not job.retry_failed)]
     again = sum(len(each.errors) for each in retried.values())
     meter.resume(sum(each.images for each in whole.values()) - again, ledger.errors - again)
+    ended_well = False
     try:
-        for outcome in executor.run(missing, retried, folder, meter):
-            ledger.note(outcome)
-        meter.check(FEW_AT_LAST)
-    except CancelledError:
-        pass
+        with contextlib.suppress(CancelledError):
+            for outcome in executor.run(missing, retried, folder, meter):
+                ledger.note(outcome)
+            meter.check(FEW_AT_LAST)
+        ended_well = True
     finally:
-        _end(ledger, len(shards))
+        _end(ledger, len(shards), ended_well)
     complete = len(ledger.whole) == len(shards)
     errors = (error for _, outcome in sorted(ledger.whole.items()) for error in outcome.errors)
     examples = tuple(itertools.islice(errors, EXAMPLES))
@@ -125,11 +127,10 @@ def _origin(job: Job, source: Source, executor: Executor) -> Origin:
     return Origin(*names, executor.about(), job.options.to_dict(), len(source.keys), source.digest())
 
 
-def _end(ledger: Ledger, shards: int) -> None:
+def _end(ledger: Ledger, shards: int, ended_well: bool) -> None:
     """Write down how far the run came; where that fails, the error that ended the run is the one to hear of."""
     try:
-        if len(ledger.whole) < shards:
-            ledger.take_stock()  # what others wrote while the run was ended
+        ledger.take_stock()  # a shard may have been written, or half replaced, while the run was ended
         if ledger.origin.options["format"] == "lance":
             from mixmim_serve.extract.lance import commit
 
@@ -137,7 +138,7 @@ def _end(ledger: Ledger, shards: int) -> None:
         ledger.save_errors()
         ledger.save(complete=len(ledger.whole) == shards)
     except MixMIMError:
-        if len(ledger.whole) == shards:
+        if ended_well:
             raise
 
 

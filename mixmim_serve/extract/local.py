@@ -39,7 +39,7 @@ class Local:
     ) -> Iterator[Outcome]:
         """See `Executor.run`."""
 
-        def watch(images: int, errors: int) -> None:
+        def watch(images: int, errors: Sequence[tuple[str, str]]) -> None:
             meter.count(images, errors)
             if meter.cancelled():
                 raise CancelledError

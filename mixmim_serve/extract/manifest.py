@@ -131,6 +131,7 @@ class Ledger:
 
     def take_stock(self) -> None:
         """Look which shards have been recorded, and still have all their files, as long as they were."""
+        self.whole.clear()
         sizes: dict[str, int] = {}
         for below in (FEATURES, f"{DATASET}/data"):
             sizes |= self.folder.sizes(below)

@@ -113,7 +113,8 @@ class Runner:
         try:
             while group := list(itertools.islice(items, batch)):
                 pixels = [each.pixels for each in group if each.pixels is not None]
-                running.append((group, self._thread.submit(self._run, pixels, outputs, batch if full else 0)))
+                stacked = _stacked(pixels, batch if full else len(pixels))
+                running.append((group, self._thread.submit(self._run, stacked, len(pixels), outputs)))
                 if len(running) >= QUEUED:
                     done, future = running.popleft()
                     yield done, future.result()
@@ -128,13 +129,20 @@ class Runner:
         """End the thread; what runs is finished."""
         self._thread.shutdown()
 
-    def _run(self, pixels: list[Pixels], outputs: Sequence[str], rows: int) -> Arrays:
-        if not pixels:
+    def _run(self, stacked: Pixels | None, rows: int, outputs: Sequence[str]) -> Arrays:
+        if stacked is None:
             return {}
-        stacked = np.zeros((max(rows, len(pixels)), *pixels[0].shape), np.uint8)
-        np.stack(pixels, out=stacked[: len(pixels)])
         began = time.perf_counter()
         arrays = self.engine.run("encoder", {"pixels": stacked}, outputs)
         with self._counting:
             self.busy += time.perf_counter() - began
-        return {name: array[: len(pixels)] for name, array in arrays.items()}
+        return {name: array[:rows] for name, array in arrays.items()}
+
+
+def _stacked(pixels: Sequence[Pixels], rows: int) -> Pixels | None:
+    """One array of so many images, black ones behind; None without any."""
+    if not pixels:
+        return None
+    stacked = np.zeros((rows, *pixels[0].shape), np.uint8)
+    np.stack(pixels, out=stacked[: len(pixels)])
+    return stacked

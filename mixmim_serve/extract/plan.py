@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from mixmim_serve.sources import Source
@@ -38,7 +39,7 @@ def plan(source: Source, images: int) -> tuple[Shard, ...]:
     for run in source.runs:
         parts = -(-len(run) // images)
         cuts = [run.start + len(run) * part // max(parts, 1) for part in range(parts + 1)]
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in itertools.pairwise(cuts):
             if pieces and stop - pieces[-1].start <= images:
                 pieces[-1] = range(pieces[-1].start, stop)
             else:

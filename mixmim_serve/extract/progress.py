@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mixmim_serve.errors import DataError
@@ -36,6 +36,7 @@ class Meter:
     ) -> None:
         self.total, self.progress, self.cancelled, self.max_failures = total, progress, cancelled, max_failures
         self.done = self.errors = self.now = 0
+        self.last = "errors.parquet has the reasons"
         self.busy: Callable[[], float] = lambda: 0.0  # seconds that engines ran, divided by their number
         self.began = time.perf_counter()
         self._lock = threading.Lock()
@@ -44,14 +45,16 @@ class Meter:
         """Images of earlier runs."""
         self.done, self.errors = done, errors
 
-    def count(self, images: int, errors: int) -> None:
-        """Images that were tried now.
+    def count(self, images: int, errors: Sequence[tuple[str, str]]) -> None:
+        """Images that were tried now, and key and reason of those that could not be read.
 
         Raises:
             DataError: more failures than allowed.
         """
         with self._lock:
-            self.done, self.errors, self.now = self.done + images, self.errors + errors, self.now + images
+            self.done, self.errors, self.now = self.done + images, self.errors + len(errors), self.now + images
+            if errors:
+                self.last = f"the last is {errors[-1][0]}: {errors[-1][1].rstrip('.')}"
             self.check(FEW_NOW)
             self.progress(self.state())
 
@@ -64,7 +67,7 @@ class Meter:
         if self.errors > self.max_failures * max(self.done, least):
             raise DataError(
                 f"{self.errors:,} of {self.done:,} images could not be read, more than the share of "
-                f"{self.max_failures:g} that --max-failures allows: look at their reasons in errors.parquet."
+                f"{self.max_failures:g} that --max-failures allows; {self.last}."
             )
 
     def state(self) -> Progress:

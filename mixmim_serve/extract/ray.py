@@ -114,7 +114,7 @@ class RayExecutor:
                     left, busy = left - 1, busy + answer.busy
                     before = known.get(answer.shard)
                     meter.busy = lambda busy=busy, joined=joined: busy / joined  # type: ignore[misc]
-                    meter.count(len(before.errors) if before else answer.images, len(answer.errors))
+                    meter.count(len(before.errors) if before else answer.images, answer.errors)
                     yield answer
                 else:
                     joined += 1

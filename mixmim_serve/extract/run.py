@@ -38,11 +38,13 @@ def run_files(engine: Engine, paths: Sequence[Path], outputs: Sequence[str], bat
         except ImageError as error:
             return Ready(path, None, error)
 
-    with contextlib.closing(Runner(engine)) as runner, ThreadPoolExecutor(os.cpu_count()) as pool:
-        with contextlib.closing(map_ahead(pool, load, paths, AHEAD * batch)) as ready:
-            for group, arrays in runner.batches(ready, outputs, batch, full=False):
-                rows = iter(range(len(group)))
-                for each in group:
-                    row = None if each.error else next(rows)
-                    found = {} if row is None else {name: array[row] for name, array in arrays.items()}
-                    yield Result(each.item, found, each.error)
+    with contextlib.ExitStack() as stack:
+        runner = stack.enter_context(contextlib.closing(Runner(engine)))
+        pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
+        ready = stack.enter_context(contextlib.closing(map_ahead(pool, load, paths, AHEAD * batch)))
+        for group, arrays in runner.batches(ready, outputs, batch, full=False):
+            rows = iter(range(len(group)))
+            for each in group:
+                row = None if each.error else next(rows)
+                found = {} if row is None else {name: array[row] for name, array in arrays.items()}
+                yield Result(each.item, found, each.error)

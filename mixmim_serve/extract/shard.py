@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +46,8 @@ class Worker:
     """All that doing shards takes: a source, an engine, threads that decode, a folder to write to.
 
     Two shards may be under way at once: while one runs, the first images of the next are decoded, and while one is
-    written, the next runs. `watch` hears of each batch (images, errors) and may raise to stop.
+    written, the next runs. `watch` hears of each batch (images, and key and reason of its errors) and may
+    raise to stop.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Worker:
         folder: Folder,
         options: Options,
         threads: int = 0,
-        watch: Callable[[int, int], None] = lambda images, errors: None,
+        watch: Callable[[int, Sequence[tuple[str, str]]], None] = lambda images, errors: None,
     ) -> None:
         self.source, self.folder, self.options, self.watch = source, folder, options, watch
         self.preprocessing = engine.bundle.description.preprocessing
@@ -134,7 +135,7 @@ def _rows(
                 refused = [(each.item.key, str(each.error)) for each in group if each.error]
                 errors += refused
                 _count_unreachable(worker, group)
-                worker.watch(len(group), len(refused))
+                worker.watch(len(group), refused)
                 if arrays:
                     yield worker.table.rows([each.item for each in group if not each.error], arrays)
 
