@@ -12,6 +12,9 @@ On a CPU engine and decoding share the cores, so no run can be as fast as the sl
 image is at least the sum of both (the column `bound`: 1 / (1 / engine + 1 / decoding)). With `--device RATE` the
 engine is a stand-in that takes so long as a device of so many images/s would, and no core's time: all of the cores
 decode, as beside a GPU, and the slower of the two is the bound.
+
+`CPU` is the engine's processor time for an image over the whole run's, its images/s where nothing else has the cores;
+it holds on a busy machine too, where rates of minutes apart do not compare.
 """
 
 from __future__ import annotations
@@ -97,11 +100,19 @@ def speed(folder: Path, bundle: Path, arguments: argparse.Namespace) -> list[dic
 def compare(engine: Engine, source: Source, pixels: np.ndarray, rounds: int) -> dict[str, object]:
     """Images/s of the three, taking turns."""
     count = len(source.keys)
-    found: dict[str, list[float]] = {"engine alone": [], "decoding alone": [], "extract": []}
+    work: dict[str, Callable[[], float]] = {
+        "engine alone": lambda: alone(engine, pixels, count),
+        "decoding alone": lambda: decoding(engine, source),
+        "extract": lambda: extracting(engine, source),
+    }
+    found: dict[str, list[float]] = {name: [] for name in work}
+    spent: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(rounds):
-        found["engine alone"].append(alone(engine, pixels, count))
-        found["decoding alone"].append(decoding(engine, source))
-        found["extract"].append(extracting(engine, source))
+        for name, function in work.items():
+            before = time.process_time()
+            found[name].append(function())
+            spent[name].append(time.process_time() - before)
+    cpu = [one / run for one, run in zip(spent["engine alone"], spent["extract"], strict=True)]
     bounds = [_bound(engine, one, two) for one, two in zip(found["engine alone"], found["decoding alone"], strict=True)]
     found |= {"bound": bounds}
     rates = {name: round(statistics.median(values), 1) for name, values in found.items()}
@@ -109,6 +120,7 @@ def compare(engine: Engine, source: Source, pixels: np.ndarray, rounds: int) -> 
     return rates | {
         "of engine": round(statistics.median(shares["engine alone"]), 3),
         "of bound": round(statistics.median(shares["bound"]), 3),
+        "CPU": round(statistics.median(cpu), 3),
         "from to": f"{min(shares['bound']):.2f} to {max(shares['bound']):.2f}",
     }
 
