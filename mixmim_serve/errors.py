@@ -7,6 +7,7 @@
     ├── HubError                   a repository that does not exist or cannot be reached
     ├── EngineError                a runtime that is not installed, or that refuses the bundle
     ├── DataError                  a data set with nothing usable in it
+    ├── OutputError                a folder of results that cannot be written to, or belongs to another run
     ├── NonFiniteError             a training step whose gradients are not finite
     ├── ImageError                 one bad image; never the fault of the images beside it
     │   ├── UnsupportedImageError  bytes that are no image of an accepted format
@@ -48,6 +49,10 @@ class EngineError(MixMIMError):
 
 class DataError(MixMIMError):
     """A source of images with nothing usable in it."""
+
+
+class OutputError(MixMIMError):
+    """A folder of results that cannot be written to, is in use, or was made from something else."""
 
 
 class NonFiniteError(MixMIMError):

@@ -140,22 +140,22 @@ def test_reconstruct_draws_the_panel(mixmim: Mixmim, exported_bundle: Path, tmp_
         assert panel.tobytes() == draw_panel(reconstruct_pair(engine, a, b, 0.75, 3), preprocessing).tobytes()
 
 
-def test_extract_writes_parquet_and_names_what_it_skips(
+def test_extract_writes_a_folder_and_names_what_it_could_not_read(
     mixmim: Mixmim, exported_bundle: Path, photos: Path, tmp_path: Path
 ) -> None:
     (photos / "a" / "cut.jpg").write_bytes(HAT.read_bytes()[:1000])
-    target = tmp_path / "features.parquet"
-    outcome = mixmim("extract", exported_bundle, photos, target)
-    assert (outcome.code, outcome.out) == (0, f"wrote 2 embeddings to {target}, skipped 1\n")
-    assert f"skipped {photos / 'a' / 'cut.jpg'}: the JPEG image is truncated" in outcome.err
-    table = pq.read_table(target)
-    assert table.column_names == ["path", "embedding"]
-    assert table["path"].to_pylist() == ["a/z.JPG", "b.jpg"]  # below the folder, sorted
+    target = tmp_path / "features"
+    outcome = mixmim("extract", exported_bundle, photos, target, "--features", "stage4", "--set", "options.batch=2")
+    assert (outcome.code, outcome.out) == (0, f"{target}: 2 rows of 3 images, 1 could not be read\n")
+    assert outcome.err.startswith("could not read a/cut.jpg: the JPEG image is truncated")
+    table = pq.read_table(target / "features" / "000000.parquet")
+    assert table.column_names[:2] == ["key", "embedding"]
+    assert "stage4" in table.column_names
+    assert table["key"].to_pylist() == ["a/z.JPG", "b.jpg"]  # below the folder, sorted
     expected = embeddings(exported_bundle, [photos / "a" / "z.JPG", photos / "b.jpg"])
     assert np.array_equal(np.array(table["embedding"].to_pylist(), np.float32), expected)
-    about = json.loads(table.schema.metadata[b"mixmim"])
-    assert about["fingerprint"] == engine_fingerprint(open_engine(exported_bundle))
-    assert about["preprocessing"]["image_size"] == 64
+    assert pq.read_table(target / "errors.parquet")["key"].to_pylist() == ["a/cut.jpg"]
+    assert json.loads((target / "manifest.json").read_text())["options"]["batch"] == 2
 
 
 def test_info_describes_checkpoint_and_bundle(mixmim: Mixmim, small_checkpoint: Path, exported_bundle: Path) -> None:
@@ -216,8 +216,8 @@ def test_help_ends_with_an_example(command: str) -> None:
 
 def test_all_commands_are_there() -> None:
     assert COMMANDS == [
-        "bench", "check", "classify", "embed", "evaluate", "export", "extract", "finetune", "import", "info",
-        "pretrain", "probe", "pull", "push", "reconstruct", "replay", "serve",
+        "bench", "check", "classify", "duplicates", "embed", "evaluate", "export", "extract", "finetune", "import",
+        "info", "map", "neighbours", "pretrain", "probe", "pull", "push", "reconstruct", "replay", "serve",
     ]  # fmt: skip
 
 
@@ -297,7 +297,9 @@ def test_paths_that_cannot_be_used_are_refused(mixmim: Mixmim, exported_bundle: 
     cases: dict[str, tuple[object, ...]] = {
         "missing.jpg: no such file or folder": ("embed", exported_bundle, tmp_path / "missing.jpg"),
         "empty holds no images": ("embed", exported_bundle, tmp_path / "empty"),
-        "hat.jpg is not a folder": ("extract", exported_bundle, HAT, tmp_path / "out"),
+        "hat.jpg is no source of images": ("extract", exported_bundle, HAT, tmp_path / "out"),
+        "unknown executor 'cloud'": ("extract", exported_bundle, EXAMPLES, tmp_path / "out", "--executor", "cloud"),
+        "unknown setting 'threads'": ("extract", exported_bundle, EXAMPLES, tmp_path / "out", "--set", "threads=2"),
         "cannot read": ("reconstruct", exported_bundle, HAT, tmp_path / "missing.jpg"),
         "/dev/null: ": ("embed", exported_bundle, HAT, "--output", "/dev/null/out.npy"),
         "choose one between 0 and 1": ("reconstruct", exported_bundle, HAT, SHOES, "--ratio", "1"),
@@ -356,11 +358,15 @@ def test_wrong_usage_exits_with_2(mixmim: Mixmim, arguments: tuple[str, ...]) ->
         ("torch", "train", ["import", "a.pth", "b.safetensors"]),
         ("onnxruntime", "cpu", ["embed", "BUNDLE", str(HAT), "--engine", "onnx"]),
         ("openvino", "openvino", ["embed", "BUNDLE", str(HAT), "--engine", "openvino"]),
-        ("pyarrow", "extract", ["extract", "BUNDLE", str(EXAMPLES), "out.parquet"]),
+        ("pyarrow", "extract", ["extract", "BUNDLE", str(EXAMPLES), "out"]),
+        ("ray", "ray", ["extract", "BUNDLE", str(EXAMPLES), "out", "--executor", "ray"]),
+        ("lance", "lance", ["extract", "BUNDLE", str(EXAMPLES), "out", "--format", "lance"]),
     ],
 )
-def test_a_missing_extra_is_named(exported_bundle: Path, package: str, extra: str, arguments: list[str]) -> None:
+def test_a_missing_extra_is_named(
+    exported_bundle: Path, tmp_path: Path, package: str, extra: str, arguments: list[str]
+) -> None:
     code = f"import sys; sys.modules[{package!r}] = None; from mixmim_serve.cli import main; main()"
     words = [str(exported_bundle) if word == "BUNDLE" else word for word in arguments]
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=tmp_path)
     assert_one_sentence(Outcome(done.returncode, done.stdout, done.stderr), f"pip install 'mixmim-serve[{extra}]'")

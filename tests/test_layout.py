@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "mixmim_serve.service",
         "mixmim_serve.client",
         "mixmim_serve.extract",
+        "mixmim_serve.explore",
         "mixmim_serve.bench",
         "mixmim_serve.publish",
     ),
@@ -36,7 +37,20 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 BESIDE = ("export", "training")  # may use the first four layers, and not each other
 MAY_IMPORT_TORCH = ("mixmim_serve.model", "mixmim_serve.engines.torch", "export", "training")
-HEAVY = ("torch", "fsspec", "onnx", "onnxscript", "onnxruntime", "bentoml", "pyarrow", "huggingface_hub")
+HEAVY = (
+    "torch",
+    "fsspec",
+    "huggingface_hub",
+    "lance",
+    "ray",
+    "sklearn",
+    "usearch",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "bentoml",
+    "pyarrow",
+)
 
 
 def modules() -> dict[str, Path]:

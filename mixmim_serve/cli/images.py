@@ -1,4 +1,4 @@
-"""Commands on images: embed, classify, reconstruct, extract."""
+"""Commands on images: embed, classify, reconstruct."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mixmim_serve.cli.common import BundleArgument, EngineOption, app, bundle_path, progress_console
+from mixmim_serve.cli.common import BundleArgument, EngineOption, app, bundle_path
 
 if TYPE_CHECKING:
     from mixmim_serve.engines import Engine
@@ -98,40 +98,6 @@ def reconstruct(
     with atomic_path(output) as temporary:
         temporary.write_bytes(png(panel))
     typer.echo(f"wrote {output}")
-
-
-@app.command()
-def extract(
-    bundle: BundleArgument,
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A folder of images, at any depth.")],
-    target: Annotated[Path, typer.Argument(metavar="OUT.parquet", help="The file to write.")],
-    runtime: EngineOption = "auto",
-) -> None:
-    """Embed a folder into one Parquet file (path, embedding); unreadable images are named and skipped.
-
-    Example: mixmim extract tiny photos features.parquet
-    """
-    from rich.progress import track
-
-    from mixmim_serve.engines import open_engine
-    from mixmim_serve.extract.parquet import write_parquet
-    from mixmim_serve.extract.run import run_files
-    from mixmim_serve.images import list_images
-
-    engine = open_engine(bundle_path(bundle), runtime)
-    paths = list_images(source)
-    errors: list[str] = []
-
-    def results() -> Any:
-        for result in track(run_files(engine, paths, ["embedding"]), "extract", len(paths), console=progress_console()):
-            if result.error:
-                errors.append(f"{result.path}: {result.error}")
-            yield result
-
-    rows = write_parquet(results(), engine, source, target)
-    for error in errors:
-        typer.echo(f"skipped {error}", err=True)
-    typer.echo(f"wrote {rows} embeddings to {target}, skipped {len(errors)}")
 
 
 def _each_image(engine: Engine, images: list[Path], output: str) -> Iterator[tuple[Path, Any]]:

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import os
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from mixmim_serve.config import Preprocessing
 from mixmim_serve.engines import Engine
 from mixmim_serve.engines.base import Arrays, largest_batch
 from mixmim_serve.errors import ImageError
-from mixmim_serve.preprocess import Pixels, preprocess, read_limited
-
-BATCH = 32
-AHEAD = 3  # batches that are decoded before the engine asks for them; bounds memory
+from mixmim_serve.extract.pipeline import AHEAD, BATCH, Ready, Runner, map_ahead
+from mixmim_serve.preprocess import preprocess, read_limited
 
 
 @dataclass(frozen=True)
@@ -32,50 +26,25 @@ class Result:
 
 
 def run_files(engine: Engine, paths: Sequence[Path], outputs: Sequence[str], batch: int = BATCH) -> Iterator[Result]:
-    """The encoder's chosen outputs for each file, in order; an unreadable image is a result with an error."""
-    batch = largest_batch(engine, batch)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for group in _batched(_decoded(pool, paths, engine.bundle.description.preprocessing, AHEAD * batch), batch):
-            yield from _run_group(engine, group, outputs)
+    """The encoder's chosen outputs for each file, in order; an unreadable image is a result with an error.
 
+    The last batch is as small as it is, so one file alone gives what `/embed` gives for it, to the last bit.
+    """
+    preprocessing, batch = engine.bundle.description.preprocessing, largest_batch(engine, batch)
 
-def _decoded(
-    pool: ThreadPoolExecutor, paths: Iterable[Path], preprocessing: Preprocessing, ahead: int
-) -> Iterator[tuple[Path, Pixels | ImageError]]:
-    """Preprocessed images in order, at most `ahead` of them waiting."""
-    waiting: deque[tuple[Path, Future[Pixels | ImageError]]] = deque()
-    for path in paths:
-        waiting.append((path, pool.submit(_load, path, preprocessing)))
-        if len(waiting) >= ahead:
-            done, future = waiting.popleft()
-            yield done, future.result()
-    for done, future in waiting:
-        yield done, future.result()
+    def load(path: Path) -> Ready[Path]:
+        try:
+            return Ready(path, preprocess(read_limited(path), preprocessing))
+        except ImageError as error:
+            return Ready(path, None, error)
 
-
-def _load(path: Path, preprocessing: Preprocessing) -> Pixels | ImageError:
-    try:
-        return preprocess(read_limited(path), preprocessing)
-    except ImageError as error:
-        return error
-
-
-def _run_group(
-    engine: Engine, group: Sequence[tuple[Path, Pixels | ImageError]], outputs: Sequence[str]
-) -> Iterator[Result]:
-    readable = [pixels for _, pixels in group if not isinstance(pixels, ImageError)]
-    arrays = engine.run("encoder", {"pixels": np.stack(readable)}, outputs) if readable else {}
-    row = 0
-    for path, pixels in group:
-        if isinstance(pixels, ImageError):
-            yield Result(path, {}, pixels)
-        else:
-            yield Result(path, {name: array[row] for name, array in arrays.items()})
-            row += 1
-
-
-def _batched(
-    items: Iterator[tuple[Path, Pixels | ImageError]], size: int
-) -> Iterator[list[tuple[Path, Pixels | ImageError]]]:
-    while group := list(itertools.islice(items, size)):
-        yield group
+    with contextlib.ExitStack() as stack:
+        runner = stack.enter_context(contextlib.closing(Runner(engine)))
+        pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
+        ready = stack.enter_context(contextlib.closing(map_ahead(pool, load, paths, AHEAD * batch)))
+        for group, arrays in runner.batches(ready, outputs, batch, full=False):
+            rows = iter(range(len(group)))
+            for each in group:
+                row = None if each.error else next(rows)
+                found = {} if row is None else {name: array[row] for name, array in arrays.items()}
+                yield Result(each.item, found, each.error)

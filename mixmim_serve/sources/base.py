@@ -37,12 +37,29 @@ class Source(Protocol):
             DataError: no image of its kind can be had here: a package for its URL is not installed.
         """
 
+    def check(self, index: int) -> None:
+        """Look at what holds an image (a folder, a shard); for an image that could not be read.
+
+        Raises:
+            DataError: it is gone or was altered since the source was opened, so the fault is not the image's.
+        """
+
+    def digest(self) -> str:
+        """SHA-256 of the keys and, where it is known without reading them, of the images' sizes and places."""
+
 
 def fingerprint(source: Source) -> str:
     """SHA-256 of the keys: changes when an image is added, removed or renamed (of Parquet: the number of rows)."""
+    return digest_of(source.keys, ())
+
+
+def digest_of(keys: Iterable[str], more: Iterable[bytes]) -> str:
+    """SHA-256 of keys, then of whatever else tells one content from another."""
     digest = hashlib.sha256()
-    for key in source.keys:
+    for key in keys:
         digest.update(key.encode(errors="surrogateescape") + b"\0")
+    for part in more:
+        digest.update(part)
     return digest.hexdigest()
 
 

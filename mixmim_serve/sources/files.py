@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from mixmim_serve.errors import DataError
 from mixmim_serve.images import IMAGE_SUFFIXES
 from mixmim_serve.sources import storage
-from mixmim_serve.sources.base import LABEL_NAMES, complete
+from mixmim_serve.sources.base import LABEL_NAMES, complete, digest_of
 
 PATH_NAMES = ("path", "file", "filename", "file_name", "filepath", "image", "image_path", "url")  # columns, best first
 
@@ -31,8 +31,20 @@ class FileSource:
 
     def read(self, index: int) -> bytes:
         """The encoded image; see `Source.read`."""
-        key = self.keys[index]
-        return storage.read_image(key if storage.is_url(key) or os.path.isabs(key) else self.folder + key)
+        return storage.read_image(self._place(self.keys[index]))
+
+    def check(self, index: int) -> None:
+        """See `Source.check`; of images at addresses of their own nothing is known."""
+        if self._place(self.keys[index]) != self.keys[index] and not storage.is_folder(self.folder or "."):
+            raise DataError(f"{self.name} is no longer there: bring it back, and run again.")
+
+    def digest(self) -> str:
+        """See `Source.digest`; sizes are those of local files."""
+        places = (self._place(key) for key in self.keys)
+        return digest_of(self.keys, (b"%d " % storage.local_size(place) for place in places))
+
+    def _place(self, key: str) -> str:
+        return key if storage.is_url(key) or os.path.isabs(key) else self.folder + key
 
 
 def open_folder(name: str, folder: str, names: Sequence[str]) -> FileSource:

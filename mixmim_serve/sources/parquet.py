@@ -11,13 +11,13 @@ import itertools
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mixmim_serve.errors import DataError, ImageError, UndecodableImageError
 from mixmim_serve.sources import storage
-from mixmim_serve.sources.base import LABEL_NAMES, complete
+from mixmim_serve.sources.base import LABEL_NAMES, complete, digest_of
 
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo", "bytes")  # columns, best first
 CACHED_BYTES = 500_000_000  # of row groups in a process, all sources together; one more is always let in
@@ -33,6 +33,7 @@ class ParquetSource:
     runs: Sequence[range]  # one a row group
     groups: Sequence[tuple[str, int]]  # place and number of the row group of each run
     column: str
+    stamps: Mapping[str, tuple[int, str]]  # of each place, as `storage.stamp` gives it
 
     def read(self, index: int) -> bytes:
         """The encoded image; see `Source.read`. A row group is read whole, whatever the size of its images."""
@@ -45,6 +46,15 @@ class ParquetSource:
         content = cell.as_buffer()
         storage.check_size(self.keys[index], content.size)
         return bytes(content)
+
+    def check(self, index: int) -> None:
+        """See `Source.check`."""
+        place = self.groups[bisect.bisect(self.runs, index, key=lambda run: run.start) - 1][0]
+        storage.check_stamp(place, self.stamps[place])
+
+    def digest(self) -> str:
+        """See `Source.digest`; sizes are those of the files."""
+        return digest_of(self.keys, (b"%d " % size for size, _ in self.stamps.values()))
 
 
 def open_parquet(name: str, places: Sequence[str]) -> ParquetSource:
@@ -71,6 +81,7 @@ def open_parquet(name: str, places: Sequence[str]) -> ParquetSource:
         runs=tuple(range(start, end) for start, end in zip([0, *ends], ends, strict=False)),
         groups=tuple((place, number) for place, number, _ in groups),
         column=files[0].column,
+        stamps={place: file.stamp for place, file in zip(places, files, strict=True)},
     )
 
 
@@ -79,16 +90,18 @@ class _File:
     groups: Sequence[tuple[int, int]]  # number and rows of each row group that has any
     labels: Sequence[str | None]
     column: str
+    stamp: tuple[int, str]
 
 
 def _open(place: str) -> _File:
     import pyarrow.parquet as pq
 
+    stamp = storage.stamp(place)
     with storage.explained(place, DataError), storage.open_seekable(place) as opened:
         file = pq.ParquetFile(opened)
         rows = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
         groups = [(number, count) for number, count in enumerate(rows) if count]
-        return _File(groups, _labels(file), _image_column(place, file.schema_arrow))
+        return _File(groups, _labels(file), _image_column(place, file.schema_arrow), stamp)
 
 
 def _image_column(place: str, schema: Any) -> str:

@@ -82,7 +82,7 @@ def list_files(folder: str) -> list[str]:
     if not is_url(folder):
         return images.list_files(Path(folder))
     with explained(folder, DataError):
-        filesystem, root = _filesystem(folder)
+        filesystem, root = connect(folder)
         prefix = root.rstrip("/") + "/"
         names = [place.removeprefix(prefix) for place in filesystem.find(root) if place.startswith(prefix)]
     return sorted((name for name in names if not images.is_hidden(name)), key=lambda name: name.split("/"))
@@ -92,7 +92,7 @@ def open_binary(place: str) -> IO[bytes]:
     """A file to read from the start."""
     if not is_url(place):
         return open(place, "rb")
-    filesystem, path = _filesystem(place)
+    filesystem, path = connect(place)
     file: IO[bytes] = filesystem.open(path, "rb")
     return file
 
@@ -108,6 +108,54 @@ def open_seekable(place: str) -> IO[bytes]:
         file.close()
         raise DataError(f"{place} cannot be read in parts, the server does not offer it: download the file first.")
     return file
+
+
+def is_folder(place: str) -> bool:
+    """Whether a folder is there; of the web, which has none, always."""
+    if place.startswith(("http://", "https://")):
+        return True
+    if not is_url(place):
+        return os.path.isdir(place)
+    with explained(place, DataError):
+        filesystem, path = connect(place)
+        return bool(filesystem.exists(path.rstrip("/")))
+
+
+def local_size(place: str) -> int:
+    """Bytes of a local file; -1 for one that is missing, or behind a URL."""
+    try:
+        return -1 if is_url(place) else os.stat(place).st_size
+    except (OSError, ValueError):  # ValueError: a name with a null byte
+        return -1
+
+
+def stamp(place: str) -> tuple[int, str]:
+    """Bytes of a file, and whatever changes when it is written anew: a time or a tag.
+
+    Raises:
+        DataError: it cannot be looked at, or is gone.
+    """
+    with explained(place, DataError):
+        if not is_url(place):
+            status = os.stat(place)
+            return status.st_size, str(status.st_mtime_ns)
+        filesystem, path = connect(place)
+        about = filesystem.info(path)
+        tags = (about.get(name) for name in ("ETag", "etag", "LastModified", "mtime", "created"))
+        return int(about.get("size") or 0), str(next((tag for tag in tags if tag), ""))
+
+
+def check_stamp(place: str, opened: tuple[int, str]) -> None:
+    """Compare a file with what `stamp` said when it was opened.
+
+    Raises:
+        DataError: it is gone or was altered.
+    """
+    if is_url(place):
+        with explained(place, DataError):
+            connect(place)[0].invalidate_cache()
+    if stamp(place) != opened:
+        raise DataError(f"{place} was altered while it was read: bring the old file back, and run again.")
 
 
 def read_image(place: str) -> bytes:
@@ -175,7 +223,7 @@ def _read(place: str, start: int, end: int) -> bytes:
         with open(place, "rb") as file:
             file.seek(start)
             return file.read(end - start)
-    filesystem, path = _filesystem(place)
+    filesystem, path = connect(place)
     if not place.startswith(("http://", "https://")):
         return bytes(filesystem.cat_file(path, start=start, end=end))
     # cat_file would take the whole file from a server that ignores ranges. With a size, open() asks the server nothing.
@@ -184,7 +232,7 @@ def _read(place: str, start: int, end: int) -> bytes:
         return bytes(file.read(end - start))
 
 
-def _filesystem(place: str) -> tuple[Any, str]:
+def connect(place: str) -> tuple[Any, str]:
     """Of this process: fsspec keeps one a process, and forgets those from before a fork."""
     from fsspec.core import url_to_fs
     from fsspec.registry import known_implementations
@@ -218,5 +266,5 @@ def _glob(place: str) -> list[str]:
     if not is_url(place):
         return glob.glob(place, recursive=True)
     with explained(place, DataError):
-        filesystem, path = _filesystem(place)
+        filesystem, path = connect(place)
         return [filesystem.unstrip_protocol(found) for found in filesystem.glob(path)]

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from mixmim_serve.errors import DataError
 from mixmim_serve.images import is_image_name
 from mixmim_serve.sources import storage
-from mixmim_serve.sources.base import LABEL_NAMES, complete
+from mixmim_serve.sources.base import LABEL_NAMES, complete, digest_of
 
 MAX_LABEL_BYTES = 1_000_000  # a longer .cls or .json is no label
 
@@ -36,13 +36,25 @@ class TarSource:
     labels: Sequence[str] | None
     runs: Sequence[range]  # one a shard
     shards: Sequence[str]  # the place of each run
+    stamps: Sequence[tuple[int, str]]  # of each shard, as `storage.stamp` gives it
     spans: NDArray[np.int64]  # (images, 2): first byte and size
 
     def read(self, index: int) -> bytes:
         """The encoded image; see `Source.read`."""
-        run = bisect.bisect(self.runs, index, key=lambda run: run.start) - 1
         start, size = self.spans[index].tolist()
-        return storage.read_part(self.shards[run], start, size)
+        return storage.read_part(self.shards[self._run(index)], start, size)
+
+    def check(self, index: int) -> None:
+        """See `Source.check`."""
+        run = self._run(index)
+        storage.check_stamp(self.shards[run], self.stamps[run])
+
+    def digest(self) -> str:
+        """See `Source.digest`."""
+        return digest_of(self.keys, [self.spans.astype("<i8").tobytes()])
+
+    def _run(self, index: int) -> int:
+        return bisect.bisect(self.runs, index, key=lambda run: run.start) - 1
 
 
 @dataclass(frozen=True)
@@ -58,26 +70,25 @@ def open_tar(name: str, places: Sequence[str]) -> TarSource:
     Raises:
         DataError: a shard is missing, compressed, cut short or damaged, or none holds an image.
     """
-    shards = [(place, short, members) for place, short, members in _indexed(places) if members]
+    indexed = zip(places, storage.short_names(places), storage.each(_index, places), strict=True)
+    shards = [(place, short, stamp, members) for place, short, (stamp, members) in indexed if members]
     if not shards:
         raise DataError(f"{name} holds no images: expected members such as 0001.jpg beside 0001.cls.")
-    ends = np.cumsum([len(members) for _, _, members in shards]).tolist()
+    ends = np.cumsum([len(members) for *_, members in shards]).tolist()
     return TarSource(
         name,
-        keys=tuple(f"{short}/{member.name}" for _, short, members in shards for member in members),
-        labels=complete(member.label for _, _, members in shards for member in members),
+        keys=tuple(f"{short}/{member.name}" for _, short, _, members in shards for member in members),
+        labels=complete(member.label for *_, members in shards for member in members),
         runs=tuple(range(start, end) for start, end in zip([0, *ends], ends, strict=False)),
-        shards=tuple(place for place, _, _ in shards),
-        spans=np.array([member.span for _, _, members in shards for member in members], np.int64),
+        shards=tuple(place for place, *_ in shards),
+        stamps=tuple(stamp for _, _, stamp, _ in shards),
+        spans=np.array([member.span for *_, members in shards for member in members], np.int64),
     )
 
 
-def _indexed(places: Sequence[str]) -> list[tuple[str, str, list[_Member]]]:
-    return list(zip(places, storage.short_names(places), storage.each(_index, places), strict=True))
-
-
-def _index(place: str) -> list[_Member]:
-    """The images of one shard, sorted by name; of members with one name the last counts, as when it is unpacked."""
+def _index(place: str) -> tuple[tuple[int, str], list[_Member]]:
+    """The stamp and images of one shard, by name; of members with one name the last counts, as when it is unpacked."""
+    stamp = storage.stamp(place)
     spans: dict[str, tuple[int, int]] = {}
     labels: dict[str, str] = {}
     with storage.explained(place, DataError), storage.open_seekable(place) as file, _archive(place, file) as archive:
@@ -96,7 +107,7 @@ def _index(place: str) -> list[_Member]:
             whole = False
     if not whole:
         raise DataError(f"{place} is cut short or damaged: copy it again, or write it anew.")
-    return [_Member(name, spans[name], labels.get(_sample(name))) for name in sorted(spans)]
+    return stamp, [_Member(name, spans[name], labels.get(_sample(name))) for name in sorted(spans)]
 
 
 def _archive(place: str, file: IO[bytes]) -> tarfile.TarFile:

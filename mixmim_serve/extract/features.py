@@ -1,0 +1,107 @@
+"""Features read back: what `mixmim extract` wrote, a block of rows at a time, in the order of the source."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixmim_serve.errors import OutputError
+from mixmim_serve.extract.folder import DATASET, Folder
+from mixmim_serve.extract.manifest import read_manifest
+from mixmim_serve.extract.sinks import read_npy, read_parquet
+from mixmim_serve.extract.table import matrix
+
+Vectors = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows `start` to `start + len(vectors)` of all."""
+
+    start: int
+    vectors: Vectors  # (rows, D), each divided by its length
+
+
+class Features:
+    """A folder of features; of shards that are whole only."""
+
+    def __init__(self, place: str | Path) -> None:
+        """Read the manifest.
+
+        Raises:
+            OutputError: there is none, or no rows yet.
+        """
+        self.folder = Folder(place)
+        self.manifest = read_manifest(self.folder)
+        self.shards = [shard for shard in self.manifest["shards"] if shard["rows"]]
+        if not self.shards:
+            raise OutputError(f"{place} holds no features yet: run mixmim extract to its end.")
+        self.ends = list(itertools.accumulate(shard["rows"] for shard in self.shards))
+
+    def __len__(self) -> int:
+        """Rows."""
+        return int(self.ends[-1])
+
+    def blocks(self) -> Iterator[Block]:
+        """All vectors, a shard at a time; local files are mapped into memory, so each pass is cheap."""
+        for number in range(len(self.shards)):
+            yield self.block(number)
+
+    def block(self, number: int) -> Block:
+        """The vectors of one shard.
+
+        Raises:
+            OutputError: its file is not what the manifest says.
+        """
+        vectors = self._vectors(self.shards[number]).astype(np.float32)
+        if len(vectors) != self.shards[number]["rows"]:
+            raise OutputError(f"{self.folder.place} was altered: run the same mixmim extract again.")
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        vectors /= np.maximum(lengths, np.finfo(np.float32).tiny)
+        return Block(self.ends[number] - len(vectors), vectors)
+
+    def keys(self, rows: Sequence[int]) -> list[str]:
+        """The keys of some rows; only their shards are opened."""
+        found: dict[int, str] = {}
+        for number, group in itertools.groupby(sorted(rows), lambda row: bisect.bisect(self.ends, row)):
+            column = self._keys(self.shards[number])
+            start = self.ends[number] - self.shards[number]["rows"]
+            found |= {row: column[row - start].as_py() for row in group}
+        return [found[row] for row in rows]
+
+    def vectors(self, rows: Sequence[int]) -> Vectors:
+        """Some rows, (rows, D), each divided by its length."""
+        found: dict[int, Vectors] = {}
+        for number, group in itertools.groupby(sorted(rows), lambda row: bisect.bisect(self.ends, row)):
+            block = self.block(number)
+            found |= {row: block.vectors[row - block.start] for row in group}
+        return np.stack([found[row] for row in rows])
+
+    def _vectors(self, shard: dict[str, Any]) -> NDArray[Any]:
+        files = sorted(shard["files"])
+        if self.manifest["options"]["format"] == "npy":
+            return read_npy(self.folder.path(f"features/{shard['name']}.npy"))
+        if files[0].startswith(DATASET):
+            return matrix(self._lance(files, "embedding"))
+        return matrix(read_parquet(self.folder.path(files[0]), ["embedding"])["embedding"])
+
+    def _keys(self, shard: dict[str, Any]) -> Any:
+        files = sorted(shard["files"])
+        if files[0].startswith(DATASET):
+            return self._lance(files, "key")
+        (name,) = (name for name in files if name.endswith(".parquet"))
+        return read_parquet(self.folder.path(name), ["key"])["key"]
+
+    def _lance(self, files: Sequence[str], column: str) -> Any:
+        import pyarrow as pa
+
+        from mixmim_serve.extract.lance import read
+
+        return pa.concat_tables(read(self.folder, name, [column]) for name in files)[column]

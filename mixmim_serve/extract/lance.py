@@ -1,0 +1,76 @@
+"""A Lance data set, `features.lance`: a fragment or more a shard, and one commit that lists those of whole shards.
+
+Lance names its files itself, at random: here two runs hold the same table in files of different names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from mixmim_serve.errors import ConfigError
+from mixmim_serve.extract.folder import DATASET, Folder, sha256_and_size
+from mixmim_serve.extract.shard import Outcome
+from mixmim_serve.extract.sinks import Files
+from mixmim_serve.extract.table import Table
+
+os.environ.setdefault("LANCE_LOG", "error")  # it warns of each data set that does not exist yet
+try:
+    import lance
+    from lance.file import LanceFileReader
+    from lance.fragment import FragmentMetadata, write_fragments
+except ImportError as error:
+    raise ConfigError("Lance is not installed: run pip install 'mixmim-serve[lance]'.") from error
+
+
+@dataclass(frozen=True)
+class LanceSink:
+    """Fragments that no version of the data set names yet; see `mixmim_serve.extract.sinks.Sink`."""
+
+    folder: Folder
+    table: Table
+
+    def __post_init__(self) -> None:
+        if self.folder.is_url:
+            raise ConfigError("Lance data sets are written to a local folder: choose one, or another format.")
+
+    def write(self, shard: str, rows: Iterator[pa.Table]) -> Files:
+        """See `Sink.write`."""
+        batches = (batch for group in self.table.groups(rows) for batch in group.to_batches())
+        reader = pa.RecordBatchReader.from_batches(self.table.schema, batches)
+        with self.folder.explained(DATASET):
+            fragments = write_fragments(reader, self.folder.path(DATASET))
+        return dict(self._entry(fragment) for fragment in fragments)
+
+    def read(self, files: Mapping[str, Any]) -> pa.Table:
+        """See `Sink.read`."""
+        return pa.concat_tables(read(self.folder, name) for name in files)
+
+    def _entry(self, fragment: Any) -> tuple[str, dict[str, Any]]:
+        (name,) = (f"{DATASET}/data/{file.path}" for file in fragment.files)
+        sha256, size = sha256_and_size(Path(self.folder.path(name)))
+        return name, {"bytes": size, "sha256": sha256, "fragment": fragment.to_json()}
+
+
+def read(folder: Folder, name: str, columns: list[str] | None = None) -> pa.Table:
+    """The rows of one file."""
+    return LanceFileReader(folder.path(name), columns=columns).read_all().to_table()
+
+
+def commit(folder: Folder, whole: Mapping[str, Outcome]) -> None:
+    """Make a version of the data set that holds exactly these shards, in order, and delete all files of others."""
+    files = {name: about for _, each in sorted(whole.items()) for name, about in each.files.items()}
+    if not files:
+        return
+    schema = LanceFileReader(folder.path(next(iter(files)))).metadata().schema
+    fragments = [FragmentMetadata.from_json(json.dumps(about["fragment"])) for about in files.values()]
+    with folder.explained(DATASET):
+        dataset = lance.LanceDataset.commit(folder.path(DATASET), lance.LanceOperation.Overwrite(schema, fragments))
+        dataset.cleanup_old_versions(older_than=timedelta(0), delete_unverified=True)

@@ -1,0 +1,148 @@
+"""Images decoded in threads ahead of the engine, and run in batches on a thread of their own.
+
+Decoding runs in threads, not processes: Pillow, hashing and file reads let go of Python's lock, so nothing has to be
+copied between processes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from mixmim_serve.config import Preprocessing
+from mixmim_serve.engines import Engine
+from mixmim_serve.engines.base import Arrays
+from mixmim_serve.errors import ImageError
+from mixmim_serve.preprocess import Pixels, decode, resize_and_crop
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+BATCH = 32  # images a call of the engine
+AHEAD = 4  # batches that are decoded before the engine asks for them; bounds memory
+QUEUED = 2  # batches that the engine has: the one it runs, and the next
+
+# A JPEG is decoded at a half, a quarter or an eighth only where its shorter side stays so many times as long as the
+# side to which it is resized (docs/extract.md says what was measured).
+FAST_JPEG_MARGIN = 2.5
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An image as engines take it, with the size that it had, upright."""
+
+    pixels: Pixels
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Ready(Generic[Item]):
+    """An item with its pixels, or why there are none."""
+
+    item: Item
+    pixels: Pixels | None
+    error: ImageError | None = None
+
+
+def decode_small(data: bytes, preprocessing: Preprocessing, fast_jpeg: bool = False) -> Decoded:
+    """Encoded image -> network input; `fast_jpeg` lets large JPEGs be decoded at a fraction of their size.
+
+    Raises:
+        ImageError: the image is refused; see `mixmim_serve.preprocess.decode`.
+    """
+    original: list[int] = []
+
+    def reduction(width: int, height: int) -> int:
+        original.extend((width, height))
+        least = FAST_JPEG_MARGIN * preprocessing.resize_size
+        return max(factor for factor in (1, 2, 4, 8) if factor == 1 or min(width, height) >= factor * least)
+
+    image = decode(data, reduction=reduction if fast_jpeg else None)
+    width, height = original or image.size
+    return Decoded(resize_and_crop(image, preprocessing), width, height)
+
+
+def map_ahead(
+    pool: Executor, function: Callable[[Item], Answer], items: Iterable[Item], ahead: int
+) -> Generator[Answer, None, None]:
+    """What `map` gives, in order, with `ahead` items begun at once and kept under way; the rest is not touched yet."""
+    rest = iter(items)
+    waiting: deque[Future[Answer]] = deque(pool.submit(function, item) for item in itertools.islice(rest, ahead))
+
+    def answers() -> Generator[Answer, None, None]:
+        try:
+            while waiting:
+                answer = waiting.popleft().result()
+                waiting.extend(pool.submit(function, item) for item in itertools.islice(rest, 1))
+                yield answer
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    return answers()
+
+
+class Runner:
+    """An engine on a thread of its own, so that it works while others decode and write; `busy` counts its seconds."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.busy = 0.0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._counting = threading.Lock()
+
+    def batches(
+        self, ready: Iterable[Ready[Item]], outputs: Sequence[str], batch: int, *, full: bool
+    ) -> Generator[tuple[list[Ready[Item]], Arrays], None, None]:
+        """Items in groups of `batch`, in order, each with the outputs of those that have pixels, a row each.
+
+        `full`: black images fill up each batch, so that all have one shape and no image's numbers depend on how many
+        others there are.
+        """
+        items = iter(ready)
+        running: deque[tuple[list[Ready[Item]], Future[Arrays]]] = deque()
+        try:
+            while group := list(itertools.islice(items, batch)):
+                pixels = [each.pixels for each in group if each.pixels is not None]
+                stacked = _stacked(pixels, batch if full else len(pixels))
+                running.append((group, self._thread.submit(self._run, stacked, len(pixels), outputs)))
+                if len(running) >= QUEUED:
+                    done, future = running.popleft()
+                    yield done, future.result()
+            while running:
+                done, future = running.popleft()
+                yield done, future.result()
+        finally:
+            for _, future in running:
+                future.cancel()
+
+    def close(self) -> None:
+        """End the thread; what runs is finished."""
+        self._thread.shutdown()
+
+    def _run(self, stacked: Pixels | None, rows: int, outputs: Sequence[str]) -> Arrays:
+        if stacked is None:
+            return {}
+        began = time.perf_counter()
+        arrays = self.engine.run("encoder", {"pixels": stacked}, outputs)
+        with self._counting:
+            self.busy += time.perf_counter() - began
+        return {name: array[:rows] for name, array in arrays.items()}
+
+
+def _stacked(pixels: Sequence[Pixels], rows: int) -> Pixels | None:
+    """One array of so many images, black ones behind; None without any."""
+    if not pixels:
+        return None
+    stacked = np.zeros((rows, *pixels[0].shape), np.uint8)
+    np.stack(pixels, out=stacked[: len(pixels)])
+    return stacked

@@ -1,0 +1,131 @@
+"""The columns of features: what they are called, of which type, and rows of them.
+
+key             as the source names the image
+embedding       fixed-size list of float32 or float16
+class, probability    of the most probable class, where the model has a head
+stage1..., logits     where asked for: a fixed-size list, flat; `shapes` in the file's metadata says its shape
+width, height   of the image, upright
+sha256          of its bytes, in hex
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixmim_serve.bundle import Bundle
+from mixmim_serve.config import size_name
+from mixmim_serve.engines import Engine, engine_fingerprint
+from mixmim_serve.engines.base import Arrays
+from mixmim_serve.errors import DataError
+from mixmim_serve.extract.options import Options
+from mixmim_serve.tasks import top_classes
+
+try:
+    import pyarrow as pa
+except ImportError as error:
+    raise DataError("pyarrow is not installed: run pip install 'mixmim-serve[extract]'.") from error
+
+METADATA_KEY = "mixmim"  # of a Parquet file
+ROW_GROUP, ROW_GROUP_BYTES = 1024, 64_000_000  # rows in memory and in a row group; fewer where rows are large
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is known of an image besides its features."""
+
+    key: str
+    width: int
+    height: int
+    sha256: str
+
+
+class Table:
+    """The schema for one engine and its options, and how arrays become rows of it."""
+
+    def __init__(self, engine: Engine, options: Options) -> None:
+        options.check(engine.bundle)
+        self.bundle, self.options = engine.bundle, options
+        self.has_head = "logits" in engine.bundle.graphs["encoder"]
+        shapes = _shapes(engine.bundle, options)
+        self.about: dict[str, Any] = about(engine)
+        self.lists = {name: int(np.prod(shape)) for name, shape in shapes.items()}
+        metadata = {METADATA_KEY: json.dumps({**self.about, "shapes": shapes}, sort_keys=True)}
+        self.schema = pa.schema(_fields(self.lists, options.dtype, self.has_head), metadata)
+        width = sum(self.lists.values()) * np.dtype(options.dtype).itemsize
+        self.group = max(1, min(ROW_GROUP, ROW_GROUP_BYTES // width))  # rows
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """What the engine is asked for."""
+        return tuple(dict.fromkeys((*self.lists, *(("logits",) if self.has_head else ()))))
+
+    def rows(self, rows: Sequence[Row], arrays: Arrays) -> pa.Table:
+        """Rows of images and their outputs, (rows, ...) each."""
+        columns: dict[str, Any] = {name: [getattr(row, name) for row in rows] for name in Row.__dataclass_fields__}
+        for name, size in self.lists.items():
+            flat = arrays[name].astype(self.options.dtype).reshape(-1)
+            columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(flat), size)
+        if self.has_head:
+            best = [top_classes(self.bundle, logits, 1)[0] for logits in arrays["logits"]]
+            columns |= {"class": [each.label for each in best], "probability": [each.probability for each in best]}
+        arrays_in_order = [pa.array(columns[field.name], field.type) for field in self.schema]
+        return pa.Table.from_arrays(arrays_in_order, schema=self.schema)
+
+    def groups(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        """The same rows in tables of `group` rows each, so that files do not depend on how rows arrive."""
+        kept = self.schema.empty_table()
+        for table in tables:
+            kept = pa.concat_tables([kept, table])
+            while len(kept) >= self.group:
+                yield kept.slice(0, self.group).combine_chunks()
+                kept = kept.slice(self.group).combine_chunks()  # a copy: the slice would keep all of it in memory
+        if len(kept):
+            yield kept.combine_chunks()
+
+
+def about(engine: Engine) -> dict[str, Any]:
+    """What the numbers were made with; JSON values."""
+    return {
+        "model": size_name(engine.bundle.arch),
+        "fingerprint": engine_fingerprint(engine),
+        "engine": engine.name,
+        "precision": engine.precision,
+        "preprocessing": engine.bundle.description.to_dict()["preprocessing"],
+    }
+
+
+def matrix(column: Any) -> NDArray[Any]:
+    """A column of fixed-size lists as an array (rows, size), without copying where there is one chunk."""
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    size = column.type.list_size
+    arrays = [chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, size) for chunk in chunks]
+    if len(arrays) == 1:
+        return arrays[0]  # type: ignore[no-any-return]
+    return np.concatenate(arrays) if arrays else np.zeros((0, size), column.type.value_type.to_pandas_dtype())
+
+
+def _fields(lists: dict[str, int], dtype: str, has_head: bool) -> list[Any]:
+    kind = pa.float16() if dtype == "float16" else pa.float32()
+    features = [pa.field(name, pa.list_(kind, size)) for name, size in lists.items()]
+    head = [pa.field("class", pa.string()), pa.field("probability", pa.float32())] if has_head else []
+    image = [pa.field("width", pa.int32()), pa.field("height", pa.int32()), pa.field("sha256", pa.string())]
+    return [pa.field("key", pa.string()), features[0], *head, *features[1:], *image]
+
+
+def _shapes(bundle: Bundle, options: Options) -> dict[str, list[int]]:
+    """Of the embedding and each feature, for one image."""
+    arch = bundle.arch
+    shapes = {"embedding": [arch.embedding_size]}
+    for name in options.features:
+        if name == "logits":
+            shapes[name] = [arch.num_classes]
+        else:
+            stage = int(name.removeprefix("stage")) - 1
+            shapes[name] = [arch.dims[stage], arch.grids[stage], arch.grids[stage]]
+    return shapes
