@@ -111,22 +111,23 @@ def extract_shard(worker: Worker, shard: Shard, known: Outcome | None = None) ->
     failed = {key for key, _ in known.errors} if known else None
     indices = [index for index in shard.indices if failed is None or worker.source.keys[index] in failed]
     errors: list[tuple[str, str]] = []
-    busy = worker.runner.busy
+    spent: list[float] = []
     ready = map_ahead(worker.decoders, worker.load, indices, AHEAD * worker.options.batch)
-    with contextlib.closing(ready), contextlib.closing(_rows(worker, ready, errors)) as rows:
+    with contextlib.closing(ready), contextlib.closing(_rows(worker, ready, errors, spent)) as rows:
         if known and known.rows:
             files = worker.sink.write(shard.name, iter([_merged(worker, shard, known, list(rows))]))
         else:
             files = worker.sink.write(shard.name, rows)
     done = len(shard.indices) - len(errors)
-    return Outcome(shard.name, len(shard.indices), done, tuple(errors), files, worker.runner.busy - busy)
+    return Outcome(shard.name, len(shard.indices), done, tuple(errors), files, sum(spent))
 
 
 def _rows(
-    worker: Worker, ready: Iterable[Ready[Row]], errors: list[tuple[str, str]]
+    worker: Worker, ready: Iterable[Ready[Row]], errors: list[tuple[str, str]], spent: list[float]
 ) -> Generator[pa.Table, None, None]:
-    """Rows of the images that can be read, a batch at a time; the others go to `errors`."""
+    """Rows of images that can be read, a batch at a time; the others go to `errors`, the engine's time to `spent`."""
     with worker.turn:
+        before = worker.runner.busy
         batches = worker.runner.batches(ready, worker.table.outputs, worker.options.batch, full=True)
         with contextlib.closing(batches):
             for group, arrays in batches:
@@ -138,6 +139,7 @@ def _rows(
                 worker.watch(len(group), refused)
                 if arrays:
                     yield worker.table.rows([each.item for each in group if not each.error], arrays)
+            spent.append(worker.runner.busy - before)
 
 
 def _count_unreachable(worker: Worker, group: Iterable[Ready[Row]]) -> None:
