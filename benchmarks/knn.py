@@ -74,7 +74,7 @@ def embed_folder(engine: Engine, folder: Path) -> tuple[Floats, np.ndarray]:
 
 def untrained_bundle(bundle: Path, folder: Path) -> Path:
     """The bundle's network with fresh weights (seed 0), exported in the same way."""
-    from export.build import export_bundle
+    from export.build import Options, export_bundle
     from mixmim_serve.model import build_model
     from mixmim_serve.model.checkpoint import read_checkpoint, save_checkpoint
 
@@ -82,7 +82,8 @@ def untrained_bundle(bundle: Path, folder: Path) -> Path:
     torch.manual_seed(0)
     weights = build_model(description.arch).state_dict()
     save_checkpoint(folder / "untrained.safetensors", weights, dataclasses.replace(description, provenance={}))
-    return export_bundle(folder / "untrained.safetensors", folder / "bundle", half_weights=True).bundle.path
+    options = Options(half_weights=True)
+    return export_bundle(folder / "untrained.safetensors", folder / "bundle", options).bundle.path
 
 
 if __name__ == "__main__":

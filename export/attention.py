@@ -1,4 +1,4 @@
-"""Attention as exported graphs write it: the forms that runtimes recognise and run as one kernel (docs/engines.md)."""
+"""Attention and norms as exported graphs write them, so that runtimes run each as one kernel (docs/engines.md)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mixmim_serve.model.attention import Attention
+from mixmim_serve.model.encoder import Stage
 
 FLOAT = 1  # ONNX's number for float32
 
@@ -27,16 +28,16 @@ class ExportedAttention(nn.Module):
         del attention.qkv, attention.proj
         self.position = attention  # what is left of it: the learned bias
 
-    def forward(self, x_BKND: Tensor, blocked_MKNN: Tensor | None = None) -> Tensor:
-        """As `Attention.forward`; with a mask, M is B."""
-        groups, tokens, dim = x_BKND.shape[1:]
-        x_GND = x_BKND.reshape(-1, tokens, dim)
+    def forward(self, x: Tensor, blocked_MKNN: Tensor | None = None) -> Tensor:
+        """As `Attention.forward`, also with all images' windows in one dimension, (G, N, D); with a mask, M is B."""
+        tokens = x.shape[-2]
+        x_GND = grouped(x)
         bias = self.position.bias(blocked_MKNN)
         if bias is not None and bias.dim() == 4:
             bias = bias.reshape(-1, self.heads, tokens, tokens)
         attend = self.attend_written_out if self.written_out else self.attend
         projected: Tensor = self.proj(attend(self.q(x_GND), self.k(x_GND), self.v(x_GND), bias))
-        return projected.reshape(-1, groups, tokens, dim)
+        return projected if x.dim() == 3 else projected.reshape(-1, *x.shape[1:])
 
     def attend(self, q_GND: Tensor, k_GND: Tensor, v_GND: Tensor, bias: Tensor | None) -> Tensor:
         """One Attention operator, its softmax in float32."""
@@ -57,6 +58,24 @@ class ExportedAttention(nn.Module):
         return attended.transpose(1, 2).reshape(-1, tokens, dim)
 
 
+class ExportedNorm(nn.LayerNorm):
+    """A norm over three-dimensional tokens: with four, OpenVINO takes it apart into five operators."""
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__(norm.normalized_shape, norm.eps, device="meta")
+        self.weight, self.bias = norm.weight, norm.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., N, D) to the same shape."""
+        normed: Tensor = super().forward(grouped(x))
+        return normed if x.dim() == 3 else normed.reshape(-1, *x.shape[1:])
+
+
+def grouped(x: Tensor) -> Tensor:
+    """(..., N, D) to (G, N, D); without a reshape where none is needed, since each is a node."""
+    return x if x.dim() == 3 else x.reshape(-1, *x.shape[-2:])
+
+
 def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
     """A layer with these values, shared and not copied."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta", dtype=weight.dtype)
@@ -65,8 +84,12 @@ def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
 
 
 def for_export(model: nn.Module, *, written_out: bool = False) -> None:
-    """Replace every attention of a model, in place."""
+    """Replace every attention and norm of a model, in place, and have blocks see (G, N, D)."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, Attention):
                 setattr(parent, name, ExportedAttention(child, written_out=written_out))
+            elif isinstance(child, nn.LayerNorm):
+                setattr(parent, name, ExportedNorm(child))
+        if isinstance(parent, Stage):  # one reshape a stage instead of four a block
+            parent.blocks[0].register_forward_pre_hook(lambda _, given: (given[0].flatten(0, 1), *given[1:]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -14,16 +13,17 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from export.onnx import Graph, export_graph, graphs_of, prepare
-from export.tensorrt import MODULES, EngineOptions, Progress, build_engine, capability_values, load
+from export.tensorrt import EngineOptions, Progress, build_engine, capability_values
 from export.verify import compare, photos, verify_precision
-from mixmim_serve.bundle import CONFIG, GOLDEN, PRECISIONS, WEIGHTS, Built, Bundle, fingerprint, graph_file
+from mixmim_serve.bundle import GOLDEN, PRECISIONS, WEIGHTS, Built, Bundle, check_target, fingerprint, graph_file
 from mixmim_serve.config import unknown
 from mixmim_serve.description import Description
 from mixmim_serve.engines import open_engine
 from mixmim_serve.engines.base import Arrays
 from mixmim_serve.engines.certificate import Agreement
+from mixmim_serve.engines.tensorrt_library import MODULES, load
 from mixmim_serve.errors import BundleError, ConfigError
-from mixmim_serve.files import atomic_path, sha256
+from mixmim_serve.files import atomic_folder, atomic_path, sha256
 from mixmim_serve.model import Encoder
 from mixmim_serve.model.checkpoint import DTYPES, load_checkpoint, read_checkpoint, save_checkpoint
 from mixmim_serve.version import __version__
@@ -71,20 +71,20 @@ def export_bundle(
 
     Raises:
         CheckpointError: when the checkpoint cannot be read.
+        EngineError: when the runtime of a target is not installed.
         BundleError: when `target` is in the way, a weight does not fit in fp16, or ONNX Runtime disagrees with torch.
     """
     target = target.absolute()  # "." has no name
-    _check_target(target, options.overwrite)
+    check_target(target, options.overwrite)
     compilers = [replace(options.engine, runtime=each) for each in options.targets if each in MODULES]
-    for engine in compilers:
-        capability_values(load(engine.runtime), engine)  # refused now, and not after minutes of work
+    for engine in compilers:  # refused now, and not after minutes of work
+        capability_values(load(engine.runtime), engine)
+    if "openvino" in options.targets:
+        import mixmim_serve.engines.openvino  # noqa: F401 - raises where it is not installed
     model, description = load_checkpoint(checkpoint)
     if options.half_weights or "fp16" in options.precisions:
         _check_fits_half(checkpoint, model)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
-        folder = Path(temporary) / target.name
-        folder.mkdir()
+    with atomic_folder(target) as folder:
         dtype = torch.float16 if options.half_weights else torch.float32
         save_checkpoint(folder / WEIGHTS, model.state_dict(), description, dtype)
         images = torch.from_numpy(photos(description.preprocessing))
@@ -106,7 +106,6 @@ def export_bundle(
         if "openvino" in options.targets:
             progress("fp32 graphs in OpenVINO")
             agreement["fp32, OpenVINO"] = compare(golden, open_engine(bundle, "openvino", "fp32"), "fp32")
-        _move(folder, target)
     return Exported(replace(bundle, path=target), agreement)
 
 
@@ -191,25 +190,3 @@ def _check_fits_half(checkpoint: Path, model: Encoder) -> None:
     for name, tensor in model.state_dict().items():
         if tensor.abs().max() > torch.finfo(torch.float16).max:
             raise BundleError(f"{checkpoint}: {name} holds numbers that fp16 cannot: export without --half-weights.")
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir() or (any(target.iterdir()) and not (target / CONFIG).is_file()):
-        raise BundleError(f"{target} exists and is no bundle: choose another folder, nothing was overwritten.")
-    if any(target.iterdir()) and not overwrite:
-        raise BundleError(f"{target} is a bundle already: choose another folder, or give --overwrite.")
-
-
-def _move(folder: Path, target: Path) -> None:
-    """Put the finished folder in place; an old bundle is moved aside first, so that one of the two is always whole."""
-    old = folder.parent / f"{target.name}.old"
-    if target.exists():
-        target.rename(old)
-    try:
-        folder.rename(target)
-    except OSError:
-        if old.exists():
-            old.rename(target)
-        raise

@@ -1,14 +1,11 @@
 """TensorRT engines, built ahead of time from a bundle's weights.
 
-`tensorrt` and `tensorrt-rtx` (TensorRT for RTX, complete on PyPI) have one API and share this code. TensorRT-RTX
-compiles for named compute capabilities on machines that have no GPU. Networks are strongly typed (TensorRT 11 knows
-nothing else): the precision is the graph's own.
+TensorRT-RTX compiles for named compute capabilities on machines that have no GPU. Networks are strongly typed
+(TensorRT 11 knows nothing else): the precision is the graph's own.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,10 +15,9 @@ from typing import Any
 
 from mixmim_serve.config import unknown
 from mixmim_serve.engines import hardware
+from mixmim_serve.engines.tensorrt_library import MODULES, load, logger
 from mixmim_serve.errors import BundleError, ConfigError
 from mixmim_serve.files import atomic_path
-
-MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
 Progress = Callable[[str], None]
 
@@ -55,11 +51,12 @@ def build_engine(graph: Path, options: EngineOptions, progress: Progress = lambd
     """Compile an ONNX graph with a dynamic batch; `progress` is told the phases in TensorRT's words.
 
     Raises:
-        BundleError: when the runtime is not installed, does not know the hardware, or refuses the graph.
+        EngineError: when the runtime is not installed.
+        BundleError: when it does not know the hardware, or refuses the graph.
     """
     trt = load(options.runtime)
     capabilities = capability_values(trt, options)
-    log = _log(trt)
+    log = logger(trt)
     log.errors.clear()
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -69,6 +66,9 @@ def build_engine(graph: Path, options: EngineOptions, progress: Progress = lambd
     config = builder.create_builder_config()
     config.add_optimization_profile(_profile(builder, network, options.batches))
     config.progress_monitor = _monitor(trt, progress)
+    config.clear_flag(trt.BuilderFlag.TF32)  # float32 is to be float32: TF32 rounds to 10 bits, as fp16 does
+    if options.runtime == "tensorrt-rtx":
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # or a CUDA graph cannot be captured
     if capabilities:
         config.num_compute_capabilities = len(capabilities)
         for number, value in enumerate(capabilities.values()):
@@ -81,18 +81,6 @@ def build_engine(graph: Path, options: EngineOptions, progress: Progress = lambd
         with atomic_path(options.timing_cache) as temporary:
             temporary.write_bytes(bytes(cache.serialize()))
     return BuiltEngine(bytes(plan), str(trt.__version__), "+".join(capabilities) or hardware.gpu())
-
-
-def load(runtime: str) -> ModuleType:
-    """TensorRT's Python module.
-
-    Raises:
-        BundleError: when it is not installed.
-    """
-    try:
-        return importlib.import_module(MODULES[runtime])
-    except ImportError as error:
-        raise BundleError(f"{runtime} is not installed: run pip install 'mixmim-serve[{runtime}]'.") from error
 
 
 def capability_values(trt: ModuleType, options: EngineOptions) -> dict[str, Any]:
@@ -142,25 +130,6 @@ def _timing_cache(config: Any, path: Path | None) -> Any:
     if not fits:
         raise BundleError(f"{path} is a timing cache of another TensorRT version or GPU: give another file.")
     return cache
-
-
-@functools.cache  # TensorRT keeps the first logger that it is given for as long as the process lives
-def _log(trt: ModuleType) -> Any:
-    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
-        """Keeps the errors, which TensorRT prints instead of raising."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.Severity.ERROR:
-                self.errors.append(message)
-
-        def reason(self) -> str:
-            return hardware.first_line(self.errors[0]) if self.errors else "it gave no reason"
-
-    return Log()
 
 
 def _monitor(trt: ModuleType, progress: Progress) -> Any:

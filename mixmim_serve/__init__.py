@@ -9,6 +9,7 @@ from mixmim_serve.errors import (
     EngineError,
     ImageError,
     MixMIMError,
+    ServerError,
 )
 from mixmim_serve.version import __version__
 
@@ -23,6 +24,7 @@ __all__ = [
     "ImageError",
     "MixMIMError",
     "Preprocessing",
+    "ServerError",
     "__version__",
     "architecture",
     "size_names",

@@ -23,12 +23,13 @@ from numpy.typing import NDArray
 from mixmim_serve.bundle import Bundle, open_bundle
 from mixmim_serve.config import MLP_RATIO, PATCH_SIZE, Architecture
 from mixmim_serve.engines import open_engine
+from mixmim_serve.engines.base import largest_batch
 from mixmim_serve.engines.certificate import certify
-from mixmim_serve.engines.hardware import processor
+from mixmim_serve.engines.hardware import gpu_memory_used, gpu_name, has_cuda_device, processor
 from mixmim_serve.errors import EngineError, MixMIMError
 from mixmim_serve.version import __version__
 
-CONTENDERS = (
+ON_CPU = (
     ("onnx", "fp32"),
     ("onnx", "fp16"),
     ("openvino", "fp32"),
@@ -36,8 +37,17 @@ CONTENDERS = (
     ("torch", "fp32"),
     ("torch", "bf16"),
 )
+ON_GPU = (
+    ("tensorrt", "fp16"),
+    ("tensorrt-rtx", "fp16"),
+    ("onnx", "fp16"),
+    ("onnx", "fp32"),
+    ("torch", "bf16"),
+    ("torch", "fp32"),
+    ("openvino", "bf16"),  # the same machine's CPU
+)
 BATCHES = (1, 8, 32)
-MATRIX = 2048  # side of the square matrices that give the machine's rate
+MATRIX, MATRIX_ON_GPU = 2048, 8192  # side of the square matrices that give the machine's rate
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,8 @@ class Row:
     load: float  # seconds from opening the bundle to the first answer
     cosine: float  # worst with torch in float32, of all outputs
     error: float  # as in `mixmim_serve.engines.certificate`
-    share: float | None  # of the machine's rate for matrix products in this precision; None where it is not known
+    share: float | None  # of the device's rate for matrix products in this precision; None where it is not known
+    gpu_memory: float | None = None  # MB of the GPU taken since before the engine was opened; None without one
 
 
 @dataclass(frozen=True)
@@ -63,19 +74,19 @@ class Report:
 
     rows: tuple[Row, ...]
     missing: dict[str, str]  # why an engine is not there
-    rates: dict[str, float]  # TFLOP/s of matrix products, by precision
+    rates: dict[str, float]  # TFLOP/s of matrix products, by device and precision, such as "cuda fp16"
     about: dict[str, Any]  # bundle, hardware, versions, settings
 
 
 def bench(
     path: Path,
-    contenders: Sequence[tuple[str, str]] = CONTENDERS,
+    contenders: Sequence[tuple[str, str]] = (),
     batches: Sequence[int] = BATCHES,
     seconds: float = 3.0,
     rounds: int = 2,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Report:
-    """Measure every contender that is installed and runs the bundle.
+    """Measure every contender that is installed and runs the bundle; without a list, those for this machine.
 
     Raises:
         BundleError: when the bundle is incomplete or altered.
@@ -83,16 +94,17 @@ def bench(
     """
     bundle = open_bundle(path)
     bundle.verify()
+    contenders = contenders or (ON_GPU if has_cuda_device() else ON_CPU)
     found: dict[tuple[str, str, int], list[Row]] = {}
     missing: dict[str, str] = {}
     rates: dict[str, float] = {}
     versions: dict[str, str] = {}
     for number in range(rounds):
-        for precision in ("fp32", "bf16"):
-            progress(f"round {number + 1} of {rounds}: matrix products in {precision}")
-            rate = _ask(["rate", precision]).get("rate")
+        for device, precision in _rates_to_measure():
+            progress(f"round {number + 1} of {rounds}: matrix products, {device} {precision}")
+            rate = _ask(["rate", device, precision]).get("rate")
             if rate:
-                rates[precision] = max(rate, rates.get(precision, 0.0))
+                rates[f"{device} {precision}"] = max(rate, rates.get(f"{device} {precision}", 0.0))
         for kind, precision in contenders:
             if f"{kind} {precision}" in missing:
                 continue
@@ -111,7 +123,8 @@ def bench(
     rows = [_share(_best(tries), flops, rates) for tries in found.values()]
     about = {
         "bundle": path.name, "fingerprint": bundle.fingerprint, "image_size": bundle.arch.image_size,
-        "gflop_an_image": round(flops / 1e9, 2), "hardware": processor(), "mixmim-serve": __version__,
+        "gflop_an_image": round(flops / 1e9, 2), "hardware": gpu_name() or processor(),
+        "processor": processor(), "mixmim-serve": __version__,
         "engines": versions, "seconds": seconds, "rounds": rounds, "files_mb": _sizes(bundle),
     }  # fmt: skip
     return Report(tuple(rows), missing, rates, about)
@@ -129,14 +142,25 @@ def encoder_flops(arch: Architecture) -> float:
     return total
 
 
+def _rates_to_measure() -> list[tuple[str, str]]:
+    on_gpu = [("cuda", precision) for precision in ("fp16", "bf16", "fp32")] if has_cuda_device() else []
+    return [*on_gpu, ("cpu", "fp32"), ("cpu", "bf16")]
+
+
 def _best(tries: list[Row]) -> Row:
     """The fastest round, with the most memory of any."""
     best = max(tries, key=lambda row: row.images_per_second)
-    return dataclasses.replace(best, memory=max(row.memory for row in tries), load=min(row.load for row in tries))
+    on_gpu = [row.gpu_memory for row in tries if row.gpu_memory is not None]
+    return dataclasses.replace(
+        best,
+        memory=max(row.memory for row in tries),
+        gpu_memory=max(on_gpu, default=None),
+        load=min(row.load for row in tries),
+    )
 
 
 def _share(row: Row, flops: float, rates: dict[str, float]) -> Row:
-    rate = rates.get(row.precision)
+    rate = rates.get(f"{row.engine.rpartition('-')[2]} {row.precision}")
     return dataclasses.replace(row, share=row.images_per_second * flops / (rate * 1e12)) if rate else row
 
 
@@ -160,7 +184,7 @@ def measure_engine(path: Path, kind: str, precision: str, batches: Sequence[int]
     """In a process of its own: one engine, all batches."""
     import resource
 
-    began = time.perf_counter()
+    began, gpu_before = time.perf_counter(), gpu_memory_used()
     engine = open_engine(path, kind, precision)
     size = engine.bundle.arch.image_size
     noise = np.random.default_rng(0).integers(0, 256, (max(batches), size, size, 3), np.uint8)
@@ -169,6 +193,8 @@ def measure_engine(path: Path, kind: str, precision: str, batches: Sequence[int]
     found = certify(engine)
     rows = []
     for batch in batches:
+        if batch > largest_batch(engine, batch):
+            continue
         calls = list(_times(partial(engine.run, "encoder", {"pixels": noise[:batch]}, ["embedding"]), seconds))
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
         row = Row(
@@ -183,9 +209,33 @@ def measure_engine(path: Path, kind: str, precision: str, batches: Sequence[int]
             cosine=found.cosine,
             error=found.error,
             share=None,
+            gpu_memory=_gpu_memory_since(gpu_before) if engine.name.endswith("-cuda") else None,
         )
         rows.append(dataclasses.asdict(row))
     return {"engine": engine.name, "version": engine.version, "rows": rows}
+
+
+def _gpu_memory_since(before: float | None) -> float | None:
+    now = gpu_memory_used()
+    return None if now is None or before is None else now - before
+
+
+def gpu_matrix_rate(precision: str, seconds: float = 1.0) -> float | None:
+    """TFLOP/s of square matrix products in torch on the GPU, the best call; None without a torch that uses it."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    if not torch.cuda.is_available():
+        return None
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    left, right = torch.randn(2, MATRIX_ON_GPU, MATRIX_ON_GPU, device="cuda", dtype=dtype)
+
+    def multiply() -> None:
+        left @ right
+        torch.cuda.synchronize()
+
+    return float(2.0 * MATRIX_ON_GPU**3 / min(_times(multiply, seconds)) / 1e12)
 
 
 def matrix_rate(precision: str, seconds: float = 1.0) -> float | None:
@@ -230,7 +280,8 @@ def _main(arguments: list[str]) -> None:
     """The process that `_ask` starts."""
     try:
         if arguments[0] == "rate":
-            answer: dict[str, Any] = {"rate": matrix_rate(arguments[1])}
+            measure = gpu_matrix_rate if arguments[1] == "cuda" else matrix_rate
+            answer: dict[str, Any] = {"rate": measure(arguments[2])}
         else:
             path, kind, precision, batches, seconds = arguments[1:]
             answer = measure_engine(Path(path), kind, precision, json.loads(batches), float(seconds))

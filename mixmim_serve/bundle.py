@@ -11,7 +11,8 @@ Where asked for, also:
 encoder.fp16.onnx, reconstruct.fp16.onnx, weights.fp16.safetensors     the same in half precision (or bf16)
 encoder.fp16.tensorrt-rtx.engine...                                    built for one TensorRT version and kind of GPU
 
-`certificates/` holds what `mixmim_serve.engines.certificate` found when engines were opened; it may be deleted.
+`certificates/` holds what `mixmim_serve.engines.certificate` found when engines were opened, `cache/` what runtimes
+compiled then; both may be deleted.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from mixmim_serve.files import atomic_path, sha256
 CONFIG = "config.json"
 WEIGHTS = "weights.safetensors"
 GOLDEN = "golden.safetensors"
+CACHE = "cache"  # what runtimes compiled on machines that opened the bundle
 FORMAT = 2  # raised when an older reader would misread the folder
 
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -39,6 +42,9 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 DEFAULT_BUNDLE = Path(__file__).parent / "bundles" / "tiny"
 
 STAGE_OUTPUTS = tuple(f"stage{number}" for number in range(1, STAGES + 1))
+
+
+POOLED = ("embedding", "logits")  # the encoder's outputs that most callers are content with
 
 
 def encoder_outputs(arch: Architecture) -> tuple[str, ...]:
@@ -117,6 +123,22 @@ class Bundle:
             if sha256(path) != expected:
                 raise BundleError(f"{path} was altered after the export (its sha256 differs): export it again.")
 
+    def copy(self, folder: Path) -> Bundle:
+        """Copy the bundle's own files into an existing folder, config.json last, and verify the copy.
+
+        Certificates stay: they are of this machine.
+
+        Raises:
+            BundleError: when a file is missing or altered.
+        """
+        for name in (*self.checksums, CONFIG):
+            if not (self.path / name).is_file():
+                raise BundleError(f"{self.path} lacks {name}: export it again.")
+            shutil.copyfile(self.path / name, folder / name)
+        copied = open_bundle(folder)
+        copied.verify()
+        return copied
+
     def save_config(self) -> None:
         """Write config.json, last of all: a folder without it is no bundle."""
         values = {
@@ -146,6 +168,7 @@ def open_bundle(path: Path) -> Bundle:
     try:
         values = json.loads(config.read_text())
         _check_format(path, values["format"])
+        _check_names(values["sha256"])
         return Bundle(
             path=path,
             description=Description.from_dict(values),
@@ -165,6 +188,27 @@ def _check_format(path: Path, found: object) -> None:
     if found != FORMAT:
         advice = "update mixmim-serve" if isinstance(found, int) and found > FORMAT else "export it again"
         raise BundleError(f"{path} is of format {found}, this version reads {FORMAT}: {advice}.")
+
+
+def _check_names(names: Iterable[str]) -> None:
+    """A bundle's files lie in its folder: what came from elsewhere must not reach others."""
+    for name in names:
+        if Path(name).name != name or name == "..":
+            raise ValueError(f"{name!r} is no name of a file")
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Whether a bundle may be written here.
+
+    Raises:
+        BundleError: when something is in the way that is no bundle, or a bundle and `overwrite` is not set.
+    """
+    if not target.exists():
+        return
+    if not target.is_dir() or (any(target.iterdir()) and not (target / CONFIG).is_file()):
+        raise BundleError(f"{target} exists and is no bundle: choose another folder, nothing was overwritten.")
+    if any(target.iterdir()) and not overwrite:
+        raise BundleError(f"{target} is a bundle already: choose another folder, or give --overwrite.")
 
 
 def graph_file(graph: str, precision: str) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import socket
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import uvicorn
 from conftest import REPOSITORY
 from numpy.typing import NDArray
 
@@ -55,6 +57,7 @@ class Around:
     def __post_init__(self) -> None:
         self.bundle, self.name, self.precision = self.engine.bundle, self.engine.name, self.engine.precision
         self.version, self.hardware = self.engine.version, self.engine.hardware
+        self.max_batch = self.engine.max_batch
         self.ran: list[tuple[str, list[str]]] = []
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> Arrays:
@@ -78,6 +81,30 @@ def client_of(engine: Engine, **settings: Any) -> Iterator[TestClient]:
     runtime = app.state.runtime
     with TestClient(app) as client:
         yield client
+    assert (runtime.admission.images, runtime.admission.bytes) == (0, 0)
+    runtime.close()
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+@contextlib.contextmanager
+def url_of(engine: Engine, **settings: Any) -> Iterator[tuple[str, Starlette]]:
+    """The app behind a real socket, in a thread of this process; nothing may be left inside."""
+    app = app_of(engine, **settings)
+    server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_config=None, timeout_graceful_shutdown=1))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}", app
+        finally:
+            server.should_exit = True
+            thread.join(PATIENCE)
+    runtime = app.state.runtime
     assert (runtime.admission.images, runtime.admission.bytes) == (0, 0)
     runtime.close()
 

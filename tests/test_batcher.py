@@ -24,6 +24,7 @@ class Multiplier:
     """Multiplies its inputs, and keeps every batch it saw; the first run waits until `release` is set."""
 
     name = "multiplier"
+    max_batch: int | None = None
 
     def __init__(self, *, sizes: Sequence[int] = (), poison: Sequence[int] = (), miscount: int = 0) -> None:
         self.sizes, self.poison, self.miscount = sizes, poison, miscount

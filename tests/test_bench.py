@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from mixmim_serve.bench import Row, bench, encoder_flops, matrix_rate
+from mixmim_serve.bench import Report, Row, _best, _share, bench, encoder_flops, matrix_rate
 from mixmim_serve.cli import app
+from mixmim_serve.cli.bench import _table
 from mixmim_serve.config import architecture
 from mixmim_serve.errors import EngineError
 from mixmim_serve.model import Encoder
@@ -47,7 +49,8 @@ def test_a_report_has_a_row_for_each_engine_precision_and_batch(exported_bundle:
         assert 0 < row.share < 2
     assert list(report.missing) == ["onnx fp16"]
     assert "has no fp16 graphs" in report.missing["onnx fp16"]
-    assert report.rates["fp32"] > 0
+    assert report.rates["cpu fp32"] > 0
+    assert {row.gpu_memory for row in report.rows} == {None}
     assert report.about["engines"].keys() == {"onnx-cpu", "openvino-cpu"}
     assert sum("openvino fp32" in line for line in heard) == 2
     assert sum("onnx fp16" in line for line in heard) == 1  # not asked again
@@ -76,3 +79,18 @@ def test_the_command_writes_a_table_json_and_a_picture(exported_bundle: Path, tm
     assert {Row(**row).batch for row in values["rows"]} == {2}
     with Image.open(target.with_suffix(".png")) as picture:
         assert picture.width > 800
+
+
+def test_rows_of_a_gpu_are_held_to_its_own_rate_and_show_its_memory() -> None:
+    row = Row("tensorrt-rtx-cuda", "fp16", 8, 1000.0, 8.0, 9.0, 500.0, 1.0, 1.0, 0.0, None, 750.4)
+    rates = {"cuda fp16": 10.0, "cpu fp16": 1.0}
+    assert _share(row, 1e9, rates).share == pytest.approx(0.1)
+    assert _share(dataclasses.replace(row, engine="onnx-cpu"), 1e9, rates).share == pytest.approx(1.0)
+    assert _share(dataclasses.replace(row, precision="bf16"), 1e9, rates).share is None
+    slower = dataclasses.replace(row, images_per_second=500.0, gpu_memory=800.0)
+    assert _best([slower, row]) == dataclasses.replace(row, gpu_memory=800.0)
+    about = {"bundle": "tiny", "gflop_an_image": 1.0}
+    for memory, expected in ((750.4, ["750"]), (None, [])):
+        table = _table(Report((dataclasses.replace(row, gpu_memory=memory),), {}, rates, about))
+        found = [list(column.cells) for column in table.columns if column.header == "GPU MB"]  # type: ignore[attr-defined]
+        assert [cell for cells in found for cell in cells] == expected

@@ -18,6 +18,7 @@ from mixmim_serve.model.mixmim import random_units
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.ablation import VARIANTS
+from benchmarks.engines_gpu import full_bundle, runtimes_here
 from benchmarks.plain import PlainMixMIM
 
 # Windows smaller than the grid in the first two stages.
@@ -76,3 +77,12 @@ def test_data_loading_runs(tmp_path: Path) -> None:
     assert [row["file"] for row in rows] == ["16 kB", "75 kB", "2 MB"]
     assert all(0.7 < row["bytes"] / wanted < 1.3 for row, wanted in zip(rows, (16e3, 75e3, 2e6), strict=True))
     assert rows[2]["small decode"] < rows[2]["full decode"]
+
+
+def test_the_gpu_benchmark_makes_its_bundles_where_no_engine_can_be_built(
+    small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mixmim_serve.engines.hardware.gpu", lambda: "")
+    assert runtimes_here() == []
+    bundle = full_bundle(small_checkpoint, tmp_path / "bundle", [])
+    assert (bundle.precisions, bundle.built) == (("fp32", "fp16"), ())

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import httpx
+import psutil
+import pytest
 from conftest import REPOSITORY
+from serving import free_port
+
+from mixmim_serve.bundle import open_bundle
 
 HAT = REPOSITORY / "examples" / "hat.jpg"
-START = 30  # seconds to be ready, or to give up
+START = 40  # seconds to be ready, or to give up
+BUILD = 60
 
 IN_BENTOML = """
 import sys, warnings
@@ -44,3 +54,60 @@ def test_bentoml_serves_our_routes_without_torch(exported_bundle: Path, tmp_path
         timeout=START,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def context(exported_bundle: Path, tmp_path: Path) -> Path:
+    """What `bentoml build` packs, with a bundle of the user's own."""
+    folder = tmp_path / "context"
+    ignored = shutil.ignore_patterns("bundles", "__pycache__")
+    shutil.copytree(REPOSITORY / "mixmim_serve", folder / "mixmim_serve", ignore=ignored)
+    for name in ("bentofile.yaml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, folder)
+    shutil.copytree(exported_bundle, folder / "bundle")
+    return folder
+
+
+def test_a_bento_serves_the_bundle_inside_it_without_torch(
+    context: Path, exported_bundle: Path, tmp_path: Path
+) -> None:
+    environment = os.environ | {"BENTOML_HOME": str(tmp_path / "home"), "BENTOML_DO_NOT_TRACK": "true"}
+    environment.pop("PYTHONPATH", None)
+    bentoml = [sys.executable, "-m", "bentoml"]
+    built = subprocess.run(
+        [*bentoml, "build", "--output", "tag", str(context)],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=BUILD,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr
+    tag = built.stdout.strip().removeprefix("__tag__:")
+    shutil.rmtree(context)
+    port = free_port()
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen(
+            [*bentoml, "serve", tag, "--port", str(port), "--timeout-graceful-shutdown", "5"],
+            env=environment, cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+        )  # fmt: skip
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=START) as client:
+            wait_until_ready(client, server, tmp_path / "log")
+            answer = client.post("/embed", content=HAT.read_bytes(), headers={"content-type": "image/jpeg"})
+            assert (answer.status_code, len(answer.json()["embedding"])) == (200, 64)
+            assert client.get("/model").json()["bundle"] == open_bundle(exported_bundle).fingerprint
+            assert 'mixmim_requests_total{route="/embed",status="200"} 1.0' in client.get("/metrics").text
+        processes = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+        maps = "".join(Path(f"/proc/{process.pid}/maps").read_text() for process in processes)
+        assert "onnxruntime" in maps or "openvino" in maps
+        assert "libtorch" not in maps
+    finally:
+        server.terminate()
+        assert server.wait(START) == 0
+
+
+def wait_until_ready(client: httpx.Client, server: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START
+    while time.monotonic() < deadline and server.poll() is None:
+        with contextlib.suppress(httpx.TransportError):
+            if client.get("/readyz").status_code == 200:
+                return
+        time.sleep(0.2)
+    pytest.fail(f"not ready:\n{log.read_text()}")

@@ -217,7 +217,7 @@ def test_help_ends_with_an_example(command: str) -> None:
 def test_all_commands_are_there() -> None:
     assert COMMANDS == [
         "bench", "check", "classify", "embed", "evaluate", "export", "extract", "finetune", "import", "info",
-        "pretrain", "probe", "reconstruct", "replay", "serve",
+        "pretrain", "probe", "pull", "push", "reconstruct", "replay", "serve",
     ]  # fmt: skip
 
 

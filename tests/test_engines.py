@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from conftest import REPOSITORY
 from numpy.typing import NDArray
@@ -19,10 +21,12 @@ from safetensors.numpy import load_file
 
 from mixmim_serve.bundle import open_bundle
 from mixmim_serve.engines import Engine, base, engine_fingerprint, open_engine
+from mixmim_serve.engines import onnx as onnx_engine
 from mixmim_serve.engines.base import Arrays, graph_inputs
 from mixmim_serve.engines.certificate import FOLDER, TOLERANCES, Agreement, agreement, certificates, certify, measure
-from mixmim_serve.engines.hardware import processor
-from mixmim_serve.engines.openvino import OpenVinoEngine
+from mixmim_serve.engines.hardware import cores, processor
+from mixmim_serve.engines.onnx import cache_options
+from mixmim_serve.engines.openvino import OpenVinoEngine, core, read_graph
 from mixmim_serve.errors import EngineError
 
 TINY = REPOSITORY / "mixmim_serve" / "bundles" / "tiny"
@@ -35,6 +39,7 @@ class Altered:
         self.engine, self.by = engine, by
         self.bundle, self.name, self.precision = engine.bundle, engine.name, engine.precision
         self.version, self.hardware = engine.version, engine.hardware
+        self.max_batch = engine.max_batch
         self.runs = 0
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> Arrays:
@@ -70,6 +75,27 @@ def test_openvino_rounds_to_bf16_where_the_processor_can() -> None:
     found = certify(open_engine(TINY, "openvino"))
     assert (found.precision, found.holds) == ("bf16", True)
     assert 1e-4 < found.error < TOLERANCES["bf16"].error  # rounded, and no more than that
+
+
+def test_openvino_computes_what_is_asked_for(exported_bundle: Path) -> None:
+    """The embedding comes from a graph without stages, in which nothing looks for rows whose scores are all -inf."""
+    engine = open_engine(exported_bundle, "openvino", "fp32", threads=1)
+    whole, pooled = (read_graph(exported_bundle / "encoder.onnx", pooled=pooled) for pooled in (False, True))
+    assert (len(whole.get_results()), len(pooled.get_results())) == (6, 2)
+    assert not [node for node in whole.get_ops() if node.get_type_name() == "IsNaN"]
+    pixels = {"pixels": load_file(exported_bundle / "golden.safetensors")["encoder.pixels"]}
+    alone = engine.run("encoder", pixels, ["embedding"])["embedding"]
+    beside = engine.run("encoder", pixels, ["stage1", "embedding"])["embedding"]
+    np.testing.assert_allclose(alone, beside, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("graph", ["encoder", "reconstruct"])
+def test_openvino_runs_each_norm_as_one_kernel(exported_bundle: Path, graph: str) -> None:
+    compiled = core().compile_model(read_graph(exported_bundle / f"{graph}.onnx", pooled=graph == "encoder"), "CPU")
+    kinds = [str(node.get_rt_info()["layerType"].value) for node in compiled.get_runtime_model().get_ops()]
+    model = onnx.load(exported_bundle / f"{graph}.onnx", load_external_data=False)
+    assert kinds.count("MVN") == sum(node.op_type == "LayerNormalization" for node in model.graph.node)
+    assert "RMS" not in kinds
 
 
 def test_openvino_has_no_fp16() -> None:
@@ -114,9 +140,9 @@ def test_a_certificate_is_measured_once(plain: Engine) -> None:
     engine = Altered(plain, 0.0)
     first = certify(engine)
     assert first.holds
-    assert engine.runs == 4  # both graphs, each with all golden rows and with one
+    assert engine.runs == 6  # each graph with all golden rows and with one, and so again for what is pooled alone
     assert certify(engine) == first
-    assert engine.runs == 4
+    assert engine.runs == 6
     (path,) = (plain.bundle.path / FOLDER).iterdir()
     assert path.name.startswith("onnx-cpu-fp32-")
     assert certificates(plain.bundle) == [first]
@@ -128,7 +154,7 @@ def test_another_engine_needs_another_certificate(plain: Engine, name: str) -> N
     certify(engine)
     setattr(engine, name, "bf16" if name == "precision" else "other")
     certify(engine)
-    assert engine.runs == 8
+    assert engine.runs == 12
     assert len(certificates(plain.bundle)) == 2
 
 
@@ -149,7 +175,7 @@ def test_other_golden_arrays_need_another_certificate(plain: Engine) -> None:
     values = json.loads(path.read_text())
     path.write_text(json.dumps(values | {"golden": "0" * 64}))
     certify(engine)
-    assert engine.runs == 8
+    assert engine.runs == 12
 
 
 def test_a_bundle_that_cannot_be_written_to_is_measured_each_time(
@@ -204,9 +230,37 @@ def test_auto_passes_over_what_is_not_installed_and_what_is_wrong(
         open_engine(bundle_copy)
 
 
-def test_auto_asks_for_the_gpu_first(bundle_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_asks_for_the_gpu_first(
+    bundle_copy: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A bundle without TensorRT engines, and packages of which only torch can use the GPU."""
+    opened, asked = base._open, []
+
+    def torch_uses_it(bundle: Any, kind: str, precision: str, threads: int) -> Engine:
+        asked.append(kind)
+        engine = opened(bundle, kind, precision, threads)
+        if kind == "torch":
+            engine.name = "torch-cuda"
+        return engine
+
     monkeypatch.setattr(base, "has_cuda_device", lambda: True)
-    assert open_engine(bundle_copy, "auto", "fp32").name.startswith("onnx-")
+    monkeypatch.setattr(base, "_open", torch_uses_it)
+    with caplog.at_level(logging.INFO):
+        assert open_engine(bundle_copy).name == "torch-cuda"
+    assert asked == ["tensorrt", "tensorrt-rtx", "onnx", "torch"]
+    assert "has no tensorrt-rtx engine: export it with --precision fp16 --target tensorrt-rtx" in caplog.text
+
+
+def test_auto_on_a_gpu_that_no_package_can_use_is_auto_on_a_cpu(
+    bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "has_cuda_device", lambda: True)
+    assert open_engine(bundle_copy, "auto", "fp32").name == "openvino-cpu"
+
+
+def test_an_empty_batch_is_refused(plain: Engine) -> None:
+    with pytest.raises(EngineError, match="the batch is empty: give one row at least"):
+        plain.run("encoder", {"pixels": np.zeros((0, 64, 64, 3), np.uint8)}, ["embedding"])
 
 
 def test_the_fingerprint_says_how_it_was_computed(bundle_copy: Path) -> None:
@@ -229,17 +283,69 @@ def test_agreement_is_of_the_worst_row() -> None:
 
 
 def test_golden_rows_run_alone_and_together(plain: Engine) -> None:
-    sizes = []
+    asked = []
 
     class Counting(Altered):
         def run(self, graph: str, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> Arrays:
             assert inputs.keys() == graph_inputs(self.bundle, graph).keys()
-            sizes.append((graph, len(next(iter(inputs.values())))))
+            asked.append((graph, len(next(iter(inputs.values()))), len(outputs)))
             return super().run(graph, inputs, outputs)
 
     measure(Counting(plain, 0.0), load_file(plain.bundle.path / "golden.safetensors"))
-    assert sizes == [("encoder", 2), ("encoder", 1), ("reconstruct", 1), ("reconstruct", 1)]
+    encoder = [("encoder", 2, 6), ("encoder", 1, 6), ("encoder", 2, 2), ("encoder", 1, 2)]  # the last: pooled alone
+    assert asked == [*encoder, ("reconstruct", 1, 3), ("reconstruct", 1, 3)]
 
 
 def test_the_processor_has_a_name() -> None:
     assert len(processor()) > 2
+
+
+def test_cores_are_those_that_a_container_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"cpu.max": "150000 100000\n", "thread_siblings_list": "0-1\n"}
+    monkeypatch.setattr(Path, "read_text", lambda path: files[path.name])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert cores() == 2  # of four, with two threads each
+    files["cpu.max"] = "max 100000\n"
+    assert cores() == 4
+    files["thread_siblings_list"] = "0,64\n"
+    assert cores() == 4
+    files["thread_siblings_list"] = "0\n"
+    assert cores() == 8
+
+
+def test_tensorrt_inside_onnx_runtime_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_engine, "has_cuda_device", lambda: False)
+    with pytest.raises(EngineError, match="onnx-tensorrt needs an NVIDIA GPU, and the CUDA driver finds none"):
+        open_engine(TINY, "onnx-tensorrt")
+    monkeypatch.setattr(onnx_engine, "has_cuda_device", lambda: True)
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: [onnx_engine.CUDA, onnx_engine.CPU])
+    with pytest.raises(
+        EngineError, match=r"this ONNX Runtime knows no TensorRT: run pip install 'mixmim-serve\[gpu\]'"
+    ):
+        open_engine(TINY, "onnx-tensorrt")
+
+
+def test_tensorrt_inside_onnx_runtime_compiles_for_all_buckets_at_once(bundle_copy: Path) -> None:
+    engine = object.__new__(onnx_engine.OnnxTensorRtEngine)
+    engine.bundle, engine.precision, engine.device = open_bundle(bundle_copy), "fp16", "cuda"
+    (name, options), *others = engine._providers("reconstruct")
+    assert [name, *(other for other, _ in others)] == [onnx_engine.TENSORRT, onnx_engine.CUDA, onnx_engine.CPU]
+    shapes = "image_a:{0}x64x64x3,image_b:{0}x64x64x3,from_partner:{0}x4"
+    assert options["trt_profile_min_shapes"] == shapes.format(1)
+    assert options["trt_profile_max_shapes"] == shapes.format(32)
+    assert (options["trt_fp16_enable"], options["trt_bf16_enable"]) == (True, False)
+    assert options["trt_engine_cache_path"] == str(bundle_copy / "cache" / "onnx-tensorrt")
+    assert cache_options(bundle_copy / "config.json" / "folder") == {}
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_a_gpu_that_onnx_runtime_cannot_use_is_no_cpu_in_disguise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """ONNX Runtime warns, and goes on with the next provider."""
+    monkeypatch.setattr(onnx_engine, "has_cuda_device", lambda: True)
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: [onnx_engine.CUDA, onnx_engine.CPU])
+    with pytest.raises(
+        EngineError, match=r"cannot load its CUDAExecutionProvider: run pip install 'mixmim-serve\[gpu\]'"
+    ):
+        open_engine(TINY, "onnx")

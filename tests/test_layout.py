@@ -25,12 +25,18 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("mixmim_serve.engines", "mixmim_serve.model"),
     ("mixmim_serve.tasks", "mixmim_serve.panel"),
-    ("mixmim_serve.service", "mixmim_serve.extract", "mixmim_serve.bench"),
+    (
+        "mixmim_serve.service",
+        "mixmim_serve.client",
+        "mixmim_serve.extract",
+        "mixmim_serve.bench",
+        "mixmim_serve.publish",
+    ),
     ("mixmim_serve.cli",),
 )
 BESIDE = ("export", "training")  # may use the first four layers, and not each other
 MAY_IMPORT_TORCH = ("mixmim_serve.model", "mixmim_serve.engines.torch", "export", "training")
-HEAVY = ("torch", "fsspec", "onnx", "onnxscript", "onnxruntime", "bentoml", "pyarrow")
+HEAVY = ("torch", "fsspec", "onnx", "onnxscript", "onnxruntime", "bentoml", "pyarrow", "huggingface_hub")
 
 
 def modules() -> dict[str, Path]:
@@ -110,12 +116,18 @@ def test_serving_modules_import_without_torch(module: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_the_client_loads_no_server() -> None:
+    heavy = {"torch", "onnxruntime", "bentoml", "starlette", "uvicorn", "mixmim_serve.service"}
+    code = f"import sys, mixmim_serve.client; assert not sys.modules.keys() & {heavy!r}"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_help_loads_nothing_heavy() -> None:
     code = f"""
 import sys
 from typer.testing import CliRunner
 from mixmim_serve.cli import app
-for arguments in (["--help"], ["embed", "--help"], ["serve", "--help"]):
+for arguments in (["--help"], ["embed", "--help"], ["serve", "--help"], ["push", "--help"]):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0 and "Usage" in result.output
 assert not sys.modules.keys() & set({HEAVY!r}), sys.modules.keys() & set({HEAVY!r})
@@ -134,7 +146,7 @@ def test_no_extra_brings_both_onnx_runtimes() -> None:
                 for inner in requirement.removeprefix("mixmim-serve[").partition("]")[0].split(","):
                     names |= closure(inner)
             else:
-                names.add(requirement.partition(">")[0].partition("=")[0].strip())
+                names.add(requirement.partition(">")[0].partition("=")[0].partition("[")[0].strip())
         return names
 
     base = {requirement.partition(">")[0].partition("=")[0] for requirement in project["dependencies"]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,13 @@ from safetensors.numpy import load_file
 from test_export import ENCODER_ONLY, WITH_DECODER, write_checkpoint
 
 from export.build import Options, export_bundle
-from export.tensorrt import EngineOptions, build_engine, load
+from export.tensorrt import EngineOptions, build_engine
 from export.verify import widen
 from mixmim_serve.bundle import Bundle, open_bundle
 from mixmim_serve.config import architecture
 from mixmim_serve.engines import open_engine
 from mixmim_serve.engines.certificate import TOLERANCES
+from mixmim_serve.engines.tensorrt_library import load
 from mixmim_serve.errors import BundleError, ConfigError, EngineError
 
 TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -138,6 +140,22 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, tuple[str, ..
         Options(**options)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("target", "module"),
+    [("openvino", "openvino"), ("tensorrt", "tensorrt"), ("tensorrt-rtx", "tensorrt_rtx")],
+)
+def test_a_target_that_is_not_installed_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, module: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules, f"mixmim_serve.engines.{module}", raising=False)
+    heard: list[str] = []
+    with pytest.raises(EngineError, match=rf"is not installed: run pip install 'mixmim-serve\[{target}\]'"):
+        export_bundle(tmp_path / "none.safetensors", tmp_path / "bundle", Options(targets=(target,)), heard.append)
+    assert not heard
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture(scope="module")
 def with_engines(checkpoint: Path) -> Bundle:
     """A bundle with TensorRT-RTX engines of both graphs in two precisions; read-only."""
@@ -191,7 +209,7 @@ def test_tensorrt_says_what_it_cannot_do(
     pytest.importorskip("tensorrt_rtx")
     monkeypatch.setattr("mixmim_serve.engines.hardware.gpu", lambda: "")
     monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
-    with pytest.raises(BundleError, match=sentence):
+    with pytest.raises((BundleError, EngineError), match=sentence):
         build_engine(tmp_path / "none.onnx", EngineOptions(**({"runtime": "tensorrt-rtx"} | options)))  # type: ignore[arg-type]
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil  # comes with BentoML
 import pytest
 from conftest import REPOSITORY
+from serving import free_port
 
 HAT = REPOSITORY / "examples" / "hat.jpg"
 MIXMIM = [sys.executable, "-c", "from mixmim_serve.cli import main; main()"]
@@ -61,9 +62,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(bundle: Path, folder: Path, *settings: str) -> Iterator[Server]:
-    """Start a server; whatever happens, it is gone afterwards."""
-    port = free_port()
+def serve(bundle: Path | str, folder: Path, *settings: str, port: int = 0) -> Iterator[Server]:
+    """Start a server, at a free port unless told which; whatever happens, it is gone afterwards."""
+    port = port or free_port()
     options = [word for each in settings for word in ("--set", each)]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
@@ -78,12 +79,6 @@ def serve(bundle: Path, folder: Path, *settings: str) -> Iterator[Server]:
     finally:
         process.kill()
         process.wait()
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 def test_serve_starts_answers_and_ends(exported_bundle: Path, tmp_path: Path) -> None:

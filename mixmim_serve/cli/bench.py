@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mixmim_serve.cli.common import app, bundle_path, progress_console
+from mixmim_serve.cli.common import BundleArgument, app, bundle_path, progress_console
 
 if TYPE_CHECKING:
     from mixmim_serve.bench import Report
@@ -17,9 +17,7 @@ WIDTH = 110  # characters that the table needs
 
 @app.command()
 def bench(
-    bundle: Annotated[
-        Path, typer.Argument(metavar="BUNDLE", help="A bundle folder, or the name of a shipped one.")
-    ] = Path("tiny"),
+    bundle: BundleArgument = Path("tiny"),
     batch: Annotated[list[int], typer.Option(min=1, help="Images a call; may be given several times.")] = [1, 8, 32],  # noqa: B006
     seconds: Annotated[float, typer.Option(min=0.1, help="Of measuring, for each engine, batch and round.")] = 3.0,
     rounds: Annotated[int, typer.Option(min=1, help="Engines take turns so many times; the best counts.")] = 2,
@@ -44,7 +42,7 @@ def bench(
     console = Console()
     console.width = max(console.width, WIDTH)  # a wider table than the window wraps, a narrower one is unreadable
     console.print(_table(report))
-    rates = ", ".join(f"{rate:.2f} in {precision}" for precision, rate in report.rates.items())
+    rates = ", ".join(f"{name} {rate:.2f}" for name, rate in report.rates.items())
     console.print(f"{report.about['hardware']}; matrix products: {rates} TFLOP/s. Share: of that, by the encoder.")
     for name, reason in report.missing.items():
         console.print(f"not measured: {name}: {reason}", markup=False)
@@ -61,13 +59,17 @@ def _table(report: Report) -> object:
     table = Table(title=f"{report.about['bundle']}, {report.about['gflop_an_image']} GFLOP an image")
     for heading in ("engine", "precision"):
         table.add_column(heading)
-    for heading in ("batch", "images/s", "p50 ms", "p99 ms", "MB", "load s", "cosine", "error", "share"):
+    on_gpu = any(row.gpu_memory is not None for row in report.rows)
+    gpu_headings = ("GPU MB",) if on_gpu else ()
+    for heading in ("batch", "images/s", "p50 ms", "p99 ms", "MB", *gpu_headings, "load s", "cosine", "error", "share"):
         table.add_column(heading, justify="right")
     for row in report.rows:
         share = "" if row.share is None else f"{row.share:.0%}"
+        gpu_memory = ("" if row.gpu_memory is None else f"{row.gpu_memory:.0f}",) if on_gpu else ()
         table.add_row(
             row.engine, row.precision, str(row.batch), f"{row.images_per_second:.1f}", f"{row.p50:.1f}",
-            f"{row.p99:.1f}", f"{row.memory:.0f}", f"{row.load:.2f}", f"{row.cosine:.6f}", f"{row.error:.1e}", share,
+            f"{row.p99:.1f}", f"{row.memory:.0f}", *gpu_memory, f"{row.load:.2f}",
+            f"{row.cosine:.6f}", f"{row.error:.1e}", share,
         )  # fmt: skip
     return table
 

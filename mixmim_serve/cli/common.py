@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from mixmim_serve.errors import MixMIMError
+from mixmim_serve.publish.store import is_tag, stored_path
 
 app = typer.Typer(
     name="mixmim",
@@ -21,10 +22,15 @@ app = typer.Typer(
 )
 
 BundleArgument = Annotated[
-    Path, typer.Argument(metavar="BUNDLE", help="A bundle folder, or the name of a shipped one: tiny.")
+    Path,
+    typer.Argument(metavar="BUNDLE", help="A bundle folder, the shipped one (tiny), or a tag of BentoML's store."),
 ]
 EngineOption = Annotated[
-    str, typer.Option("--engine", help="onnx, openvino or torch; auto is the fastest here with the right numbers.")
+    str,
+    typer.Option(
+        "--engine",
+        help="onnx, onnx-tensorrt, openvino, tensorrt, tensorrt-rtx or torch; auto: the fastest with right numbers.",
+    ),
 ]
 
 # Which extra brings a package that a command turned out to need.
@@ -34,6 +40,7 @@ EXTRAS = {
     "onnxscript": "export",
     "onnx_ir": "export",
     "onnxruntime": "cpu",
+    "cuda": "tensorrt",
     "pyarrow": "extract",
     "kornia": "train",
     "matplotlib": "train",
@@ -41,6 +48,7 @@ EXTRAS = {
     "fsspec": "remote",
     "mlflow": "mlflow",
     "wandb": "wandb",
+    "huggingface_hub": "hub",
 }
 
 
@@ -61,9 +69,17 @@ def main() -> None:
 
 
 def bundle_path(path: Path) -> Path:
-    """The folder itself, or a shipped bundle by its name."""
+    """The folder itself, a shipped bundle by its name, or one in BentoML's model store by its tag.
+
+    Raises:
+        BundleError: for a tag that the store does not have.
+    """
     shipped = Path(__file__).parent.parent / "bundles" / path
-    return shipped if not path.exists() and shipped.is_dir() else path
+    if path.exists():
+        return path
+    if shipped.is_dir():
+        return shipped
+    return stored_path(str(path)) if is_tag(str(path)) else path
 
 
 def first_process() -> bool:

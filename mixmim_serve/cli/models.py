@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mixmim_serve.cli.common import EngineOption, app, bundle_path, progress_console
+from mixmim_serve.cli.common import BundleArgument, EngineOption, app, bundle_path, progress_console
 
 
 @app.command("import")
@@ -50,11 +50,16 @@ def export(
         bool, typer.Option("--half-weights", help="Store weights in fp16 (half the size); computing stays float32.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle.")] = False,
+    store: Annotated[str, typer.Option(help="Also put it into BentoML's model store: NAME, or NAME:VERSION.")] = "",
 ) -> None:
     """Turn a checkpoint into a bundle, checked against torch on real photos.
 
     Example: mixmim export runs/tiny/final.safetensors bundles/tiny --precision fp32 --precision fp16
     """
+    from mixmim_serve.publish.store import check_new_tag, store_bundle
+
+    if store:
+        check_new_tag(store)  # before torch is loaded, and minutes of work
     from export.build import Options, export_bundle
     from export.tensorrt import EngineOptions
 
@@ -66,11 +71,13 @@ def export(
     for name, outputs in exported.agreement.items():
         cosine, error = min(each.cosine for each in outputs.values()), max(each.error for each in outputs.values())
         typer.echo(f"{name}: cosine with torch {cosine:.6f} or more, difference {error:.1e} of the largest value")
+    if store:
+        typer.echo(f"stored as {store_bundle(exported.bundle, store)}")
 
 
 @app.command()
 def info(
-    path: Annotated[Path, typer.Argument(metavar="CHECKPOINT|BUNDLE_DIR", help="What to describe.")],
+    path: Annotated[Path, typer.Argument(metavar="CHECKPOINT|BUNDLE", help="What to describe.")],
 ) -> None:
     """Say what a checkpoint or bundle is, as JSON; a bundle's files are compared with their checksums.
 
@@ -106,9 +113,7 @@ def info(
 
 @app.command()
 def serve(
-    bundle: Annotated[
-        Path, typer.Argument(metavar="BUNDLE", help="A bundle folder, or the name of a shipped one.")
-    ] = Path("tiny"),
+    bundle: BundleArgument = Path("tiny"),
     port: Annotated[int, typer.Option(min=1, max=65535, help="TCP port.")] = 3000,
     host: Annotated[str, typer.Option(help="Address to bind; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     engine: EngineOption = "auto",

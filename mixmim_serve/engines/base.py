@@ -21,12 +21,16 @@ from mixmim_serve.errors import BundleError, EngineError
 
 Arrays = dict[str, NDArray[Any]]
 
-# Fastest first (docs/engines.md).
+# Fastest first (docs/engines.md). TensorRT inside ONNX Runtime compiles when it is opened, for minutes: only if asked
+# for.
 _ON_CPU = ("openvino", "onnx", "torch")
-_ON_GPU = ("onnx", "torch", "openvino")
+_ON_GPU = ("tensorrt", "tensorrt-rtx", "onnx", "torch")
 _CLASSES = {
     "onnx": "mixmim_serve.engines.onnx:OnnxEngine",
+    "onnx-tensorrt": "mixmim_serve.engines.onnx:OnnxTensorRtEngine",
     "openvino": "mixmim_serve.engines.openvino:OpenVinoEngine",
+    "tensorrt": "mixmim_serve.engines.tensorrt:TensorRtEngine",
+    "tensorrt-rtx": "mixmim_serve.engines.tensorrt:TensorRtRtxEngine",
     "torch": "mixmim_serve.engines.torch:TorchEngine",
 }
 ENGINES = tuple(_CLASSES)
@@ -42,6 +46,7 @@ class Engine(Protocol):
     precision: str  # in which it computes: fp32, fp16 or bf16
     version: str  # of the runtime
     hardware: str  # what it runs on, by name
+    max_batch: int | None  # most rows of one call; None for any number
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> Arrays:
         """Run a graph and return the chosen outputs, one row an item of the batch.
@@ -53,7 +58,7 @@ class Engine(Protocol):
 
         Raises:
             BundleError: when the bundle has no such graph.
-            EngineError: for inputs or outputs that the graph does not have.
+            EngineError: for inputs or outputs that the graph does not have, or more rows than `max_batch`.
         """
         ...
 
@@ -97,19 +102,23 @@ def _fastest(bundle: Bundle, precision: str, threads: int) -> Engine:
     """The first engine, in order of preference, that can be opened and whose certificate holds."""
     from mixmim_serve.engines.certificate import certify
 
-    refused = []
-    for kind in _ON_GPU if has_cuda_device() else _ON_CPU:
+    refused: dict[str, None] = {}
+    # A package for CPUs alone, on a machine with a GPU, must not stop the search for one that uses it.
+    order = [(kind, True) for kind in _ON_GPU if has_cuda_device()] + [(kind, False) for kind in _ON_CPU]
+    for kind, on_gpu in order:
         try:
             engine = _open(bundle, kind, precision, threads)
         except (BundleError, EngineError) as error:
             log.info("engine %s: %s", kind, error)
-            refused.append(str(error))
+            refused[str(error)] = None
+            continue
+        if on_gpu and engine.name.endswith("-cpu"):
             continue
         try:
             certify(engine).require()
         except EngineError as error:
             log.warning("%s", error)
-            refused.append(str(error))
+            refused[str(error)] = None
         else:
             return engine
     raise EngineError("no engine can run this bundle here. " + " ".join(refused))
@@ -144,6 +153,8 @@ def check_request(
     if inputs.keys() != expected.keys():
         raise EngineError(f"the {graph} graph takes {', '.join(expected)}; got {', '.join(inputs) or 'nothing'}.")
     batches = {array.shape[:1] for array in inputs.values()}
+    if (0,) in batches:
+        raise EngineError("the batch is empty: give one row at least.")
     for name, array in inputs.items():
         if array.dtype != _dtype(name):
             raise EngineError(f"{name} must be of type {_dtype(name)}; got {array.dtype}.")
@@ -157,6 +168,11 @@ def check_request(
 def best_precision(bundle: Bundle, order: Sequence[str]) -> str:
     """The first of these that the bundle has graphs for; if it has none, the first, which is then refused."""
     return next((each for each in order if each in bundle.precisions), order[0])
+
+
+def largest_batch(engine: Engine, wanted: int) -> int:
+    """`wanted` rows, or as many as the engine takes in one call."""
+    return min(wanted, engine.max_batch or wanted)
 
 
 def graph_inputs(bundle: Bundle, graph: str) -> dict[str, tuple[int, ...]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
+import os
 import platform
 from pathlib import Path
 
@@ -45,11 +47,67 @@ def gpu() -> str:
     if not has_cuda_device():
         return ""
     driver = _driver()
-    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    driver.cuDeviceGet(ctypes.byref(device), 0)
+    device, major, minor = _first_device(), ctypes.c_int(), ctypes.c_int()
     driver.cuDeviceGetAttribute(ctypes.byref(major), _CAPABILITY_MAJOR, device)
     driver.cuDeviceGetAttribute(ctypes.byref(minor), _CAPABILITY_MINOR, device)
     return f"sm{major.value}{minor.value}"
+
+
+@functools.cache
+def gpu_name() -> str:
+    """Name and compute capability of the first CUDA device, such as "NVIDIA L4 (sm89)"; empty without one."""
+    if not has_cuda_device():
+        return ""
+    name = ctypes.create_string_buffer(256)
+    _driver().cuDeviceGetName(name, len(name), _first_device())
+    return f"{name.value.decode(errors='replace')} ({gpu()})"
+
+
+def gpu_memory_used() -> float | None:
+    """MB that everybody together uses of the first CUDA device's memory; None where NVML cannot tell."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    if not has_cuda_device():
+        return None
+    try:
+        address = ctypes.create_string_buffer(32)
+        _driver().cuDeviceGetPCIBusId(address, len(address), _first_device())
+        pynvml.nvmlInit()
+        # NVML numbers all GPUs, CUDA those that CUDA_VISIBLE_DEVICES leaves: the bus address is the same in both.
+        handle = pynvml.nvmlDeviceGetHandleByPciBusId(address.value)
+        return float(pynvml.nvmlDeviceGetMemoryInfo(handle).used) / 1e6
+    except pynvml.NVMLError:
+        return None
+
+
+def cores() -> int:
+    """Cores that this process may use: a container's limit counts, a core's second thread does not."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    found = max(1, allowed // _threads_per_core())
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        found = min(found, max(1, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):
+        pass  # no limit ("max"), or not Linux
+    return found
+
+
+def _threads_per_core() -> int:
+    """2 with hyper-threading."""
+    try:
+        siblings = Path("/sys/devices/system/cpu/cpu0/topology/thread_siblings_list").read_text()
+        first, _, last = siblings.strip().partition("-")
+        return int(last) - int(first) + 1 if last else siblings.count(",") + 1
+    except (OSError, ValueError):
+        return 1
+
+
+def _first_device() -> ctypes.c_int:
+    device = ctypes.c_int()
+    _driver().cuDeviceGet(ctypes.byref(device), 0)
+    return device
 
 
 def _driver() -> ctypes.CDLL:

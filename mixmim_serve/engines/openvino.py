@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mixmim_serve.bundle import Bundle
+from mixmim_serve.bundle import POOLED, Bundle
 from mixmim_serve.engines.base import Arrays, check_request, graph_inputs
 from mixmim_serve.engines.hardware import first_line, processor
 from mixmim_serve.errors import EngineError
@@ -41,13 +42,16 @@ def has_bf16() -> bool:
 
 
 class OpenVinoEngine:
-    """A compiled model a graph, made when the graph is first asked for from the float32 graph.
+    """Compiled models, made from the float32 graphs when they are first asked for.
 
+    The encoder is compiled for the embedding and logits, and once more when somebody wants its stages: these are
+    tensors of the residual stream, all of which OpenVINO then keeps in float32, at a price for everybody.
     One image at a time and thousands run alike: all cores work on one batch, calls wait for each other.
     """
 
     name = "openvino-cpu"
     version: str = openvino.__version__.partition("-")[0]
+    max_batch: int | None = None
 
     def __init__(self, bundle: Bundle, precision: str = "", threads: int = 0) -> None:
         self.bundle = bundle
@@ -67,30 +71,50 @@ class OpenVinoEngine:
         }
         if threads:
             self._settings[properties.inference_num_threads] = threads
-        self._requests: dict[str, Any] = {}
+        self._requests: dict[tuple[str, bool], Any] = {}
         self._running = threading.Lock()
-        self._request("encoder")
+        self._request("encoder", pooled=True)
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> Arrays:
         """See `Engine.run`."""
         check_request(self.bundle, graph, graph_inputs(self.bundle, graph), inputs, outputs)
         feed = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
         with self._running:  # a request owns its output tensors until they are copied
-            request = self._request(graph)
+            request = self._request(graph, pooled=set(outputs) <= set(POOLED))
             try:
                 request.infer(feed, share_inputs=True)
             except Exception as error:
                 raise EngineError(f"OpenVINO failed on the {graph} graph: {first_line(error)}") from error
             return {name: request.get_tensor(name).data.copy() for name in outputs}
 
-    def _request(self, graph: str) -> Any:
-        if graph not in self._requests:
+    def _request(self, graph: str, *, pooled: bool) -> Any:
+        if (graph, pooled) not in self._requests:
             path = self.bundle.graph_path(graph)
             try:
-                # Told to read ONNX: left to itself it tries every format on a damaged file, TensorFlow's among them.
-                reader = FrontEndManager().load_by_framework("onnx")
-                model = reader.convert(reader.load(str(path)))
-                self._requests[graph] = core().compile_model(model, "CPU", self._settings).create_infer_request()
+                compiled = core().compile_model(read_graph(path, pooled=pooled), "CPU", self._settings)
+                self._requests[graph, pooled] = compiled.create_infer_request()
             except Exception as error:
                 raise EngineError(f"OpenVINO {self.version} cannot load {path}: {first_line(error)}") from error
-        return self._requests[graph]
+        return self._requests[graph, pooled]
+
+
+def read_graph(path: Path, *, pooled: bool) -> openvino.Model:
+    """An ONNX graph as OpenVINO is to compile it; `pooled` leaves the encoder's stages out."""
+    # Told to read ONNX: left to itself it tries every format on a damaged file, TensorFlow's among them.
+    reader = FrontEndManager().load_by_framework("onnx")
+    model = reader.convert(reader.load(str(path)))
+    _trust_softmax(model)
+    for result in model.get_results() if pooled else ():
+        if not result.input_value(0).get_names() & set(POOLED):
+            model.remove_result(result)
+    return model
+
+
+def _trust_softmax(model: openvino.Model) -> None:
+    """Take out what OpenVINO puts behind each Attention operator: zeros for rows whose scores are all -inf.
+
+    We block scores with -1e4, so there is no such row, and looking for one reads and writes every value again.
+    """
+    for node in model.get_ops():
+        if node.get_type_name() == "Select" and node.input_value(0).get_node().get_type_name() == "IsNaN":
+            node.output(0).replace(node.input_value(2))

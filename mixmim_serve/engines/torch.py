@@ -27,6 +27,7 @@ class TorchEngine:
     """The network on the CPU (float32 unless asked otherwise) or on a CUDA device (compiled, bf16)."""
 
     version: str = torch.__version__
+    max_batch: int | None = None
 
     def __init__(self, bundle: Bundle, precision: str = "", threads: int = 0) -> None:
         self.bundle = bundle
@@ -39,6 +40,8 @@ class TorchEngine:
             torch.set_num_threads(threads)  # torch has one setting for the whole process
         self.model = load_checkpoint(bundle.path / WEIGHTS)[0].to(self.device)
         self.normalize = Normalize(bundle.description.preprocessing).to(self.device)
+        if cuda and self.precision == "fp32":
+            torch.backends.cudnn.allow_tf32 = False  # the patches' convolution would be rounded to 10 bits
         if cuda:  # on a CPU the compiler takes longer than most uses of this engine
             self.model.compile(dynamic=True)
 
@@ -58,8 +61,10 @@ class TorchEngine:
     def _encode(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         output = self.model(pixels)
         results = {"embedding": output.embedding_BD, **dict(zip(STAGE_OUTPUTS, output.stages_BDHW, strict=True))}
-        if output.logits_BC is not None:
-            results["logits"] = output.logits_BC
+        if self.bundle.arch.num_classes:
+            # In float32: rounding a head of a few classes moves close decisions and saves nothing.
+            with torch.autocast(self.device.type, enabled=False):
+                results["logits"] = self.model.head(output.embedding_BD.float())
         return results
 
     def _reconstruct(

@@ -14,7 +14,7 @@ import numpy as np
 
 from mixmim_serve.config import Preprocessing
 from mixmim_serve.engines import Engine
-from mixmim_serve.engines.base import Arrays
+from mixmim_serve.engines.base import Arrays, largest_batch
 from mixmim_serve.errors import ImageError
 from mixmim_serve.preprocess import Pixels, preprocess, read_limited
 
@@ -33,6 +33,7 @@ class Result:
 
 def run_files(engine: Engine, paths: Sequence[Path], outputs: Sequence[str], batch: int = BATCH) -> Iterator[Result]:
     """The encoder's chosen outputs for each file, in order; an unreadable image is a result with an error."""
+    batch = largest_batch(engine, batch)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for group in _batched(_decoded(pool, paths, engine.bundle.description.preprocessing, AHEAD * batch), batch):
             yield from _run_group(engine, group, outputs)

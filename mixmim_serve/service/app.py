@@ -61,5 +61,5 @@ def _get_routes() -> list[BaseRoute]:
         Route("/metrics", about.metrics),
         Route("/openapi.json", about.openapi),
         Route("/docs", about.docs),
-        Route("/docs/{name}", about.asset),
+        *(Route(path, about.asset) for path in about.DOCS_ASSETS),
     ]

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixmim_serve.engines import Engine
-from mixmim_serve.engines.base import Arrays
+from mixmim_serve.engines.base import Arrays, largest_batch
 from mixmim_serve.errors import EngineError
 
 
@@ -92,7 +92,8 @@ class Batcher:
         observe: Callable[[int, float], None] = lambda size, seconds: None,
         coming: Coming | None = None,
     ) -> None:
-        self.engine, self.graph, self.thread, self.max_batch, self.observe = engine, graph, thread, max_batch, observe
+        self.engine, self.graph, self.thread, self.observe = engine, graph, thread, observe
+        self.max_batch = largest_batch(engine, max_batch)
         self.coming = coming or Coming()
         self.waiting: deque[Item] = deque()
         self.drainer: asyncio.Task[None] | None = None

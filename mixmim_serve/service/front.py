@@ -14,12 +14,13 @@ from mixmim_serve.service.access_log import log_access
 from mixmim_serve.service.keys import Keys
 from mixmim_serve.service.metrics import OTHER, Metrics
 from mixmim_serve.service.problems import RequestError, error_response
+from mixmim_serve.service.routes.about import DOCS_ASSETS
 from mixmim_serve.service.runtime import Runtime
-from mixmim_serve.service.settings import Settings
+from mixmim_serve.service.settings import LONGEST, Settings
 from mixmim_serve.service.visit import Visit, begin
 
-OPEN = frozenset({"/livez", "/readyz", "/healthz", "/metrics", "/docs", "/openapi.json"})  # no key, no log line
-LONGEST = 3600.0  # seconds that X-Request-Timeout may ask for
+# No key is asked for, no log line is written.
+OPEN = frozenset({"/livez", "/readyz", "/healthz", "/metrics", "/openapi.json", "/docs", *DOCS_ASSETS})
 STREAMS = frozenset({"/embed/stream"})  # as long as they like, in bytes and time: their pieces have limits
 LEFT = 499  # nginx's status for a client that left before its answer; nobody receives it
 

@@ -11,8 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from mixmim_serve.bundle import STAGE_OUTPUTS
-from mixmim_serve.service.front import LONGEST
-from mixmim_serve.service.settings import Settings
+from mixmim_serve.service.settings import LONGEST, Settings
 from mixmim_serve.version import __version__
 
 Json = dict[str, Any]
@@ -170,7 +169,6 @@ def _openai_paths() -> Json:
 
 
 def _other_paths() -> Json:
-    name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
     return {
         "/model": {"get": _get("What is served: network, preprocessing, labels, engine, fingerprint", "Model")},
         "/livez": {"get": _get("Whether the process lives", media="text/plain", refusals=())},
@@ -179,7 +177,8 @@ def _other_paths() -> Json:
         "/metrics": {"get": _get("For Prometheus", media="text/plain", refusals=())},
         "/openapi.json": {"get": _get("This document", refusals=())},
         "/docs": {"get": _get("A page to try it", media="text/html", refusals=())},
-        "/docs/{name}": {"get": _get("What that page needs", media="text/css", parameters=[name], refusals=(401, 404))},
+        "/docs/swagger-ui.css": {"get": _get("What that page needs", media="text/css", refusals=())},
+        "/docs/swagger-ui-bundle.js": {"get": _get("What that page needs", media="text/javascript", refusals=())},
     }
 
 

@@ -10,26 +10,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from mixmim_serve.errors import (
-    BundleError,
-    ConfigError,
-    ImageError,
-    ImageTooLargeError,
-    MixMIMError,
-    UndecodableImageError,
-    UnsupportedImageError,
-)
+from mixmim_serve.errors import BundleError, ConfigError, ImageError, MixMIMError
 from mixmim_serve.service.encoding import json_response
 from mixmim_serve.service.visit import visit_of
 
 log = logging.getLogger(__name__)
 
 TYPES = {401: "authentication_error", 408: "timeout_error", 429: "rate_limit_error", 504: "timeout_error"}
-IMAGE_CODES = {
-    UnsupportedImageError: "unsupported_image",
-    ImageTooLargeError: "image_too_large",
-    UndecodableImageError: "undecodable_image",
-}
 SERVER_FAILED = "the server failed on this request; its log has the reason."
 
 
@@ -45,7 +32,7 @@ class RequestError(MixMIMError):
 
 def refused(error: ImageError, param: str) -> RequestError:
     """What is wrong with one image, and which."""
-    return RequestError(error.status, IMAGE_CODES.get(type(error), "bad_image"), str(error), param)
+    return RequestError(error.status, error.code, str(error), param)
 
 
 def describe(error: Exception) -> tuple[int, dict[str, str | None]]:

@@ -11,10 +11,11 @@ from functools import partial
 import numpy as np
 from safetensors.numpy import load_file
 
-from mixmim_serve.bundle import GOLDEN, Bundle
+from mixmim_serve.bundle import GOLDEN, STAGE_OUTPUTS, Bundle
 from mixmim_serve.config import size_name
 from mixmim_serve.engines import Engine, engine_fingerprint
 from mixmim_serve.engines.base import Arrays
+from mixmim_serve.engines.buckets import buckets_between
 from mixmim_serve.engines.certificate import TOLERANCES, agreement, certify
 from mixmim_serve.preprocess import Pixels, decode, resize_and_crop
 from mixmim_serve.service.admission import Admission
@@ -25,6 +26,9 @@ from mixmim_serve.service.visit import Visit
 from mixmim_serve.tasks import RECONSTRUCT_OUTPUTS, random_mask, reconstruct_inputs
 
 PATIENCE = 0.02  # seconds that a batch waits at most for images that are being decoded
+# The queue of those who want the encoder's stages: an engine may have another graph for them, and who shares a batch
+# must not decide which graph makes an embedding.
+STAGES = "stages"
 CANARY_SECONDS = 10.0  # for an answer, behind at most one batch
 CANARY_AGE = 1.0  # seconds for which one canary speaks; probes of a crowd share it
 
@@ -48,6 +52,7 @@ class Runtime:
         self.engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self.coming = Coming(PATIENCE if engine.name.endswith("-cpu") else 0.0)
         self.batchers = {graph: self._batcher(graph) for graph in engine.bundle.graphs}
+        self.batchers[STAGES] = self._batcher("encoder", STAGES)
         self.golden = load_file(engine.bundle.path / GOLDEN)
         self._canary: tuple[float, bool] = (-np.inf, False)
         self._checking = asyncio.Lock()
@@ -68,8 +73,9 @@ class Runtime:
         """What every answer says of itself."""
         return {"model": self.model_name, "fingerprint": self.fingerprint}
 
-    def _batcher(self, graph: str) -> Batcher:
-        size, seconds = self.metrics.batch_size.labels(graph), self.metrics.batch_seconds.labels(graph)
+    def _batcher(self, graph: str, queue: str = "") -> Batcher:
+        queue = queue or graph
+        size, seconds = self.metrics.batch_size.labels(queue), self.metrics.batch_seconds.labels(queue)
 
         def observe(images: int, spent: float) -> None:
             size.observe(images)
@@ -89,12 +95,16 @@ class Runtime:
     def warm_up(self) -> None:
         """Run each graph once, so that the first request waits for nothing.
 
+        An engine with a largest batch prepares each bucket when it first meets it: it meets them now.
+
         Raises:
             EngineError: when the engine cannot answer.
         """
         size, units = self.bundle.arch.image_size, self.bundle.arch.units
         blank = np.zeros((1, size, size, 3), np.uint8)
-        self.engine.run("encoder", {"pixels": blank}, ["embedding"])
+        largest = self.batchers["encoder"].max_batch
+        for batch in buckets_between(1, largest) if self.engine.max_batch else (1,):
+            self.engine.run("encoder", {"pixels": blank.repeat(batch, axis=0)}, ["embedding"])
         if "reconstruct" in self.bundle.graphs:
             inputs = reconstruct_inputs(blank, blank, random_mask(units)[None])
             self.engine.run("reconstruct", inputs, RECONSTRUCT_OUTPUTS)
@@ -127,7 +137,8 @@ class Runtime:
         Raises:
             EngineError: when the engine fails on it.
         """
-        ran = await self.batchers[graph].run(inputs, outputs)
+        queue = graph if set(outputs).isdisjoint(STAGE_OUTPUTS) else STAGES
+        ran = await self.batchers[queue].run(inputs, outputs)
         visit.note("queue", ran.queue)
         visit.note("infer", ran.infer)
         return ran.outputs

@@ -1,6 +1,6 @@
 """The process that `mixmim serve` becomes: uvicorn with our app, and nothing between them.
 
-BentoML's own server took half a millisecond more for each request (docs/decisions.md); bentos still run in it.
+BentoML's own server took a third of a millisecond more for each request (docs/decisions.md); bentos still run in it.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from mixmim_serve.config import unknown
 from mixmim_serve.errors import ConfigError
 
 VARIABLE = "MIXMIM_SERVICE"  # the settings as JSON, for servers that `mixmim serve` does not start
+LONGEST = 3600.0  # seconds that X-Request-Timeout may ask for
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class Settings:
         object.__setattr__(self, "cors", tuple(self.cors))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            kinds = (int, float) if isinstance(field.default, float) else (type(field.default),)
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                raise ConfigError(f"{field.name} must be like {field.default!r}, got {value!r}.")
             lowest = 0 if field.name == "decode_threads" else 1
             if isinstance(value, int) and value < lowest:
                 raise ConfigError(f"{field.name} must be {lowest} or more, got {value}.")

@@ -16,7 +16,7 @@ from mixmim_serve.service.routes.images import runtime_of
 from mixmim_serve.service.runtime import Runtime
 
 EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
-ASSETS = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript"}
+DOCS_ASSETS = {"/docs/swagger-ui.css": "text/css", "/docs/swagger-ui-bundle.js": "text/javascript"}
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>mixmim-serve</title>
 <link rel="stylesheet" href="docs/swagger-ui.css"></head>
@@ -78,12 +78,11 @@ async def docs(request: Request) -> Response:
 
 async def asset(request: Request) -> Response:
     """Swagger's files, of the copy that BentoML brings: nothing is fetched from elsewhere."""
-    name = request.path_params["name"]
     found = importlib.util.find_spec("bentoml")
-    if name not in ASSETS or found is None or found.origin is None:
-        raise RequestError(404, "not_found", f"no file {name!r} here.")
-    path = Path(found.origin).parent / "_internal" / "server" / "static_content" / name
-    return FileResponse(path, media_type=ASSETS[name])
+    if found is None or found.origin is None:
+        raise RequestError(404, "not_found", "this page needs BentoML, which is not installed: see /openapi.json.")
+    path = Path(found.origin).parent / "_internal" / "server" / "static_content" / Path(request.url.path).name
+    return FileResponse(path, media_type=DOCS_ASSETS[request.url.path])
 
 
 def require_runtime(request: Request) -> Runtime:

@@ -1,0 +1,175 @@
+"""The client for programs with an event loop of asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
+from typing import TypeVar
+
+import httpx
+
+from mixmim_serve.client import calls
+from mixmim_serve.client.answers import Reply
+from mixmim_serve.client.calls import Call, Dtype, Layout
+from mixmim_serve.client.images import Image, encoded
+from mixmim_serve.client.many import Bulk, Embedded, OneModel, Pack, Packer, embedded, load
+from mixmim_serve.client.results import Classes, Embedding, Features, ModelInfo, Reconstruction, Score
+from mixmim_serve.client.retry import Outcome, Policy, Send, Steps, attempts, is_ready
+from mixmim_serve.client.target import Target
+from mixmim_serve.errors import ImageError
+
+Made = TypeVar("Made")
+
+
+class AsyncClient:
+    """A server, asked by any number of tasks; each method is that of `Client`. Close it, or use it in `async with`.
+
+    Raises:
+        ConfigError: for a URL or a key that cannot be used.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        policy: Policy | None = None,
+        http: httpx.AsyncClient | None = None,
+    ) -> None:
+        self._target = Target(url, api_key, policy)
+        self._http, self._is_ours = http or httpx.AsyncClient(), http is None
+
+    async def embed(self, image: Image, *, normalize: bool = False, dtype: Dtype = "float32") -> Embedding:
+        """The embedding of an image; normalised to length 1 if asked for."""
+        (found,) = await self._call(calls.embed([await _encoded(image)], normalize, dtype))
+        if isinstance(found, ImageError):
+            raise found
+        return found
+
+    async def classify(self, image: Image, *, top: int | None = None) -> Classes:
+        """The most probable classes of an image, best first; 5 unless told otherwise."""
+        return await self._call(calls.classify(await _encoded(image), top))
+
+    async def features(
+        self, image: Image, stages: Sequence[str] = ("stage4",), *, layout: Layout = "map", dtype: Dtype = "float32"
+    ) -> Features:
+        """Dense features of an image, of the stages named `stage1` to `stage4`."""
+        return await self._call(calls.features(await _encoded(image), stages, layout, dtype))
+
+    async def score(self, image: Image, *, masks: int | None = None, with_map: bool = False) -> Score:
+        """How unlike the training data an image is: by so many pairs of masks, 2 unless told otherwise."""
+        return await self._call(calls.score(await _encoded(image), masks, with_map))
+
+    async def reconstruct(self, image_a: Image, image_b: Image, *, seed: int = 0, ratio: float = 0.5) -> Reconstruction:
+        """Two images mixed and completed; `seed` and `ratio` choose the units that image B covers."""
+        images = [await _encoded(image_a), await _encoded(image_b)]
+        return await self._call(calls.reconstruct(images, seed, ratio))
+
+    async def model(self) -> ModelInfo:
+        """What is served."""
+        return await self._call(calls.MODEL)
+
+    async def ready(self) -> bool:
+        """Whether the server answers, and rightly; asked once.
+
+        Raises:
+            ServerError: when something answers that is no server of ours.
+        """
+        return await self._drive(is_ready(self._target.policy))
+
+    async def embed_many(
+        self,
+        images: Iterable[Image] | AsyncIterable[Image],
+        *,
+        normalize: bool = False,
+        dtype: Dtype = "float32",
+        per_request: int = 16,
+        in_flight: int = 4,
+        patience: float = 600.0,
+        same_model: bool = True,
+    ) -> AsyncIterator[Embedded]:
+        """One result an image, in order, while `images` are read, as by `Client.embed_many`.
+
+        Raises:
+            ModelChangedError: when another model answers than at first, unless `same_model` is False.
+            ConfigError, RefusedError, UnavailableError, ServerError: when nothing was wrong with the images.
+        """
+        options = Bulk(self._target.policy, patience, normalize, dtype, per_request, in_flight)
+        model, waiting = OneModel(same_model), deque[asyncio.Task[list[Embedded]]]()
+        try:
+            async for pack in _packs(images, per_request):
+                waiting.append(asyncio.create_task(self._drive(embedded(pack, options))))
+                if len(waiting) == in_flight:
+                    for result in model.checked(await waiting[0]):
+                        yield result
+                    waiting.popleft()
+            while waiting:
+                for result in model.checked(await waiting[0]):
+                    yield result
+                waiting.popleft()
+        finally:
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._is_ours:
+            await self._http.aclose()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *about: object) -> None:
+        await self.close()
+
+    async def _call(self, call: Call[Made]) -> Made:
+        return await self._drive(attempts(call, self._target.policy))
+
+    async def _drive(self, steps: Steps[Made]) -> Made:
+        """Do what the steps say until they have a result."""
+        outcome: Outcome | None = None
+        while True:
+            try:
+                step = steps.send(outcome)
+            except StopIteration as done:
+                result: Made = done.value
+                return result
+            outcome = None
+            if isinstance(step, Send):
+                outcome = await self._send(step)
+            else:
+                await asyncio.sleep(step.seconds)
+
+    async def _send(self, send: Send) -> Outcome:
+        try:
+            async with asyncio.timeout(send.seconds):
+                request = self._http.build_request(**self._target.request(send))
+                async with contextlib.aclosing(await self._http.send(request, stream=True)) as response:
+                    return Reply(response.status_code, response.headers, await response.aread())
+        except TimeoutError:
+            return httpx.ReadTimeout("the answer was not complete in time")
+        except httpx.RequestError as error:
+            return error
+
+
+async def _encoded(image: Image) -> bytes:
+    """Files are read, and pixels packed, beside the event loop."""
+    return image if isinstance(image, bytes) else await asyncio.to_thread(encoded, image)
+
+
+async def _packs(images: Iterable[Image] | AsyncIterable[Image], per_request: int) -> AsyncIterator[Pack]:
+    """`packs`, beside the event loop."""
+    packer = Packer(per_request)
+    async for image in images if isinstance(images, AsyncIterable) else _one_by_one(images):
+        for pack in packer.add(image if isinstance(image, bytes) else await asyncio.to_thread(load, image)):
+            yield pack
+    for pack in packer.rest():
+        yield pack
+
+
+async def _one_by_one(images: Iterable[Image]) -> AsyncIterator[Image]:
+    for image in images:
+        yield image

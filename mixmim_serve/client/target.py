@@ -1,0 +1,46 @@
+"""Where requests go, and how they look on the wire."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+
+from mixmim_serve.client.retry import Policy, Send
+from mixmim_serve.errors import ConfigError
+from mixmim_serve.version import __version__
+
+
+class Target:
+    """One server.
+
+    Raises:
+        ConfigError: for a URL or a key that cannot be used.
+    """
+
+    def __init__(self, url: str, api_key: str | None, policy: Policy | None) -> None:
+        try:
+            parsed = httpx.URL(url)
+        except httpx.InvalidURL as error:
+            raise ConfigError(f"{url!r} is no URL ({error}): use one such as http://127.0.0.1:3000.") from error
+        if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
+            raise ConfigError(f"{url!r} is no server's URL: use one such as http://127.0.0.1:3000.")
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip()):
+            raise ConfigError("the API key must be printable ASCII: look for a line end or a space in it.")
+        self.url = url.rstrip("/")
+        self.policy = policy or Policy()
+        self.headers = {"User-Agent": f"mixmim-serve/{__version__}"}
+        if api_key is not None:
+            self.headers["Authorization"] = f"Bearer {api_key}"
+
+    def request(self, send: Send) -> dict[str, Any]:
+        """Arguments of httpx's `build_request`."""
+        call = send.call
+        return {
+            "method": "POST" if call.images else "GET",
+            "url": self.url + call.path,
+            "params": call.params,
+            "files": [("image", ("image", image, "application/octet-stream")) for image in call.images] or None,
+            "headers": {**self.headers, **send.headers},
+            "timeout": send.timeout,
+        }

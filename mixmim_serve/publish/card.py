@@ -1,0 +1,82 @@
+"""The model card: README.md of a published bundle, for people and for the hub's search."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from mixmim_serve.bundle import Bundle
+from mixmim_serve.config import size_name
+
+CARD = "README.md"
+_LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.-]*")  # as the hub writes them: apache-2.0, cc-by-4.0
+
+_TEXT = """{front}
+
+# {title}
+
+A MixMIM backbone ([arXiv 2205.13137](https://arxiv.org/abs/2205.13137)), as a bundle of mixmim-serve: ONNX graphs
+that run without torch, over one file of weights.
+
+| | |
+|---|---|
+{table}
+
+## Use
+
+    mixmim pull {repo} {folder}
+    mixmim embed {folder} photo.jpg
+    mixmim serve {folder}
+
+`mixmim pull` compares every file with the checksums in `config.json`.
+
+## Provenance
+
+{provenance}
+"""
+
+
+def model_card(bundle: Bundle, repo: str) -> str:
+    """The card of a bundle that is published as `repo`."""
+    size = size_name(bundle.arch)
+    return _TEXT.format(
+        front=_front_matter(bundle),
+        title=f"MixMIM {size}",
+        table="\n".join(f"| {name} | {value.replace('|', '/')} |" for name, value in _facts(bundle).items()),
+        repo=repo,
+        folder=f"bundles/{repo.rstrip('/').rpartition('/')[2]}",
+        provenance=_indented(json.dumps(dict(bundle.description.provenance), indent=2, ensure_ascii=False)),
+    )
+
+
+def _front_matter(bundle: Bundle) -> str:
+    """What the hub reads; JSON strings are YAML strings too."""
+    lines = ["library_name: mixmim-serve", "pipeline_tag: image-feature-extraction"]
+    lines += ["tags:", *(f"- {tag}" for tag in ("mixmim", "onnx", "image-feature-extraction", "masked-image-modeling"))]
+    license_ = bundle.description.provenance.get("license")
+    if isinstance(license_, str) and license_:
+        known = _LICENSE_ID.fullmatch(license_) is not None
+        lines += [f"license: {license_}"] if known else ["license: other", f"license_name: {json.dumps(license_)}"]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _facts(bundle: Bundle) -> dict[str, str]:
+    arch, labels = bundle.arch, bundle.description.labels
+    facts = {
+        "network": f"{size_name(arch)}, {arch.image_size} x {arch.image_size} pixels",
+        "embedding": f"{arch.embedding_size} numbers",
+        "reconstructs": "yes" if "reconstruct" in bundle.graphs else "no",
+        "classes": f"{arch.num_classes}" if arch.num_classes else "none: no head",
+        "precisions": ", ".join(bundle.precisions),
+        "fingerprint": f"`{bundle.fingerprint}`",
+    }
+    if labels:
+        facts["labels"] = ", ".join((*labels[:20], "...") if len(labels) > 20 else labels)
+    if bundle.built:
+        engines = (f"{each.file} for {each.runtime} {each.version} on {each.hardware}" for each in bundle.built)
+        facts["engines"] = "; ".join(engines)
+    return facts
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines())
