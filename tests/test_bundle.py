@@ -248,10 +248,7 @@ def test_onnx_opens_reconstruct_when_it_is_first_asked_for(bundle_copy: Path) ->
 
 
 def test_an_unknown_engine_is_refused(exported_bundle: Path) -> None:
-    with pytest.raises(
-        EngineError,
-        match="unknown engine 'tensorflow': choose one of auto, onnx, onnx-tensorrt, openvino, tensorrt, tensorrt-rtx, torch",
-    ):
+    with pytest.raises(EngineError, match="unknown engine 'tensorflow': choose one of auto, onnx, onnx-tensorrt, openvino, tensorrt, tensorrt-rtx, torch"):
         open_engine(exported_bundle, "tensorflow")
 
 

@@ -31,7 +31,6 @@ from test_server import serve
 from mixmim_serve.config import Preprocessing
 from mixmim_serve.errors import ImageError
 from mixmim_serve.preprocess import preprocess
-from mixmim_serve.service.problems import IMAGE_CODES
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 
@@ -112,7 +111,7 @@ def expected_refusal(image: bytes) -> tuple[str, str] | None:
     try:
         preprocess(image, Preprocessing.evaluation(64))
     except ImageError as error:
-        return IMAGE_CODES[type(error)], "input[0]"
+        return error.code, "input[0]"
     return None
 
 
