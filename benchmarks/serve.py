@@ -20,6 +20,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -83,6 +84,7 @@ class Running:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, write."""
     asked = parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no server is left behind
     if shutil.which("wrk") is None:
         raise SystemExit("wrk is not installed: apt-get install wrk (Debian, Ubuntu), or see github.com/wg/wrk.")
     report: dict[str, Any] = about(asked)
