@@ -14,7 +14,6 @@ from mixmim_serve.errors import ConfigError
 
 LONGEST_DEADLINE = 3600.0  # seconds that X-Request-Timeout may ask for
 VARIABLE = "MIXMIM_SERVICE"  # the settings as JSON, for servers that `mixmim serve` does not start
-LONGEST = 3600.0  # seconds that X-Request-Timeout may ask for
 
 
 @dataclass(frozen=True)
