@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
-import uuid
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -45,7 +45,7 @@ class Visit:
 def begin(scope: Scope) -> Visit:
     """A visit with the client's X-Request-Id, if that is printable, else an id of our own."""
     given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-    visit = Visit(given if _ID.fullmatch(given) else uuid.uuid4().hex, scope["method"], scope["path"])
+    visit = Visit(given if _ID.fullmatch(given) else os.urandom(16).hex(), scope["method"], scope["path"])
     scope[KEY] = visit
     return visit
 
