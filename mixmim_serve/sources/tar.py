@@ -94,6 +94,7 @@ def _index(place: str) -> tuple[tuple[int, str], list[_Member]]:
     with storage.explained(place, DataError), storage.open_seekable(place) as file, _archive(place, file) as archive:
         try:
             for member in archive:
+                archive.members = []  # type: ignore[attr-defined]  # it would keep every header: 0.5 kB a member
                 name = posixpath.normpath(member.name)
                 if not member.isfile():
                     continue
