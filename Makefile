@@ -15,7 +15,7 @@ serve: .venv/serve.ok  ## install what serving needs (no torch) and serve the sh
 	$(BIN)/mixmim serve $(BUNDLE) --port $(PORT)
 
 test: .venv/dev.ok  ## the whole default test suite
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2
 
 test-slow: .venv/dev.ok  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow

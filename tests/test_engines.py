@@ -86,7 +86,7 @@ def test_openvino_computes_what_is_asked_for(exported_bundle: Path) -> None:
     pixels = {"pixels": load_file(exported_bundle / "golden.safetensors")["encoder.pixels"]}
     alone = engine.run("encoder", pixels, ["embedding"])["embedding"]
     beside = engine.run("encoder", pixels, ["stage1", "embedding"])["embedding"]
-    np.testing.assert_allclose(alone, beside, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(alone, beside)
 
 
 @pytest.mark.parametrize("graph", ["encoder", "reconstruct"])
@@ -140,9 +140,9 @@ def test_a_certificate_is_measured_once(plain: Engine) -> None:
     engine = Altered(plain, 0.0)
     first = certify(engine)
     assert first.holds
-    assert engine.runs == 6  # each graph with all golden rows and with one, and so again for what is pooled alone
+    assert engine.runs == 4  # both graphs, each with all golden rows and with one
     assert certify(engine) == first
-    assert engine.runs == 6
+    assert engine.runs == 4
     (path,) = (plain.bundle.path / FOLDER).iterdir()
     assert path.name.startswith("onnx-cpu-fp32-")
     assert certificates(plain.bundle) == [first]
@@ -154,7 +154,7 @@ def test_another_engine_needs_another_certificate(plain: Engine, name: str) -> N
     certify(engine)
     setattr(engine, name, "bf16" if name == "precision" else "other")
     certify(engine)
-    assert engine.runs == 12
+    assert engine.runs == 8
     assert len(certificates(plain.bundle)) == 2
 
 
@@ -175,7 +175,7 @@ def test_other_golden_arrays_need_another_certificate(plain: Engine) -> None:
     values = json.loads(path.read_text())
     path.write_text(json.dumps(values | {"golden": "0" * 64}))
     certify(engine)
-    assert engine.runs == 12
+    assert engine.runs == 8
 
 
 def test_a_bundle_that_cannot_be_written_to_is_measured_each_time(
@@ -283,17 +283,16 @@ def test_agreement_is_of_the_worst_row() -> None:
 
 
 def test_golden_rows_run_alone_and_together(plain: Engine) -> None:
-    asked = []
+    sizes = []
 
     class Counting(Altered):
         def run(self, graph: str, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> Arrays:
             assert inputs.keys() == graph_inputs(self.bundle, graph).keys()
-            asked.append((graph, len(next(iter(inputs.values()))), len(outputs)))
+            sizes.append((graph, len(next(iter(inputs.values())))))
             return super().run(graph, inputs, outputs)
 
     measure(Counting(plain, 0.0), load_file(plain.bundle.path / "golden.safetensors"))
-    encoder = [("encoder", 2, 6), ("encoder", 1, 6), ("encoder", 2, 2), ("encoder", 1, 2)]  # the last: pooled alone
-    assert asked == [*encoder, ("reconstruct", 1, 3), ("reconstruct", 1, 3)]
+    assert sizes == [("encoder", 2), ("encoder", 1), ("reconstruct", 1), ("reconstruct", 1)]
 
 
 def test_the_processor_has_a_name() -> None:

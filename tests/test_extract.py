@@ -300,7 +300,8 @@ def test_one_vector_three_ways(engine: Engine, exported_bundle: Path, tmp_path: 
     with client_of(engine) as client:
         served = client.post("/embed", files=form(HAT)).json()["embedding"]
     stored = [pq.read_table(tmp_path / out / "features" / "000000.parquet")["embedding"][0] for out in ("out", "out32")]
-    assert stored[0].as_py() == alone.outputs["embedding"].tolist() == served  # one batch bucket: to the last bit
+    np.testing.assert_array_equal(stored[0].as_py(), alone.outputs["embedding"])  # one batch bucket: to the last bit
+    np.testing.assert_array_equal(np.array(served, np.float32), alone.outputs["embedding"])
     np.testing.assert_allclose(stored[1].as_py(), served, atol=1e-5)
 
 

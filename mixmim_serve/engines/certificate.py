@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import platform
 import re
@@ -20,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from mixmim_serve.bundle import GOLDEN, POOLED, Bundle
+from mixmim_serve.bundle import GOLDEN, Bundle
 from mixmim_serve.engines.base import Arrays, Engine, graph_inputs
 from mixmim_serve.errors import EngineError
 from mixmim_serve.files import atomic_path
@@ -137,14 +136,10 @@ def certificates(bundle: Bundle) -> list[Certificate]:
 
 
 def measure(engine: Engine, golden: Arrays) -> dict[str, Agreement]:
-    """Of every output of every graph, in a batch of all golden rows, or as many as it takes, and in a batch of one.
-
-    All outputs at once and then the pooled ones alone, for which an engine may have another graph.
-    """
+    """Of every output of every graph, in a batch of all golden rows, or as many as it takes, and in a batch of one."""
     agreements: dict[str, Agreement] = {}
-    for graph, every in engine.bundle.graphs.items():
-        pooled = tuple(name for name in every if name in POOLED)
-        for outputs, rows in itertools.product(filter(None, (every, pooled)), (slice(engine.max_batch), slice(0, 1))):
+    for graph, outputs in engine.bundle.graphs.items():
+        for rows in (slice(engine.max_batch), slice(0, 1)):
             inputs = {name: golden[f"{graph}.{name}"][rows] for name in graph_inputs(engine.bundle, graph)}
             results = engine.run(graph, inputs, outputs)
             for name in outputs:

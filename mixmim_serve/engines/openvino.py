@@ -45,7 +45,8 @@ class OpenVinoEngine:
     """Compiled models, made from the float32 graphs when they are first asked for.
 
     The encoder is compiled for the embedding and logits, and once more when somebody wants its stages: these are
-    tensors of the residual stream, all of which OpenVINO then keeps in float32, at a price for everybody.
+    tensors of the residual stream, all of which OpenVINO then keeps in float32, at a price for everybody. Who wants
+    both gets each from its own graph, so that an embedding never depends on what else was asked for.
     One image at a time and thousands run alike: all cores work on one batch, calls wait for each other.
     """
 
@@ -79,13 +80,21 @@ class OpenVinoEngine:
         """See `Engine.run`."""
         check_request(self.bundle, graph, graph_inputs(self.bundle, graph), inputs, outputs)
         feed = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
+        found: Arrays = {}
         with self._running:  # a request owns its output tensors until they are copied
-            request = self._request(graph, pooled=set(outputs) <= set(POOLED))
-            try:
-                request.infer(feed, share_inputs=True)
-            except Exception as error:
-                raise EngineError(f"OpenVINO failed on the {graph} graph: {first_line(error)}") from error
-            return {name: request.get_tensor(name).data.copy() for name in outputs}
+            for pooled in (True, False):
+                names = [name for name in outputs if (name in POOLED) == pooled]
+                if names:
+                    found |= self._infer(graph, feed, names, pooled=pooled)
+        return {name: found[name] for name in outputs}
+
+    def _infer(self, graph: str, feed: Arrays, names: Sequence[str], *, pooled: bool) -> Arrays:
+        request = self._request(graph, pooled=pooled)
+        try:
+            request.infer(feed, share_inputs=True)
+        except Exception as error:
+            raise EngineError(f"OpenVINO failed on the {graph} graph: {first_line(error)}") from error
+        return {name: request.get_tensor(name).data.copy() for name in names}
 
     def _request(self, graph: str, *, pooled: bool) -> Any:
         if (graph, pooled) not in self._requests:

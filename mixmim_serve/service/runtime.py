@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 from safetensors.numpy import load_file
 
-from mixmim_serve.bundle import GOLDEN, STAGE_OUTPUTS, Bundle
+from mixmim_serve.bundle import GOLDEN, Bundle
 from mixmim_serve.config import size_name
 from mixmim_serve.engines import Engine, engine_fingerprint
 from mixmim_serve.engines.base import Arrays
@@ -25,9 +25,6 @@ from mixmim_serve.service.settings import Settings
 from mixmim_serve.service.visit import Visit
 from mixmim_serve.tasks import RECONSTRUCT_OUTPUTS, random_mask, reconstruct_inputs
 
-# The queue of those who want the encoder's stages: an engine may have another graph for them, and who shares a batch
-# must not decide which graph makes an embedding.
-STAGES = "stages"
 PATIENCE = 0.02  # seconds that a batch waits at most for images that are being decoded
 CANARY_SECONDS = 10.0  # for an answer, behind at most one batch
 CANARY_AGE = 1.0  # seconds for which one canary speaks; probes of a crowd share it
@@ -52,7 +49,6 @@ class Runtime:
         self.engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self.coming = Coming(PATIENCE if engine.name.endswith("-cpu") else 0.0)
         self.batchers = {graph: self._batcher(graph) for graph in engine.bundle.graphs}
-        self.batchers[STAGES] = self._batcher("encoder", STAGES)
         self.golden = load_file(engine.bundle.path / GOLDEN)
         self._canary: tuple[float, bool] = (-np.inf, False)
         self._checking = asyncio.Lock()
@@ -73,9 +69,8 @@ class Runtime:
         """What every answer says of itself."""
         return {"model": self.model_name, "fingerprint": self.fingerprint}
 
-    def _batcher(self, graph: str, queue: str = "") -> Batcher:
-        queue = queue or graph
-        size, seconds = self.metrics.batch_size.labels(queue), self.metrics.batch_seconds.labels(queue)
+    def _batcher(self, graph: str) -> Batcher:
+        size, seconds = self.metrics.batch_size.labels(graph), self.metrics.batch_seconds.labels(graph)
 
         def observe(images: int, spent: float) -> None:
             size.observe(images)
@@ -137,8 +132,7 @@ class Runtime:
         Raises:
             EngineError: when the engine fails on it.
         """
-        queue = graph if set(outputs).isdisjoint(STAGE_OUTPUTS) else STAGES
-        ran = await self.batchers[queue].run(inputs, outputs)
+        ran = await self.batchers[graph].run(inputs, outputs)
         visit.note("queue", ran.queue)
         visit.note("infer", ran.infer)
         return ran.outputs
