@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from io import BytesIO
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
@@ -47,11 +46,4 @@ def png(image: Image.Image) -> bytes:
     """The image as PNG bytes."""
     buffer = BytesIO()
     image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def npz(arrays: Mapping[str, Any]) -> bytes:
-    """The arrays as the bytes of an .npz file."""
-    buffer = BytesIO()
-    np.savez(buffer, **arrays)
     return buffer.getvalue()

@@ -1,6 +1,6 @@
 """Requests in, batches to the engine, results back to each request.
 
-No timer: whatever waits when the engine becomes free is the next batch, so one client sees no delay and many share
+Whatever waits when the engine becomes free is the next batch, so one client sees no delay and many share
 their batches; a batch that is full already is put together while the engine is busy (both as in
 text-embeddings-inference). A batch that fails is split until the culprit alone fails.
 """
