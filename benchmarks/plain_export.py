@@ -40,7 +40,8 @@ from openvino import properties
 from torch import Tensor
 
 from benchmarks.plain_encoder import PlainEncoder
-from benchmarks.train_step import git, show, spread
+from benchmarks.provenance import command, commit
+from benchmarks.train_step import show, spread
 from export.build import export_bundle
 from export.verify import photos
 from mixmim_serve.bench import encoder_flops, matrix_rate
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         models = {size: prepare(size, folder / size) for size in options.sizes}
-        report = environment() | {"command": command(arguments), "rounds": options.rounds, "sizes": {}}
+        report = environment() | {"command": command("plain_export", arguments), "rounds": options.rounds, "sizes": {}}
         rates, rows = take_turns(models, options)
         report |= {"rates": rates, "rows": rows}
         for size, about in models.items():
@@ -342,16 +343,11 @@ def environment() -> dict[str, Any]:
     """Where and when this was measured."""
     return {
         "date": date.today().isoformat(),
-        "commit": git("rev-parse", "--short", "HEAD") + (" with changes" if git("status", "--porcelain") else ""),
+        "commit": commit(),
         "hardware": processor(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime", "openvino")},
     }
-
-
-def command(arguments: Sequence[str] | None) -> str:
-    """The command line, as it would be typed."""
-    return " ".join(["python -m benchmarks.plain_export", *(sys.argv[1:] if arguments is None else arguments)])
 
 
 def markdown(report: dict[str, Any]) -> str:

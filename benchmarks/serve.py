@@ -41,6 +41,7 @@ import numpy as np
 import psutil
 from PIL import Image
 
+from benchmarks.provenance import command
 from benchmarks.serving_peers.common import BUNDLE, ENGINE, PORT
 from benchmarks.serving_report import markdown, picture
 from mixmim_serve.bundle import DEFAULT_BUNDLE
@@ -119,7 +120,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--soak", type=int, default=0, help="seconds of 128 clients at the end")
     parser.add_argument("--output", type=Path, help="a Markdown file; .json and .png come beside it")
     asked = parser.parse_args(arguments)
-    asked.command = "python -m benchmarks.serve " + " ".join(arguments if arguments is not None else sys.argv[1:])
+    asked.command = command("serve", arguments)
     return asked
 
 

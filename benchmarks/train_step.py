@@ -19,7 +19,6 @@ import multiprocessing
 import platform
 import resource
 import statistics
-import subprocess
 import sys
 import time
 import traceback
@@ -35,6 +34,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.plain import PlainMixMIM
+from benchmarks.provenance import command, commit
 from mixmim_serve.config import Preprocessing
 from mixmim_serve.engines.hardware import processor
 from mixmim_serve.model import MixMIM
@@ -81,7 +81,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Time every size, print the table, and keep it."""
     options = parse(arguments)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
-    report: dict[str, Any] = {**environment(device), "command": command(arguments), "settings": [], "rows": []}
+    report: dict[str, Any] = {
+        **environment(device),
+        "command": command("train_step", arguments),
+        "settings": [],
+        "rows": [],
+    }
     rates = [matmul_rates(device)]
     timed: list[tuple[Setting, dict[str, list[Turn]]]] = []
     for size in options.sizes:
@@ -381,28 +386,12 @@ def environment(device: str) -> dict[str, Any]:
     """Where and when this was measured."""
     return {
         "date": date.today().isoformat(),
-        "commit": git("rev-parse", "--short", "HEAD") + (" with changes" if git("status", "--porcelain") else ""),
+        "commit": commit(),
         "hardware": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-
-
-def git(*arguments: str) -> str:
-    """What git says, or nothing outside a checkout."""
-    folder = Path(__file__).parent
-    try:
-        return subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def command(arguments: Sequence[str] | None) -> str:
-    """The command line, as it would be typed."""
-    return " ".join(["python -m benchmarks.train_step", *(sys.argv[1:] if arguments is None else arguments)])
 
 
 def markdown(report: dict[str, Any]) -> str:

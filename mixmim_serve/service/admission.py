@@ -79,6 +79,14 @@ class Ticket:
         self.admission.images += images
         self.images += images
 
+    def reserve(self, images: int) -> None:
+        """Have places for so many images in all.
+
+        Raises:
+            RequestError: 429.
+        """
+        self.more(images - self.images)
+
     def hold(self, count: int) -> None:
         """Keep so many more bytes in memory until the request has left.
 

@@ -13,10 +13,9 @@ from pathlib import Path
 import bentoml
 
 from mixmim_serve.bundle import DEFAULT_BUNDLE
-from mixmim_serve.engines import open_engine
 from mixmim_serve.service.app import create_app
 from mixmim_serve.service.launch import BUNDLE_VARIABLE, ENGINE_VARIABLE
-from mixmim_serve.service.runtime import Runtime
+from mixmim_serve.service.runtime import Runtime, open_runtime
 from mixmim_serve.service.server import tune_garbage_collection
 from mixmim_serve.service.settings import from_environment
 
@@ -60,6 +59,4 @@ def load_runtime() -> Runtime:
     """
     named = os.environ.get(BUNDLE_VARIABLE)
     bundle = Path(named) if named else BENTO_BUNDLE if BENTO_BUNDLE.is_dir() else DEFAULT_BUNDLE
-    runtime = Runtime(open_engine(bundle, os.environ.get(ENGINE_VARIABLE) or "auto"), settings, app.state.metrics)
-    runtime.warm_up()
-    return runtime
+    return open_runtime(bundle, os.environ.get(ENGINE_VARIABLE) or "auto", settings, app.state.metrics)

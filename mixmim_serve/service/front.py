@@ -15,7 +15,7 @@ from mixmim_serve.service.keys import Keys
 from mixmim_serve.service.metrics import OTHER, Metrics
 from mixmim_serve.service.problems import RequestError, error_response
 from mixmim_serve.service.routes.about import DOCS_ASSETS
-from mixmim_serve.service.runtime import Runtime
+from mixmim_serve.service.runtime import require_runtime
 from mixmim_serve.service.settings import LONGEST_DEADLINE, Settings
 from mixmim_serve.service.visit import Visit, begin
 
@@ -59,7 +59,7 @@ class Front:
             return
         headers = Headers(scope=scope)
         self.keys.check(headers)
-        runtime = self._runtime(scope)
+        runtime = require_runtime(scope["app"].state)
         body = bodies.Body(scope, receive, self.settings, visit)
         stream = visit.path in STREAMS
         if not stream:
@@ -89,16 +89,6 @@ class Front:
                 work.cancel()
                 await asyncio.wait({work})
 
-    def _runtime(self, scope: Scope) -> Runtime:
-        state = scope["app"].state
-        runtime: Runtime | None = getattr(state, "runtime", None)
-        if runtime is None or getattr(state, "draining", False):
-            what = "shutting down" if runtime else "still loading the model"
-            raise RequestError(
-                503, "not_ready", f"the server is {what}: try again in a second.", headers={"Retry-After": "1"}
-            )
-        return runtime
-
     def _seconds(self, headers: Headers, default: float | None) -> float | None:
         """Until the deadline."""
         text = headers.get("x-request-timeout")
@@ -122,7 +112,7 @@ class Front:
         if visit.images and status < 400:
             self.metrics.images.labels(route).inc(visit.images)
         if visit.code:
-            self.metrics.failures.labels(visit.code).inc()
+            self.metrics.fail(visit.code)
         if visit.path not in OPEN:
             log_access(visit, status, seconds)
 

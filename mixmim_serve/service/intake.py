@@ -55,10 +55,7 @@ async def read_images(request: Request, settings: Settings) -> Sent:
     else:
         message = f"content type {kind or 'missing'!r} is not accepted: {HOW_TO_SEND}"
         raise RequestError(415, "unsupported_body", message)
-    visit = visit_of(request)
-    visit.images = len(sent.images)
-    if visit.ticket:
-        visit.ticket.more(len(sent.images) - visit.ticket.images)
+    visit_of(request).bring(len(sent.images))
     return sent
 
 

@@ -14,7 +14,6 @@ from prometheus_client import (
     generate_latest,
 )
 
-from mixmim_serve.service.problems import RequestError
 from mixmim_serve.service.visit import STAGES
 
 NAMESPACE = "mixmim"
@@ -58,9 +57,9 @@ class Metrics:
         for stage, spent in seconds.items():
             self._stages[stage].observe(spent)
 
-    def fail(self, error: RequestError) -> None:
-        """Count one image that was refused."""
-        self.failures.labels(error.code).inc()
+    def fail(self, code: str) -> None:
+        """Count one request or image that failed, by its reason."""
+        self.failures.labels(code).inc()
 
     def text(self) -> bytes:
         """The exposition format."""

@@ -7,13 +7,15 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file
+from starlette.datastructures import State
 
 from mixmim_serve.bundle import GOLDEN, Bundle
 from mixmim_serve.config import size_name
-from mixmim_serve.engines import Engine, engine_fingerprint
+from mixmim_serve.engines import Engine, engine_fingerprint, open_engine
 from mixmim_serve.engines.base import Arrays
 from mixmim_serve.engines.buckets import buckets_between
 from mixmim_serve.engines.certificate import TOLERANCES, agreement, certify
@@ -21,6 +23,7 @@ from mixmim_serve.preprocess import Pixels, decode, resize_and_crop
 from mixmim_serve.service.admission import Admission
 from mixmim_serve.service.batcher import Batcher, Coming
 from mixmim_serve.service.metrics import Metrics
+from mixmim_serve.service.problems import RequestError
 from mixmim_serve.service.settings import Settings
 from mixmim_serve.service.visit import Visit
 from mixmim_serve.tasks import RECONSTRUCT_OUTPUTS, random_mask, reconstruct_inputs
@@ -44,6 +47,8 @@ class Runtime:
         self.certificate = certify(engine)
         self.certificate.require()
         self.fingerprint = engine_fingerprint(engine)
+        self.model_name = size_name(engine.bundle.arch)
+        self.about = {"model": self.model_name, "fingerprint": self.fingerprint}  # what every answer says of itself
         self.admission = Admission(self.settings.max_waiting, self.settings.max_held_bytes)
         self.decoders = ThreadPoolExecutor(self.settings.decoders, thread_name_prefix="decode")
         self.engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
@@ -58,16 +63,6 @@ class Runtime:
     def bundle(self) -> Bundle:
         """What is served."""
         return self.engine.bundle
-
-    @property
-    def model_name(self) -> str:
-        """The size by name."""
-        return size_name(self.bundle.arch)
-
-    @property
-    def about(self) -> dict[str, str]:
-        """What every answer says of itself."""
-        return {"model": self.model_name, "fingerprint": self.fingerprint}
 
     def _batcher(self, graph: str) -> Batcher:
         size, seconds = self.metrics.batch_size.labels(graph), self.metrics.batch_seconds.labels(graph)
@@ -164,3 +159,29 @@ class Runtime:
         """End the threads; what runs is finished."""
         self.decoders.shutdown(cancel_futures=True)
         self.engine_thread.shutdown()
+
+
+def open_runtime(bundle: Bundle | Path, engine: str, settings: Settings, metrics: Metrics) -> Runtime:
+    """An engine room that is warm.
+
+    Raises:
+        BundleError, EngineError: when the bundle cannot be served.
+    """
+    runtime = Runtime(open_engine(bundle, engine), settings, metrics)
+    runtime.warm_up()
+    return runtime
+
+
+def require_runtime(state: State) -> Runtime:
+    """The engine room of an app.
+
+    Raises:
+        RequestError: 503, before there is one and when it is about to close.
+    """
+    runtime: Runtime | None = state.runtime
+    if runtime is None or state.draining:
+        what = "shutting down" if runtime else "still loading the model"
+        raise RequestError(
+            503, "not_ready", f"the server is {what}: try again in a second.", headers={"Retry-After": "1"}
+        )
+    return runtime

@@ -21,10 +21,9 @@ from starlette.applications import Starlette
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from mixmim_serve.bundle import Bundle
-from mixmim_serve.engines import open_engine
 from mixmim_serve.service.access_log import log_config
 from mixmim_serve.service.app import create_app
-from mixmim_serve.service.runtime import Runtime
+from mixmim_serve.service.runtime import open_runtime
 from mixmim_serve.service.settings import Settings
 
 BACKLOG = 2048  # connections that wait to be accepted
@@ -41,9 +40,7 @@ def prepare(bundle: Bundle, engine: str, settings: Settings) -> Starlette:
     warnings.filterwarnings("ignore", module="PIL")  # of odd files that decode all the same
     logging.config.dictConfig(log_config(settings.log_format))
     app = create_app(settings)
-    runtime = Runtime(open_engine(bundle, engine), settings, app.state.metrics)
-    runtime.warm_up()
-    app.state.runtime = runtime
+    app.state.runtime = open_runtime(bundle, engine, settings, app.state.metrics)
     return app
 
 

@@ -33,6 +33,16 @@ class Visit:
     code: str | None = None  # why it failed
     ticket: Ticket | None = None  # its place inside, for requests with images
 
+    def bring(self, images: int) -> None:
+        """So many images turned out to be in it: each takes a place.
+
+        Raises:
+            RequestError: 429, when there are not as many.
+        """
+        self.images = images
+        if self.ticket:
+            self.ticket.reserve(images)
+
     def note(self, stage: str, seconds: float) -> None:
         """Images of one request run side by side: the longest counts."""
         self.seconds[stage] = max(seconds, self.seconds.get(stage, 0.0))

@@ -12,8 +12,7 @@ from mixmim_serve.service.encoding import json_response
 from mixmim_serve.service.metrics import Metrics
 from mixmim_serve.service.openapi import document
 from mixmim_serve.service.problems import RequestError
-from mixmim_serve.service.routes.images import runtime_of
-from mixmim_serve.service.runtime import Runtime
+from mixmim_serve.service.runtime import require_runtime
 
 EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
 DOCS_ASSETS = {"/docs/swagger-ui.css": "text/css", "/docs/swagger-ui-bundle.js": "text/javascript"}
@@ -29,7 +28,7 @@ PAGE = """<!doctype html>
 
 async def model(request: Request) -> Response:
     """What is served."""
-    runtime = require_runtime(request)
+    runtime = require_runtime(request.app.state)
     bundle = runtime.bundle
     return json_response(
         {
@@ -51,7 +50,7 @@ async def livez(request: Request) -> Response:
 
 async def readyz(request: Request) -> Response:
     """200 when a golden photo through the queue and the engine gives torch's embedding, now or a second ago."""
-    runtime = require_runtime(request)
+    runtime = require_runtime(request.app.state)
     if not await runtime.is_well():
         raise RequestError(
             503, "not_well", "the engine does not give the right answer to a known photo: restart the server.",
@@ -83,16 +82,3 @@ async def asset(request: Request) -> Response:
         raise RequestError(404, "not_found", "this page needs BentoML, which is not installed: see /openapi.json.")
     path = Path(found.origin).parent / "_internal" / "server" / "static_content" / Path(request.url.path).name
     return FileResponse(path, media_type=DOCS_ASSETS[request.url.path])
-
-
-def require_runtime(request: Request) -> Runtime:
-    """The engine room.
-
-    Raises:
-        RequestError: 503, before there is one and when it is about to close.
-    """
-    if getattr(request.app.state, "runtime", None) is None or getattr(request.app.state, "draining", False):
-        raise RequestError(
-            503, "not_ready", "the server has no model loaded: try again in a second.", headers={"Retry-After": "1"}
-        )
-    return runtime_of(request)

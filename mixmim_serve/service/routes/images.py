@@ -192,7 +192,7 @@ async def _written(runtime: Runtime, visit: Visit, form: Form, items: list[Item]
     began = time.perf_counter()
     for item in items:
         if isinstance(item, RequestError) and not sent.alone:
-            runtime.metrics.fail(item)
+            runtime.metrics.fail(item.code)
     size = sum(getattr(value, "nbytes", 0) for item in items if isinstance(item, dict) for value in item.values())
     make = partial(write, form, items, runtime.about, flat=sent.alone)
     response = await _beside(runtime, make) if size > LARGE else make()

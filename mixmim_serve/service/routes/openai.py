@@ -15,9 +15,8 @@ from starlette.responses import Response
 from mixmim_serve.service.encoding import json_response
 from mixmim_serve.service.intake import inputs_of, media_type, parse_json
 from mixmim_serve.service.problems import RequestError
-from mixmim_serve.service.routes.about import require_runtime
 from mixmim_serve.service.routes.images import each, runtime_of
-from mixmim_serve.service.runtime import Runtime
+from mixmim_serve.service.runtime import Runtime, require_runtime
 from mixmim_serve.service.visit import visit_of
 
 KEYS = ("input", "model", "encoding_format", "dimensions", "user")
@@ -31,9 +30,7 @@ async def embeddings(request: Request) -> Response:
     asked = parse_json(await request.body())
     encoding = _check(asked, runtime)
     sent = inputs_of(asked.get("input"), runtime.settings.max_items)
-    visit.images = len(sent.images)
-    if visit.ticket:
-        visit.ticket.more(visit.images - visit.ticket.images)
+    visit.bring(len(sent.images))
     results = await each(sent, lambda image: runtime.encode(image, ["embedding"], visit))
     data = []
     for index, result in enumerate(results):
@@ -49,12 +46,12 @@ async def embeddings(request: Request) -> Response:
 
 async def models(request: Request) -> Response:
     """The one model that is served."""
-    return json_response({"object": "list", "data": [_model(require_runtime(request))]})
+    return json_response({"object": "list", "data": [_model(require_runtime(request.app.state))]})
 
 
 async def model(request: Request) -> Response:
     """The same, by its name."""
-    runtime = require_runtime(request)
+    runtime = require_runtime(request.app.state)
     _check_name(request.path_params["name"], runtime)
     return json_response(_model(runtime))
 

@@ -53,7 +53,7 @@ class Stream:
         self.dtype = DTYPES[query.choice(request, "dtype", "float32", tuple(DTYPES))]
         window = min(runtime.settings.stream_window, runtime.settings.max_waiting)
         if self.visit.ticket:
-            self.visit.ticket.more(window - self.visit.ticket.images)
+            self.visit.ticket.reserve(window)
         self.answers: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue(window)
         self.lines: asyncio.Queue[bytes] = asyncio.Queue(LINES_AHEAD)
 
@@ -135,7 +135,7 @@ class Stream:
         except Exception as error:  # the engine failed on this one; the stream goes on
             body = {"status": "error", "error": describe(error)[1]}
         if body["status"] == "error":
-            self.runtime.metrics.failures.labels(body["error"]["code"]).inc()
+            self.runtime.metrics.fail(body["error"]["code"])
         return json_bytes(head | body) + b"\n"
 
 
