@@ -178,14 +178,14 @@ def everything(bundle: Path, asked: argparse.Namespace) -> Iterator[dict[str, Ru
 
 
 @contextlib.contextmanager
-def started(name: str, bundle: Path, engine: str, home: str) -> Iterator[Running]:
+def started(name: str, bundle: Path, engine: str, home: str, *options: str) -> Iterator[Running]:
     """One process; whatever happens, it and its children are gone afterwards."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     module = f"benchmarks.serving_peers.{'batched' if name in ('litserve', 'bentoml') else 'plain'}_{name}"
     serve = "from mixmim_serve.cli import main; main()"
     command = {
-        "ours": ["-c", serve, "serve", str(bundle), "--port", str(port), "--engine", engine],
+        "ours": ["-c", serve, "serve", str(bundle), "--port", str(port), "--engine", engine, *options],
         "bentoml": ["-m", "bentoml", "serve", f"{module}:Embed", "--port", str(port)],
         "bare": ["-m", "benchmarks.serving_peers.bare"],
     }.get(name, ["-m", module])

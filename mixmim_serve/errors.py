@@ -8,6 +8,7 @@
     ├── EngineError                a runtime that is not installed, or that refuses the bundle
     ├── DataError                  a data set with nothing usable in it
     ├── OutputError                a folder of results that cannot be written to, or belongs to another run
+    │   └── InUseError             another run is writing to it now
     ├── NonFiniteError             a training step whose gradients are not finite
     ├── ImageError                 one bad image; never the fault of the images beside it
     │   ├── UnsupportedImageError  bytes that are no image of an accepted format
@@ -53,6 +54,10 @@ class DataError(MixMIMError):
 
 class OutputError(MixMIMError):
     """A folder of results that cannot be written to, is in use, or was made from something else."""
+
+
+class InUseError(OutputError):
+    """A folder of results that another run is writing to at this moment."""
 
 
 class NonFiniteError(MixMIMError):

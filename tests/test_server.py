@@ -62,10 +62,13 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(bundle: Path | str, folder: Path, *settings: str, port: int = 0) -> Iterator[Server]:
+def serve(
+    bundle: Path | str, folder: Path, *settings: str, port: int = 0, jobs_root: Path | None = None
+) -> Iterator[Server]:
     """Start a server, at a free port unless told which; whatever happens, it is gone afterwards."""
     port = port or free_port()
     options = [word for each in settings for word in ("--set", each)]
+    options += ["--jobs-root", str(jobs_root)] if jobs_root else []
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             [*MIXMIM, "serve", str(bundle), "--port", str(port), "--engine", "onnx", *options],

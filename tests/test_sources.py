@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -174,6 +175,25 @@ def test_one_image_in_the_root_takes_all_labels(tmp_path: Path) -> None:
     root = write_folder(tmp_path)
     (root / "loose.jpg").touch()
     assert open_source(root).labels is None
+
+
+@pytest.mark.parametrize("where", ["", "{folder}/", "file://{folder}/"])
+def test_a_pattern_of_images(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    for name in ("cat/1.jpg", "dog/a/2.jpg", "dog/3.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(photos / "07.jpg", tmp_path / name)
+    (tmp_path / "dog" / "notes.md").write_text("no image")
+    monkeypatch.chdir(tmp_path)
+    place = where.format(folder=tmp_path)
+    found = open_source(f"{place}**/*")
+    assert found.keys == ("cat/1.jpg", "dog/3.jpg", "dog/a/2.jpg")
+    assert found.labels == ("cat", "dog", "dog")
+    assert found.read(2) == (photos / "07.jpg").read_bytes()
+    below = open_source(f"{place}dog/*.jpg")
+    assert (below.keys, below.labels) == (("3.jpg",), None)
+    below.check(0)
+    assert {Path(each).resolve() for each in found.places} == {(tmp_path / key).resolve() for key in found.keys}
+    assert open_source(f"{place}{{cat,dog}}/*.jpg").keys == ("cat/1.jpg", "dog/3.jpg")
 
 
 def test_a_folder_whose_name_looks_like_a_pattern_or_shard(tmp_path: Path) -> None:

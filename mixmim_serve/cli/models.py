@@ -124,6 +124,9 @@ def serve(
         list[str] | None, typer.Option(metavar="ORIGIN", help="A web page that may call the server from a browser.")
     ] = None,
     log_format: Annotated[str, typer.Option(help="text, or json.")] = "text",
+    jobs_root: Annotated[
+        list[str] | None, typer.Option(metavar="FOLDER", help="Take jobs over HTTP that extract what lies below it.")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A limit or a time; docs/serving.md has all.")
     ] = None,
@@ -136,4 +139,5 @@ def serve(
     from mixmim_serve.service.settings import from_assignments
 
     given = {"api_keys": str(api_keys or ""), "cors": tuple(cors or ()), "log_format": log_format}
+    given["jobs_roots"] = tuple(jobs_root or ())
     launch(bundle_path(bundle), host, port, engine, from_assignments(set_ or [], **given))

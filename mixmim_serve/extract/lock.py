@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from mixmim_serve.errors import OutputError
+from mixmim_serve.errors import InUseError, OutputError
 from mixmim_serve.extract.folder import LOCK, Folder
 
 LEASE = 60.0  # seconds; renewed three times as often
@@ -29,7 +29,7 @@ def locked(folder: Folder) -> Iterator[None]:
     """Hold the folder's lock.
 
     Raises:
-        OutputError: another run holds it.
+        InUseError: another run holds it.
     """
     with _lease(folder) if folder.is_url else _file_lock(folder):
         yield
@@ -48,9 +48,7 @@ def _file_lock(folder: Folder) -> Iterator[None]:
         lock = FileLock(folder.path(LOCK), blocking=False)
         lock.acquire()
     except Timeout as error:
-        raise OutputError(
-            f"another run is writing to {folder.place}: wait for it, or choose another folder."
-        ) from error
+        raise InUseError(f"another run is writing to {folder.place}: wait for it, or choose another folder.") from error
     except OSError as error:
         raise OutputError(f"cannot write to {folder.place}: {error.strerror or error}.") from error
     try:
@@ -96,7 +94,7 @@ def _refuse_if_held(folder: Folder) -> None:
     age = time.time() - holder["time"]
     here = holder["host"] == socket.gethostname() and holder["pid"] != os.getpid()
     if age < LEASE and not (here and not _runs(holder["pid"])):
-        raise OutputError(
+        raise InUseError(
             f"another run ({holder['host']}, process {holder['pid']}) wrote to {folder.place} {age:.0f} seconds ago: "
             f"wait for it or, if it was killed, for {LEASE - age:.0f} seconds."
         )

@@ -67,7 +67,7 @@ class Meter:
         if self.errors > self.max_failures * max(self.done, least):
             raise DataError(
                 f"{self.errors:,} of {self.done:,} images could not be read, more than the share of "
-                f"{self.max_failures:g} that --max-failures allows; {self.last}."
+                f"{self.max_failures:g} that max_failures allows; {self.last}."
             )
 
     def state(self) -> Progress:

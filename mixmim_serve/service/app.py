@@ -11,7 +11,7 @@ from mixmim_serve.service.front import Front
 from mixmim_serve.service.keys import Keys
 from mixmim_serve.service.metrics import Metrics
 from mixmim_serve.service.problems import exception_handlers
-from mixmim_serve.service.routes import about, images, openai, stream
+from mixmim_serve.service.routes import about, images, jobs, openai, stream
 from mixmim_serve.service.settings import Settings
 
 EXPOSED = ["X-Request-Id", "Server-Timing", "Retry-After"]  # to pages of other origins
@@ -24,17 +24,17 @@ def create_app(settings: Settings | None = None) -> Starlette:
         ConfigError: when the file of API keys cannot be read.
     """
     settings = settings or Settings()
-    routes = [*_post_routes(), *_get_routes()]
+    routes = [*_post_routes(), *_get_routes(), *_job_routes()]
     paths = frozenset(route.path for route in routes if isinstance(route, Route))
     metrics = Metrics()
     around = [Middleware(Front, settings, metrics, Keys(settings.api_keys), paths)]
     if settings.cors:
         origins = list(settings.cors)
-        around.insert(0, Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"],
+        around.insert(0, Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST", "DELETE"],
                                     allow_headers=["*"], expose_headers=EXPOSED))  # fmt: skip
     app = Starlette(routes=routes, middleware=around, exception_handlers=exception_handlers())
     app.state.settings, app.state.metrics = settings, metrics
-    app.state.runtime, app.state.draining = None, False
+    app.state.runtime, app.state.jobs, app.state.draining = None, None, False
     return app
 
 
@@ -62,4 +62,15 @@ def _get_routes() -> list[BaseRoute]:
         Route("/openapi.json", about.openapi),
         Route("/docs", about.docs),
         *(Route(path, about.asset) for path in about.DOCS_ASSETS),
+    ]
+
+
+def _job_routes() -> list[BaseRoute]:
+    return [
+        Route("/jobs", jobs.create, methods=["POST"]),
+        Route("/jobs", jobs.show),
+        Route("/jobs", jobs.remove, methods=["DELETE"]),
+        Route("/jobs/cancel", jobs.cancel, methods=["POST"]),
+        Route("/jobs/resume", jobs.resume, methods=["POST"]),
+        Route("/jobs/file", jobs.file),
     ]

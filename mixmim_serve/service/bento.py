@@ -14,6 +14,7 @@ import bentoml
 
 from mixmim_serve.bundle import DEFAULT_BUNDLE
 from mixmim_serve.service.app import create_app
+from mixmim_serve.service.jobs.runner import Jobs
 from mixmim_serve.service.launch import BUNDLE_VARIABLE, ENGINE_VARIABLE
 from mixmim_serve.service.runtime import Runtime, open_runtime
 from mixmim_serve.service.server import tune_garbage_collection
@@ -39,6 +40,9 @@ class MixMIMService:
         warnings.filterwarnings("ignore", module="PIL")  # of odd files that decode all the same
         self.runtime = load_runtime()
         app.state.runtime = self.runtime
+        if settings.jobs_roots:
+            app.state.jobs = Jobs(settings, self.runtime.bundle, engine_kind())
+            app.state.jobs.start(app.state.metrics)
         tune_garbage_collection()
 
     async def __is_ready__(self) -> bool:
@@ -48,6 +52,8 @@ class MixMIMService:
     def close(self) -> None:
         """Let what is in flight finish."""
         app.state.runtime = None
+        if app.state.jobs:
+            app.state.jobs.close()
         self.runtime.close()
 
 
@@ -59,4 +65,9 @@ def load_runtime() -> Runtime:
     """
     named = os.environ.get(BUNDLE_VARIABLE)
     bundle = Path(named) if named else BENTO_BUNDLE if BENTO_BUNDLE.is_dir() else DEFAULT_BUNDLE
-    return open_runtime(bundle, os.environ.get(ENGINE_VARIABLE) or "auto", settings, app.state.metrics)
+    return open_runtime(bundle, engine_kind(), settings, app.state.metrics)
+
+
+def engine_kind() -> str:
+    """The engine that the environment names."""
+    return os.environ.get(ENGINE_VARIABLE) or "auto"

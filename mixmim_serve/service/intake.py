@@ -93,8 +93,8 @@ def too_many(most: int, param: str) -> RequestError:
     return RequestError(413, "too_many_images", f"more than {most} images in one request: send several.", param)
 
 
-def parse_json(body: bytes) -> dict[str, Any]:
-    """A JSON object.
+def parse_json(body: bytes, how: str = HOW_TO_SEND) -> dict[str, Any]:
+    """A JSON object; `how` tells the client what to send.
 
     Raises:
         RequestError: 400 for anything else.
@@ -102,9 +102,9 @@ def parse_json(body: bytes) -> dict[str, Any]:
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise RequestError(400, "malformed_json", f"the body is no JSON ({error}): {HOW_TO_SEND}") from error
+        raise RequestError(400, "malformed_json", f"the body is no JSON ({error}): {how}") from error
     if not isinstance(value, dict):
-        raise RequestError(400, "malformed_json", f"the body is no JSON object: {HOW_TO_SEND}")
+        raise RequestError(400, "malformed_json", f"the body is no JSON object: {how}")
     return value
 
 

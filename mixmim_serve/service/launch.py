@@ -36,6 +36,8 @@ def launch(path: Path, host: str, port: int, engine: str, settings: Settings) ->
         photo = "examples/hat.jpg" if Path("examples/hat.jpg").is_file() else "photo.jpg"
         open_to_all = host not in LOCAL and not (settings.api_keys or os.environ.get(KEYS_VARIABLE))
         note = "\nanybody who reaches this address may use it: --api-keys FILE asks for a key" if open_to_all else ""
+        if app.state.jobs:
+            note += f"\njobs may read below {', '.join(settings.jobs_roots)}, and write to {app.state.jobs.folder}"
         print(  # noqa: T201
             f"serving {size_name(bundle.arch)} from {path} at http://{host}:{port}\n"
             f"try: curl -F image=@{photo} http://{host}:{port}/embed{note}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from prometheus_client import (
     CollectorRegistry,
@@ -41,6 +41,7 @@ class Metrics:
         self.queue = self._gauge("queue_images", "Decoded images that wait for the engine.", "graph")
         self.ready = self._gauge("ready", "1 when the last canary through the engine was right.")
         self.engine = self._gauge("engine_info", "What answers.", "model", "engine", "precision", "fingerprint")
+        self.jobs = self._gauge("jobs", "Jobs by state.", "state")
         self._stages = {stage: self.stage_seconds.labels(stage) for stage in STAGES}
 
     def _counter(self, name: str, about: str, *labels: str) -> Counter:
@@ -56,6 +57,11 @@ class Metrics:
         """Of one request."""
         for stage, spent in seconds.items():
             self._stages[stage].observe(spent)
+
+    def watch_jobs(self, counts: Callable[[], Mapping[str, int]]) -> None:
+        """Ask for the number of jobs in each state whenever somebody looks."""
+        for state in counts():
+            self.jobs.labels(state).set_function(lambda state=state: counts()[state])  # type: ignore[misc]
 
     def fail(self, code: str) -> None:
         """Count one request or image that failed, by its reason."""

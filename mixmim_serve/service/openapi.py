@@ -7,22 +7,29 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable
-from typing import Any
 
 from mixmim_serve.bundle import STAGE_OUTPUTS
+from mixmim_serve.service.openapi_jobs import job_paths, job_schemas
+from mixmim_serve.service.openapi_parts import (
+    CLOSED,
+    INTEGER,
+    NUMBERS,
+    REFUSALS,
+    STRING,
+    Json,
+    header,
+    object_of,
+    option,
+    ref,
+    refusal,
+    refusals_of,
+)
 from mixmim_serve.service.settings import LONGEST_DEADLINE, Settings
 from mixmim_serve.version import __version__
 
-Json = dict[str, Any]
-
 PHOTO = "data:image/jpeg;base64,/9j/4AAQSkZJRgABAQAAAQABAAD/"
 ABOUT: Json = {"model": "tiny", "fingerprint": "00112233445566778899aabbccddeeff"}
-STRING: Json = {"type": "string"}
-INTEGER: Json = {"type": "integer"}
-NUMBERS: Json = {"type": "array", "items": {"type": "number"}}
 STRINGS: Json = {"model": STRING, "fingerprint": STRING}  # what every answer says of itself
-CLOSED: Json = {"additionalProperties": False}
 BASE64 = r"^(data:[A-Za-z0-9/+.=-]*;base64,)?([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$"
 BINARY = {
     "application/x-npy": "one array, a row an image",
@@ -42,10 +49,10 @@ def document() -> Json:
             "description": "Embeddings, classes, features, scores and reconstructions of images by a MixMIM backbone.",
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
-        "paths": _image_paths() | _openai_paths() | _other_paths(),
+        "paths": _image_paths() | _openai_paths() | job_paths() | _other_paths(),
         "components": {
             "schemas": _schemas(),
-            "responses": {str(status): _refusal(text) for status, text in REFUSALS.items()},
+            "responses": {str(status): refusal(text) for status, text in REFUSALS.items()},
             "securitySchemes": {
                 "bearer": {"type": "http", "scheme": "bearer"},
                 "header": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
@@ -55,40 +62,24 @@ def document() -> Json:
     }
 
 
-REFUSALS = {
-    400: "Malformed: the body, an option or a header.",
-    401: "The API key is missing or wrong.",
-    404: "The model has no such part (a head, a decoder), or there is no such model.",
-    406: "None of the media types in Accept can be written.",
-    408: "The body came too slowly.",
-    413: "Too many bytes, pixels or images.",
-    415: "The body, or an image in it, is of another type.",
-    422: "The image, or all of them, cannot be decoded.",
-    429: "The server is full: Retry-After says when to come again.",
-    500: "A bug; the server's log has the reason.",
-    503: "Not ready, or shutting down.",
-    504: "The deadline passed.",
-}
-
-
 def _image_paths() -> Json:
-    normalize = _option("normalize", {"type": "boolean", "default": False}, "Give each vector length 1.")
-    top = _option("top", {"type": "integer", "minimum": 1, "default": 5}, "How many classes, at most all.")
+    normalize = option("normalize", {"type": "boolean", "default": False}, "Give each vector length 1.")
+    top = option("top", {"type": "integer", "minimum": 1, "default": 5}, "How many classes, at most all.")
     stage = f"({'|'.join(STAGE_OUTPUTS)})"
-    stages = _option(
+    stages = option(
         "stages", {"type": "string", "pattern": f"^{stage}(,{stage})*$", "default": "stage4"},
         f"Of {', '.join(STAGE_OUTPUTS)}; several between commas.",
     )  # fmt: skip
-    layout = _option("layout", {"enum": ["map", "tokens"], "default": "map"}, "(D, H, W), or (H * W, D).")
-    masks = _option("masks", {"type": "integer", "minimum": 1, "maximum": 16, "default": 2}, "Pairs of masks.")
-    with_map = _option("map", {"type": "boolean", "default": False}, "Also the error of each unit of 32 pixels.")
-    seed = _option("seed", {"type": "integer", "minimum": 0, "maximum": 2**32 - 1, "default": 0}, "Of the mask.")
-    ratio = _option(
+    layout = option("layout", {"enum": ["map", "tokens"], "default": "map"}, "(D, H, W), or (H * W, D).")
+    masks = option("masks", {"type": "integer", "minimum": 1, "maximum": 16, "default": 2}, "Pairs of masks.")
+    with_map = option("map", {"type": "boolean", "default": False}, "Also the error of each unit of 32 pixels.")
+    seed = option("seed", {"type": "integer", "minimum": 0, "maximum": 2**32 - 1, "default": 0}, "Of the mask.")
+    ratio = option(
         "ratio",
         {"type": "number", "minimum": 0, "maximum": 1, "default": 0.5},
         "Share of units that B covers: some, and not all.",
     )
-    dtype = _option("dtype", {"enum": ["float32", "float16"], "default": "float32"}, "Of the numbers in the answer.")
+    dtype = option("dtype", {"enum": ["float32", "float16"], "default": "float32"}, "Of the numbers in the answer.")
     guesses = [{"index": 3, "label": "hat", "probability": 0.91}]
     return {
         "/embed": _post("Embed images", "Embedding", [normalize, dtype], BINARY, {"embedding": [0.12, -0.5]} | ABOUT),
@@ -110,7 +101,7 @@ def _post(summary: str, schema: str, options: list[Json], binary: dict[str, str]
     several = {"data": [{"index": 0, "status": "ok"} | {k: v for k, v in example.items() if k not in ABOUT}]} | ABOUT
     content: Json = {
         "application/json": {
-            "schema": {"anyOf": [_ref(schema), _ref(f"{schema}List")]},
+            "schema": {"anyOf": [ref(schema), ref(f"{schema}List")]},
             "examples": {"one image": {"value": example}, "several images": {"value": several}},
         }
     }
@@ -123,8 +114,8 @@ def _reconstruct(options: list[Json]) -> Json:
     content = {media: {"schema": {"type": "string", "format": "binary"}} for media in kinds}
     answer = {"description": "A panel, or the arrays.", "content": content}
     body: Json = {
-        "multipart/form-data": {"schema": _ref("FormOfTwo")},
-        "application/json": {"schema": _ref("InputOfTwo"), "example": {"input": [PHOTO, PHOTO]}},
+        "multipart/form-data": {"schema": ref("FormOfTwo")},
+        "application/json": {"schema": ref("InputOfTwo"), "example": {"input": [PHOTO, PHOTO]}},
     }
     return {"post": _operation("Mix two images and complete both", options, body, answer)}
 
@@ -136,7 +127,7 @@ def _stream(options: list[Json]) -> Json:
             "schema": {"type": "string"},
             "example": f'{{"input": "{PHOTO}", "id": "a.jpg"}}\n',
         },
-        "multipart/form-data": {"schema": _ref("FormOfMany")},
+        "multipart/form-data": {"schema": ref("FormOfMany")},
     }
     lines = {"schema": {"type": "string"}, "example": json.dumps(line) + "\n"}
     answer = {
@@ -153,10 +144,10 @@ def _openai_paths() -> Json:
         "data": [{"object": "embedding", "index": 0, "embedding": [0.12, -0.5]}],
         "usage": {"prompt_tokens": 49, "total_tokens": 49},
     } | ABOUT
-    body = {"application/json": {"schema": _ref("OpenAIRequest"), "example": request}}
+    body = {"application/json": {"schema": ref("OpenAIRequest"), "example": request}}
     found = {
         "description": "The answer.",
-        "content": {"application/json": {"schema": _ref("OpenAIEmbeddings"), "example": answer}},
+        "content": {"application/json": {"schema": ref("OpenAIEmbeddings"), "example": answer}},
     }
     name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
     return {
@@ -181,14 +172,13 @@ def _other_paths() -> Json:
 
 
 def _operation(summary: str, options: list[Json], body: Json, answer: Json) -> Json:
-    refusals = {str(status): {"$ref": f"#/components/responses/{status}"} for status in REFUSALS}
     seconds = {"type": "number", "exclusiveMinimum": 0, "maximum": LONGEST_DEADLINE}
     return {
         "summary": summary,
-        "parameters": [*options, _header("X-Request-Timeout", "Seconds until the answer is of no more use.", seconds),
-                       _header("X-Request-Id", "Comes back in the answer and stands in the log.", {"type": "string"})],
+        "parameters": [*options, header("X-Request-Timeout", "Seconds until the answer is of no more use.", seconds),
+                       header("X-Request-Id", "Comes back in the answer and stands in the log.", {"type": "string"})],
         "requestBody": {"required": True, "content": body},
-        "responses": {"200": answer} | refusals,
+        "responses": {"200": answer} | refusals_of(*(status for status in REFUSALS if status != 409)),
     }  # fmt: skip
 
 
@@ -197,32 +187,32 @@ def _get(
     refusals: tuple[int, ...] = (401, 503),
 ) -> Json:  # fmt: skip
     schema: Json = {"type": "object"} if media == "application/json" else {"type": "string"}
-    schema = _ref(name) if name else schema
+    schema = ref(name) if name else schema
     answer = {"description": "The answer.", "content": {media: {"schema": schema}}}
-    responses = {"200": answer} | {str(s): {"$ref": f"#/components/responses/{s}"} for s in refusals}
+    responses = {"200": answer} | refusals_of(*refusals)
     return {"summary": summary, "responses": responses, **({"parameters": parameters} if parameters else {})}
 
 
 def _images() -> Json:
     return {
-        "multipart/form-data": {"schema": _ref("Form")},
-        "application/json": {"schema": _ref("Input"), "example": {"input": [PHOTO]}},
+        "multipart/form-data": {"schema": ref("Form")},
+        "application/json": {"schema": ref("Input"), "example": {"input": [PHOTO]}},
         "image/*": {"schema": {"type": "string", "format": "binary"}},
     }
 
 
 def _schemas() -> Json:
-    return _answers() | _bodies() | _openai() | {
-        "Model": _object({**STRINGS, "embedding_size": INTEGER, "outputs": {"type": "object"}}),
-        "Error": _object({"message": STRING, "type": STRING, "code": STRING,
+    return _answers() | _bodies() | _openai() | job_schemas() | {
+        "Model": object_of({**STRINGS, "embedding_size": INTEGER, "outputs": {"type": "object"}}),
+        "Error": object_of({"message": STRING, "type": STRING, "code": STRING,
                           "param": {"type": ["string", "null"], "examples": ["input[3]"]}}),
-        "Refusal": _object({"error": _ref("Error")}),
+        "Refusal": object_of({"error": ref("Error")}),
     }  # fmt: skip
 
 
 def _answers() -> Json:
     """Of each route: flat for one image, a list for several."""
-    guess = _object({"index": INTEGER, "label": STRING, "probability": {"type": "number"}})
+    guess = object_of({"index": INTEGER, "label": STRING, "probability": {"type": "number"}})
     flat: dict[str, Json] = {
         "Embedding": {"embedding": NUMBERS},
         "Classes": {"classes": {"type": "array", "items": guess}},
@@ -231,10 +221,10 @@ def _answers() -> Json:
     }
     schemas: Json = {}
     for name, properties in flat.items():
-        schemas[name] = _object(properties | STRINGS, required=STRINGS)
-        one = {"index": INTEGER, "status": {"enum": ["ok", "error"]}, "error": _ref("Error")} | properties
-        data = {"data": {"type": "array", "items": _object(one, required=("index", "status"))}}
-        schemas[f"{name}List"] = _object(data | STRINGS)
+        schemas[name] = object_of(properties | STRINGS, required=STRINGS)
+        one = {"index": INTEGER, "status": {"enum": ["ok", "error"]}, "error": ref("Error")} | properties
+        data = {"data": {"type": "array", "items": object_of(one, required=("index", "status"))}}
+        schemas[f"{name}List"] = object_of(data | STRINGS)
     return schemas
 
 
@@ -253,47 +243,25 @@ def _bodies() -> Json:
         "user": STRING,
     }
     return {
-        "Form": _object({"image": files}),
-        "FormOfMany": _object({"image": {"type": "array", "items": file}}, required=()),
-        "FormOfTwo": _object({"image": files | two}),
-        "Input": _object({"input": {"oneOf": [image, several]}}) | CLOSED,
-        "InputOfTwo": _object({"input": several | two}) | CLOSED,
-        "OpenAIRequest": _object(request, required=("model", "input")) | CLOSED,
+        "Form": object_of({"image": files}),
+        "FormOfMany": object_of({"image": {"type": "array", "items": file}}, required=()),
+        "FormOfTwo": object_of({"image": files | two}),
+        "Input": object_of({"input": {"oneOf": [image, several]}}) | CLOSED,
+        "InputOfTwo": object_of({"input": several | two}) | CLOSED,
+        "OpenAIRequest": object_of(request, required=("model", "input")) | CLOSED,
     }
 
 
 def _openai() -> Json:
     found = {"description": "Numbers, or base64 of little-endian float32.", "oneOf": [NUMBERS, STRING]}
-    embedding = _object({"object": {"const": "embedding"}, "index": INTEGER, "embedding": found})
+    embedding = object_of({"object": {"const": "embedding"}, "index": INTEGER, "embedding": found})
     listed = {"object": {"const": "list"}}
     model = {"id": STRING, "object": {"const": "model"}, "created": INTEGER, "owned_by": STRING, "fingerprint": STRING}
     return {
-        "OpenAIEmbeddings": _object(
+        "OpenAIEmbeddings": object_of(
             listed | {"data": {"type": "array", "items": embedding},
-                      "usage": _object({"prompt_tokens": INTEGER, "total_tokens": INTEGER})} | STRINGS
+                      "usage": object_of({"prompt_tokens": INTEGER, "total_tokens": INTEGER})} | STRINGS
         ),
-        "OpenAIModel": _object(model),
-        "OpenAIModels": _object(listed | {"data": {"type": "array", "items": _ref("OpenAIModel")}}),
+        "OpenAIModel": object_of(model),
+        "OpenAIModels": object_of(listed | {"data": {"type": "array", "items": ref("OpenAIModel")}}),
     }  # fmt: skip
-
-
-def _object(properties: Json, required: Iterable[str] | None = None) -> Json:
-    """All properties are required unless they are named."""
-    wanted = properties if required is None else required
-    return {"type": "object", "properties": properties, "required": list(wanted)}
-
-
-def _refusal(text: str) -> Json:
-    return {"description": text, "content": {"application/json": {"schema": _ref("Refusal")}}}
-
-
-def _option(name: str, schema: Json, text: str) -> Json:
-    return {"name": name, "in": "query", "description": text, "schema": schema}
-
-
-def _header(name: str, text: str, schema: Json) -> Json:
-    return {"name": name, "in": "header", "description": text, "schema": schema}
-
-
-def _ref(name: str) -> Json:
-    return {"$ref": f"#/components/schemas/{name}"}

@@ -23,6 +23,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from mixmim_serve.bundle import Bundle
 from mixmim_serve.service.access_log import log_config
 from mixmim_serve.service.app import create_app
+from mixmim_serve.service.jobs.runner import Jobs
 from mixmim_serve.service.runtime import open_runtime
 from mixmim_serve.service.settings import Settings
 
@@ -41,6 +42,8 @@ def prepare(bundle: Bundle, engine: str, settings: Settings) -> Starlette:
     logging.config.dictConfig(log_config(settings.log_format))
     app = create_app(settings)
     app.state.runtime = open_runtime(bundle, engine, settings, app.state.metrics)
+    if settings.jobs_roots:
+        app.state.jobs = Jobs(settings, bundle, engine)
     return app
 
 
@@ -61,9 +64,13 @@ def run(app: Starlette, listener: socket.socket) -> None:
     )
     tune_garbage_collection()
     allow_connections()
+    if app.state.jobs:
+        app.state.jobs.start(app.state.metrics)
     try:
         _Server(config, app.state).run([listener])
     finally:
+        if app.state.jobs:
+            app.state.jobs.close()
         app.state.runtime.close()
 
 

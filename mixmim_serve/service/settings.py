@@ -36,9 +36,13 @@ class Settings:
     api_keys: str = ""  # a file with one key a line; MIXMIM_API_KEYS in the environment holds others
     cors: tuple[str, ...] = ()  # origins whose pages may call this server; "*" is any
     log_format: str = "text"  # or json
+    jobs_roots: tuple[str, ...] = ()  # folders and URLs that jobs may read; without any there are no jobs
+    jobs_dir: str = ""  # the list of jobs and their results; ~/.local/share/mixmim-serve/jobs
+    jobs_waiting: int = 100  # jobs that wait; above it 429
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "cors", tuple(self.cors))
+        for name in ("cors", "jobs_roots"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             kinds = (int, float) if isinstance(field.default, float) else (type(field.default),)

@@ -5,7 +5,8 @@
     .parquet           a column of encoded images, as Hugging Face datasets have             sources/parquet.py
     .txt .csv .tsv     a path or URL a line, with a label behind a tab or comma              sources/files.py
 
-One file, a pattern (`train-{000..127}.tar`, `data/*.parquet`), or a folder that holds only .tar or .parquet files.
+One file, a pattern (`train-{000..127}.tar`, `data/*.parquet`, `photos/**/*.jpg`), or a folder that holds only .tar or
+.parquet files.
 A URL (`s3://`, `gs://`, `https://`, `memory://`) needs fsspec and the package for its kind.
 """
 
@@ -45,7 +46,7 @@ def open_source(spec: str | Path) -> Source:
     """
     name, place = str(spec), storage.from_spec(spec)
     if storage.has_wildcards(place):
-        return _open_files(name, storage.expand(place))
+        return _open_pattern(name, storage.expand(place))
     if storage.is_url(place):
         is_folder = not storage.bare(place).lower().endswith((*_OPENERS, *_COMPRESSED))
     elif os.path.exists(place):
@@ -64,6 +65,16 @@ def _open_folder(name: str, folder: str) -> Source:
     if not shards:
         raise DataError(f"{name} holds no images, and no .tar or .parquet files: expected {_EXPECTED}.")
     return _open_files(name, shards)
+
+
+def _open_pattern(name: str, places: Sequence[str]) -> Source:
+    """Images as if their common folder held nothing else; without any, the files that they come in."""
+    if not any(is_image_name(storage.bare(place).rpartition("/")[2]) for place in places):
+        return _open_files(name, places)
+    names = storage.short_names(places)
+    folder = places[0][: len(storage.bare(places[0])) - len(names[0])]
+    found = [short for short in names if is_image_name(short)]
+    return open_folder(name, folder or "./", sorted(found, key=lambda short: short.split("/")))
 
 
 def _open_files(name: str, places: Sequence[str]) -> Source:

@@ -29,6 +29,10 @@ class Source(Protocol):
     def runs(self) -> Sequence[range]:
         """All indices in order, cut where reading stops being cheap: at the end of a shard or a Parquet row group."""
 
+    @property
+    def places(self) -> Iterable[str]:
+        """The files and URLs that images are read from, each once."""
+
     def read(self, index: int) -> bytes:
         """The encoded image.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from mixmim_serve.errors import DataError
@@ -28,6 +28,11 @@ class FileSource:
     def runs(self) -> Sequence[range]:
         """One: no order is cheaper than another."""
         return (range(len(self.keys)),)
+
+    @property
+    def places(self) -> Iterable[str]:
+        """See `Source.places`."""
+        return map(self._place, self.keys)
 
     def read(self, index: int) -> bytes:
         """The encoded image; see `Source.read`."""

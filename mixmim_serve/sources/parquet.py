@@ -11,7 +11,7 @@ import itertools
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,11 @@ class ParquetSource:
     groups: Sequence[tuple[str, int]]  # place and number of the row group of each run
     column: str
     stamps: Mapping[str, tuple[int, str]]  # of each place, as `storage.stamp` gives it
+
+    @property
+    def places(self) -> Iterable[str]:
+        """See `Source.places`."""
+        return self.stamps.keys()
 
     def read(self, index: int) -> bytes:
         """The encoded image; see `Source.read`. A row group is read whole, whatever the size of its images."""

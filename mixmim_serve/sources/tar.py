@@ -39,6 +39,11 @@ class TarSource:
     stamps: Sequence[tuple[int, str]]  # of each shard, as `storage.stamp` gives it
     spans: NDArray[np.int64]  # (images, 2): first byte and size
 
+    @property
+    def places(self) -> Sequence[str]:
+        """See `Source.places`."""
+        return self.shards
+
     def read(self, index: int) -> bytes:
         """The encoded image; see `Source.read`."""
         start, size = self.spans[index].tolist()

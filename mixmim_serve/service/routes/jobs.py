@@ -1,0 +1,187 @@
+"""POST /jobs, and what is done with a job afterwards. All holders of a key see all jobs.
+
+A job is `mixmim extract` with this server's model: its source lies below a root that the operator named, its results in
+a folder of the server's own, from which they are fetched by link.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+from typing import Any
+from urllib.parse import urlencode
+
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+
+from mixmim_serve.errors import DataError
+from mixmim_serve.extract.folder import MANIFEST
+from mixmim_serve.service import query
+from mixmim_serve.service.encoding import json_response
+from mixmim_serve.service.intake import media_type, parse_json
+from mixmim_serve.service.jobs.runner import Jobs
+from mixmim_serve.service.jobs.store import STATES, Record
+from mixmim_serve.service.problems import RequestError
+
+HOW = 'send JSON such as {"source": "photos", "options": {"features": ["stage4"]}}.'
+KEYS = ("source", "options")
+LISTED = 100  # jobs of a list, when nobody says
+
+
+async def create(request: Request) -> Response:
+    """A new job, 201; the same request again is answered with the job that it made, 200, until that has ended."""
+    jobs = _jobs_of(request)
+    query.only(request)
+    if media_type(request) != "application/json":
+        raise RequestError(415, "unsupported_body", f"content type {media_type(request)!r} is not accepted: {HOW}")
+    asked = parse_json(await request.body(), HOW)
+    for name in asked:
+        if name not in KEYS:
+            raise RequestError(400, "unknown_key", f"no key {name!r} here, only {' and '.join(KEYS)}.", name)
+    found = await _found(jobs.submit, asked.get("source"), asked.get("options", {}))
+    if found is None:
+        message = f"{jobs.settings.jobs_waiting} jobs are waiting already: try again when some have ended."
+        raise RequestError(429, "too_many_jobs", message, headers={"Retry-After": "60"})
+    record, is_new = found
+    return json_response(
+        await asyncio.to_thread(_view, jobs, record), 201 if is_new else 200, {"Location": _url(record)}
+    )
+
+
+async def show(request: Request) -> Response:
+    """The job with this `id`, with links to its results; without one all jobs, the newest first."""
+    jobs = _jobs_of(request)
+    query.only(request, "id", "state", "limit")
+    if "id" in request.query_params:
+        return await _answer(jobs, _id(request, jobs))
+    states = query.several(request, "state", ",".join(STATES), STATES)
+    limit = query.number(request, "limit", LISTED, 1, 1000)
+
+    def listed() -> dict[str, Any]:
+        data = [_view(jobs, record, with_files=False) for record in jobs.store.newest(states, limit)]
+        return {"data": data, "counts": jobs.store.counts()}
+
+    return json_response(await asyncio.to_thread(listed))
+
+
+async def cancel(request: Request) -> Response:
+    """Stop a job after the batch that runs; what is whole stays. One that has ended stays as it is."""
+    jobs = _jobs_of(request)
+    query.only(request, "id")
+    id_ = _id(request, jobs)
+    await asyncio.to_thread(jobs.cancel, id_)
+    return await _answer(jobs, id_)
+
+
+async def resume(request: Request) -> Response:
+    """Go on with a job that was cancelled or failed; `retry_failed=true` then tries again what could not be read."""
+    jobs = _jobs_of(request)
+    query.only(request, "id", "retry_failed")
+    id_, again = _id(request, jobs), query.switch(request, "retry_failed")
+    if not await _found(jobs.resume, id_, retry_failed=again):
+        raise RequestError(409, "job_not_ended", "this job has not ended: only one that has can be resumed.", "id")
+    return await _answer(jobs, id_)
+
+
+async def remove(request: Request) -> Response:
+    """Delete a job that has ended, with its results."""
+    jobs = _jobs_of(request)
+    query.only(request, "id")
+    if not await asyncio.to_thread(jobs.remove, _id(request, jobs)):
+        raise RequestError(409, "job_not_ended", "this job has not ended: cancel it first.", "id")
+    return Response(status_code=204)
+
+
+async def file(request: Request) -> Response:
+    """One file of a job's results, by the name that the job gives."""
+    jobs = _jobs_of(request)
+    query.only(request, "id", "name")
+    id_, name = _id(request, jobs), request.query_params.get("name", "")
+    _, files = await asyncio.to_thread(jobs.results, id_)
+    if name not in files:
+        raise RequestError(404, "no_such_file", "this job has no such file: its files are listed by /jobs?id=.", "name")
+    if name == MANIFEST:
+        return json_response(await asyncio.to_thread(jobs.manifest, id_))
+    return FileResponse(jobs.out(id_) / name, media_type="application/octet-stream", filename=name.rpartition("/")[2])
+
+
+def _jobs_of(request: Request) -> Jobs:
+    jobs: Jobs | None = request.app.state.jobs
+    if jobs is None:
+        raise RequestError(404, "no_jobs", "this server takes no jobs: its operator starts it with --jobs-root FOLDER.")
+    return jobs
+
+
+def _id(request: Request, jobs: Jobs) -> str:
+    """The id that a request names, of a job that there is."""
+    id_ = request.query_params.get("id", "")
+    if jobs.store.get(id_) is None:
+        raise RequestError(404, "no_such_job", f"no job {id_[:40]!r} here.", "id")
+    return id_
+
+
+async def _found(work: Any, *values: object, **named: object) -> Any:
+    """Work beside the event loop that looks for a source."""
+    try:
+        return await asyncio.to_thread(work, *values, **named)
+    except DataError as error:
+        raise RequestError(400, "no_source", str(error), "source") from error
+
+
+async def _answer(jobs: Jobs, id_: str) -> Response:
+    def viewed() -> dict[str, Any] | None:
+        record = jobs.store.get(id_)
+        return _view(jobs, record) if record else None
+
+    found = await asyncio.to_thread(viewed)
+    if found is None:  # somebody deleted it just now
+        raise RequestError(404, "no_such_job", f"no job {id_!r} here.", "id")
+    return json_response(found)
+
+
+def _view(jobs: Jobs, record: Record, *, with_files: bool = True) -> dict[str, Any]:
+    """A job as its clients see it."""
+    shown: dict[str, Any] = {
+        "id": record.id,
+        "state": record.state,
+        "source": record.source,
+        "options": record.options,
+        "created": _time(record.created),
+        "started": _time(record.started),
+        "ended": _time(record.ended),
+        "progress": _progress(record.progress) if record.progress else None,
+        "error": record.message,
+        "url": _url(record),
+    }
+    if record.state == "queued":
+        shown["ahead"] = jobs.store.ahead(record)
+    if with_files:
+        rows, files = jobs.results(record.id)
+        shown["rows"] = rows
+        shown["files"] = [
+            {"name": name, "bytes": size, "url": f"/jobs/file?{urlencode({'id': record.id, 'name': name})}"}
+            for name, size in files.items()
+        ]
+    return shown
+
+
+def _progress(found: dict[str, Any]) -> dict[str, Any]:
+    """`extract.progress.Progress` with names that say their units."""
+    return {
+        "images": found["total"],
+        "done": found["done"],
+        "errors": found["errors"],
+        "images_per_second": found["rate"],
+        "waiting": found["waiting"],
+        "seconds_left": found["left"],
+    }
+
+
+def _url(record: Record) -> str:
+    return f"/jobs?{urlencode({'id': record.id})}"
+
+
+def _time(seconds: float | None) -> str | None:
+    if seconds is None:
+        return None
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="milliseconds")
