@@ -8,6 +8,7 @@ import functools
 import os
 import shutil
 import signal
+import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,11 +23,12 @@ from extracting import files_of
 from serving import TestClient, app_of, refusal
 from test_server import STOP, Server, serve
 
+from mixmim_serve.bundle import DEFAULT_BUNDLE, Bundle
 from mixmim_serve.engines import Engine, open_engine
 from mixmim_serve.errors import ConfigError, DataError
 from mixmim_serve.extract.job import Job, local, run
 from mixmim_serve.extract.options import Options
-from mixmim_serve.service.jobs import worker
+from mixmim_serve.service.jobs import runner, worker
 from mixmim_serve.service.jobs.roots import Roots
 from mixmim_serve.service.jobs.runner import Jobs, parse_options
 from mixmim_serve.service.jobs.store import FORMAT, Store
@@ -119,9 +121,9 @@ def start(engine: Engine, root: Path, tmp_path: Path) -> Iterator[Callable[..., 
     """Starts a server with jobs, again and again in the same folder."""
     with contextlib.ExitStack() as stack:
 
-        def start(**settings: Any) -> Served:
+        def start(bundle: Bundle | Path = engine.bundle, **settings: Any) -> Served:
             app = app_of(engine, **{"jobs_roots": (str(root),), "jobs_dir": str(tmp_path / "jobs")} | settings)
-            app.state.jobs = Jobs(app.state.settings, engine.bundle, "onnx")
+            app.state.jobs = Jobs(app.state.settings, bundle, "onnx")
             app.state.jobs.start(app.state.metrics)
             stack.callback(app.state.runtime.close)
             stack.callback(app.state.jobs.close)
@@ -427,7 +429,7 @@ def test_results_that_cannot_be_written_fail_it_in_one_sentence(served: Served, 
     served.jobs.out(id_).write_text("in the way")
     served.client.post(f"/jobs/resume?id={id_}")
     job = served.ended(id_)
-    assert (job["state"], job["error"]) == ("failed", "cannot write to the results: File exists.")
+    assert (job["state"], job["error"]) == ("failed", "cannot write to the folder of results: File exists.")
 
 
 def test_a_process_that_dies_fails_its_job_alone(
@@ -460,6 +462,30 @@ def test_photos_in_a_root_cannot_become_code(served: Served, root: Path) -> None
     assert served.ended(served.begin("photos"))["state"] == "done"
 
 
+def test_a_list_that_cannot_be_written_for_a_while(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    end, failed = served.jobs.store.end, []
+
+    def full(*values: Any, **named: Any) -> None:
+        if len(failed) < 2:
+            failed.append(values)
+            raise sqlite3.OperationalError("database or disk is full")
+        end(*values, **named)
+
+    monkeypatch.setattr(served.jobs.store, "end", full)
+    monkeypatch.setattr(runner, "RETRY_SECONDS", 0.05)
+    assert served.ended(served.begin("photos"))["state"] == "done"
+    assert len(failed) == 2
+
+
+def test_a_process_that_cannot_be_started(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    job = served.ended(served.begin("photos"))
+    assert (job["state"], job["error"]) == ("failed", "the server failed on this job; its log has the reason.")
+    monkeypatch.undo()
+    served.client.post(f"/jobs/resume?id={job['id']}")
+    assert served.ended(job["id"])["state"] == "done"
+
+
 # What ends a server.
 
 
@@ -474,6 +500,16 @@ def test_a_server_that_is_closed_goes_on_with_its_job_when_it_is_back(
     back = start()
     assert back.ended(id_)["state"] == "done"
     assert features_of(back.jobs.out(id_)) == undisturbed(many, **SLOWLY)
+
+
+def test_a_server_with_another_model_does_not_go_on_with_it(start: Callable[..., Served], many: str) -> None:
+    served = start()
+    id_ = served.begin(many, **SLOWLY)
+    served.under_way(id_)
+    served.jobs.close()
+    back = start(bundle=DEFAULT_BUNDLE)
+    assert back.ended(id_)["error"].startswith("the folder of results holds features of custom by onnx-cpu in fp32")
+    assert back.ended(id_)["state"] == "failed"
 
 
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM])
@@ -588,6 +624,6 @@ def test_paths_in_messages() -> None:
     task = {"out": "/a/jobs/1", "bundle": "/a/bundle", "roots": ["/a/root", "/a/root/deep", "s3://bucket/"]}
     said = "cannot read /a/root/deep/x.jpg or /a/root/y.jpg, cannot write /a/jobs/1/z, /a/bundle was altered"
     assert worker.without_paths(said, task) == (
-        "cannot read x.jpg or y.jpg, cannot write the results/z, the bundle was altered"
+        "cannot read x.jpg or y.jpg, cannot write the folder of results/z, the bundle was altered"
     )
     assert sys.executable not in worker.without_paths(said, task)

@@ -265,8 +265,8 @@ def test_reconstruct_needs_two_images(client: TestClient, count: int) -> None:
         ("reconstruct?ratio=1.5", "ratio"),
         ("reconstruct?ratio=nan", "ratio"),
         ("reconstruct?ratio=half", "ratio"),
-        ("reconstruct?ratio=0", None),  # in range, but covers none of these units
-        ("reconstruct?ratio=1", None),
+        ("reconstruct?ratio=0", "ratio"),  # in range, but covers none of these units
+        ("reconstruct?ratio=1", "ratio"),
     ],
 )
 def test_numbers_out_of_range_are_refused(client: TestClient, query: str, param: str | None) -> None:

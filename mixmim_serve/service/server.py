@@ -91,6 +91,8 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop accepting, then wait for what is in flight."""
         self.state.draining = True
+        if self.state.jobs:
+            self.state.jobs.stop()  # its batch ends meanwhile
         log.info("shutting down: %d requests in flight", len(self.server_state.tasks))
         await super().shutdown(sockets)
 

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -26,7 +27,7 @@ from mixmim_serve.errors import ConfigError, DataError
 from mixmim_serve.extract.folder import ERRORS, MANIFEST
 from mixmim_serve.extract.options import Effort, Options
 from mixmim_serve.service.jobs.roots import Roots
-from mixmim_serve.service.jobs.store import ENDED, Record, Store
+from mixmim_serve.service.jobs.store import ENDED, SERVER_FAILED, Record, Store
 from mixmim_serve.service.metrics import Metrics
 from mixmim_serve.service.settings import Settings
 
@@ -41,6 +42,7 @@ DIED = (
 # Ctrl-C is for the server, which then ends the process. Not a session of its own: Linux would share the processor
 # between sessions first (autogroup), whatever the priorities in each.
 OWN_GROUP: dict[str, Any] = {"process_group": 0} if os.name == "posix" else {}
+RETRY_SECONDS = 5.0  # until the list is tried again that could not be written
 END_SECONDS = 40.0  # for a process to end by itself; it has 30 to finish a batch and write its list
 
 log = logging.getLogger(__name__)
@@ -105,17 +107,20 @@ class Jobs:
         record = self.store.get(id_)
         if record:
             self.roots.find(record.source)
-        done = self.store.resume(id_, retry_failed)
+        with self._changing:
+            done = self.store.resume(id_, retry_failed)
         self._wake.set()
         return done
 
     def remove(self, id_: str) -> bool:
         """Delete a job that has ended, with its results; False if it has not."""
-        record = self.store.get(id_)
-        if record is None or record.state not in ENDED:
-            return False
-        shutil.rmtree(self.out(id_), ignore_errors=True)
-        self.store.remove(id_)
+        with self._changing:  # nobody resumes it meanwhile
+            record = self.store.get(id_)
+            if record is None or record.state not in ENDED:
+                return False
+            if self.out(id_).is_dir():
+                shutil.rmtree(self.out(id_))
+            self.store.remove(id_)
         return True
 
     def out(self, id_: str) -> Path:
@@ -142,13 +147,17 @@ class Jobs:
         found["source"]["name"] = record.source if record else ""
         return found
 
-    def close(self) -> None:
-        """End the process after its batch; the next server goes on with its job."""
+    def stop(self) -> None:
+        """Ask the process to end after its batch; the next server goes on with its job."""
         self._closing = True
         self._wake.set()
         with self._changing:
             if self._running:
                 _let_end(self._running[1])
+
+    def close(self) -> None:
+        """Stop, and wait until nothing runs."""
+        self.stop()
         if self._thread.ident:
             self._thread.join()
         self.store.close()
@@ -159,25 +168,35 @@ class Jobs:
             self._wake.clear()  # before the look, so that no call is lost
             if self._closing:
                 return
-            record = self.store.begin()
-            if record is None:
-                self._wake.wait()
-                continue
             try:
-                self._do(record)
-            except Exception:  # a job must not end all others
-                log.exception("job %s failed", record.id)
-                self.store.end(record.id, "failed", message="the server failed on this job; its log has the reason.")
+                if record := self.store.begin():
+                    self._settle(record, *self._do(record))
+                else:
+                    self._wake.wait()
+            except sqlite3.Error:  # such as on a full disk; a job whose end could not be noted is taken up again
+                log.exception("the list of jobs cannot be written")
+                self._wake.wait(RETRY_SECONDS)
+                with contextlib.suppress(sqlite3.Error):
+                    self.store.take_up()
 
-    def _do(self, record: Record) -> None:
+    def _do(self, record: Record) -> tuple[dict[str, Any], int]:
+        """The last message of the process that does a job, and its exit code."""
         log.info("job %s begins", record.id)
         last: dict[str, Any] = {}
-        with self._process(record) as process:
-            for line in process.stdout or ():
-                last = json.loads(line)
-                if "progress" in last:
-                    self.store.report(record.id, last["progress"])
-        self._settle(record, last, process.returncode)
+        try:
+            with self._process(record) as process:
+                for line in process.stdout or ():
+                    last = json.loads(line)
+                    if "progress" in last:
+                        self._report(record, last["progress"])
+        except (OSError, subprocess.SubprocessError):  # a job must not end all others
+            log.exception("job %s failed", record.id)
+            return {"failed": SERVER_FAILED}, 1
+        return last, process.returncode
+
+    def _report(self, record: Record, progress: dict[str, Any]) -> None:
+        with contextlib.suppress(sqlite3.Error):  # the next report is not far
+            self.store.report(record.id, progress)
 
     @contextlib.contextmanager
     def _process(self, record: Record) -> Iterator[subprocess.Popen[str]]:
@@ -191,13 +210,13 @@ class Jobs:
             creationflags=getattr(subprocess, "IDLE_PRIORITY_CLASS", 0),
             **OWN_GROUP,
         )
-        with self._changing:
-            self._running = record.id, process
         try:
             with contextlib.suppress(BrokenPipeError):
                 assert process.stdin  # noqa: S101 - PIPE
                 process.stdin.write(json.dumps(self._task(record)) + "\n")
                 process.stdin.flush()
+            with self._changing:
+                self._running = record.id, process
             now = self.store.get(record.id)
             if self._closing or (now and now.state == "cancelling"):  # asked for before there was a process
                 _let_end(process)

@@ -17,6 +17,7 @@ from mixmim_serve.errors import ConfigError
 
 FORMAT = 1  # of the file; raised when an older server would misread it
 STATES = ("queued", "running", "cancelling", "done", "failed", "cancelled")
+SERVER_FAILED = "the server failed on this job; its log has the reason."
 ENDED = ("done", "failed", "cancelled")
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (

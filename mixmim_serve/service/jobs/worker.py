@@ -26,6 +26,7 @@ from mixmim_serve.extract.options import Effort, Options
 from mixmim_serve.extract.progress import Progress
 from mixmim_serve.service.access_log import log_config
 from mixmim_serve.service.jobs.roots import Roots
+from mixmim_serve.service.jobs.store import SERVER_FAILED
 from mixmim_serve.sources import Source
 
 REPORT_EVERY = 0.5  # seconds
@@ -58,7 +59,7 @@ def main() -> None:
         pass
     except Exception:
         log.exception("a job failed")
-        tell(failed="the server failed on this job; its log has the reason.")
+        tell(failed=SERVER_FAILED)
 
 
 def do(task: Mapping[str, Any], report: Callable[[Progress], None], stop: threading.Event) -> jobs.Summary:
@@ -98,7 +99,7 @@ def step_back() -> None:
 
 def without_paths(message: str, task: Mapping[str, Any]) -> str:
     """A message that may leave the machine."""
-    for path, name in ((task["out"], "the results"), (task["bundle"], "the bundle")):
+    for path, name in ((task["out"], "the folder of results"), (task["bundle"], "the bundle")):
         message = message.replace(path, name)
     for root in sorted(task["roots"], key=len, reverse=True):
         message = message.replace(f"{root}{os.sep}", "").replace(root, "the root")

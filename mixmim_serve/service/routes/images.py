@@ -21,7 +21,7 @@ from starlette.responses import Response
 
 from mixmim_serve.bundle import STAGE_OUTPUTS
 from mixmim_serve.engines.base import Arrays
-from mixmim_serve.errors import ImageError
+from mixmim_serve.errors import ConfigError, ImageError
 from mixmim_serve.panel import TILES, draw_panel, png
 from mixmim_serve.preprocess import Pixels, normalize
 from mixmim_serve.service import query
@@ -130,7 +130,11 @@ async def reconstruct(request: Request) -> Response:
     require_decoder(runtime.bundle)
     query.only(request, "seed", "ratio")
     seed = query.number(request, "seed", 0, 0, 2**32 - 1)
-    mask = random_mask(runtime.bundle.arch.units, query.number(request, "ratio", 0.5, 0, 1), seed)
+    ratio = query.number(request, "ratio", 0.5, 0, 1)
+    try:
+        mask = random_mask(runtime.bundle.arch.units, ratio, seed)
+    except ConfigError as error:
+        raise RequestError(400, "bad_option", str(error), "ratio") from error
     form = form_of(request, "png", "npz", "safetensors")
     sent = await read_images(request, runtime.settings)
     if (count := len(sent.images)) != 2:

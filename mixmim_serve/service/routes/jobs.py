@@ -20,7 +20,7 @@ from mixmim_serve.service import query
 from mixmim_serve.service.encoding import json_response
 from mixmim_serve.service.intake import media_type, parse_json
 from mixmim_serve.service.jobs.runner import Jobs
-from mixmim_serve.service.jobs.store import STATES, Record
+from mixmim_serve.service.jobs.store import ENDED, STATES, Record
 from mixmim_serve.service.problems import RequestError
 
 HOW = 'send JSON such as {"source": "photos", "options": {"features": ["stage4"]}}.'
@@ -155,7 +155,7 @@ def _view(jobs: Jobs, record: Record, *, with_files: bool = True) -> dict[str, A
     }
     if record.state == "queued":
         shown["ahead"] = jobs.store.ahead(record)
-    if with_files:
+    if with_files and record.state in ENDED:  # a list of files may be long, and be asked for every second
         rows, files = jobs.results(record.id)
         shown["rows"] = rows
         shown["files"] = [
