@@ -14,6 +14,7 @@ from mixmim_serve.client import calls
 from mixmim_serve.client.answers import Reply
 from mixmim_serve.client.calls import Call, Dtype, Layout
 from mixmim_serve.client.images import Image, encoded
+from mixmim_serve.client.jobs import AsyncJobs
 from mixmim_serve.client.many import Bulk, Embedded, OneModel, Pack, Packer, embedded, load
 from mixmim_serve.client.results import Classes, Embedding, Features, ModelInfo, Reconstruction, Score
 from mixmim_serve.client.retry import Outcome, Policy, Send, Steps, attempts, is_ready
@@ -40,6 +41,7 @@ class AsyncClient:
     ) -> None:
         self._target = Target(url, api_key, policy)
         self._http, self._is_ours = http or httpx.AsyncClient(), http is None
+        self.jobs = AsyncJobs(self._drive, self._target.policy)
 
     async def embed(self, image: Image, *, normalize: bool = False, dtype: Dtype = "float32") -> Embedding:
         """The embedding of an image; normalised to length 1 if asked for."""

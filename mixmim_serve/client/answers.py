@@ -56,7 +56,7 @@ class Reply:
 
 def is_result(reply: Reply) -> bool:
     """Whether an answer has something for each image, be it the reason why none is good."""
-    return reply.status == 200 or reply.problem.get("code") == NONE_GOOD
+    return 200 <= reply.status < 300 or reply.problem.get("code") == NONE_GOOD
 
 
 def read_as(read: Callable[[Reply], Made], reply: Reply) -> Made:

@@ -21,13 +21,16 @@ JSON, SAFETENSORS = "application/json", "application/x-safetensors"
 
 @dataclass(frozen=True)
 class Call(Generic[Made]):
-    """A request, whatever sends it: POST with images, GET without."""
+    """A request, whatever sends it: POST with images, GET without, unless `method` says otherwise."""
 
     path: str
     read: Callable[[Reply], Made]
     images: Sequence[bytes] = ()
     params: Mapping[str, str] = field(default_factory=dict)
     accept: str = SAFETENSORS
+    method: str = ""
+    body: Any = None  # JSON
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 def embed(images: Sequence[bytes], normalize: bool, dtype: Dtype) -> Call[list[Embedding | ImageError]]:

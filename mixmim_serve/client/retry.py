@@ -137,6 +137,7 @@ def _send(call: Call[Any], policy: Policy, left: float, request: str) -> Send:
         "Accept": call.accept,
         "X-Request-Id": request,
         "X-Request-Timeout": f"{min(read, LONGEST_DEADLINE):.3f}",
+        **call.headers,
     }
     timeout = httpx.Timeout(connect=min(policy.connect, left), read=read, write=read, pool=left)
     return Send(call, headers, timeout, left)

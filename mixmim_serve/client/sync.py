@@ -16,6 +16,7 @@ from mixmim_serve.client import calls
 from mixmim_serve.client.answers import Reply
 from mixmim_serve.client.calls import Call, Dtype, Layout
 from mixmim_serve.client.images import Image, encoded
+from mixmim_serve.client.jobs import Jobs
 from mixmim_serve.client.many import Bulk, Embedded, OneModel, embedded, packs
 from mixmim_serve.client.results import Classes, Embedding, Features, ModelInfo, Reconstruction, Score
 from mixmim_serve.client.retry import Outcome, Policy, Send, Steps, attempts, is_ready
@@ -41,6 +42,7 @@ class Client:
     ) -> None:
         self._target = Target(url, api_key, policy)
         self._http, self._is_ours = http or httpx.Client(), http is None
+        self.jobs = Jobs(lambda steps: self._drive(steps, time.sleep), self._target.policy)
 
     def embed(self, image: Image, *, normalize: bool = False, dtype: Dtype = "float32") -> Embedding:
         """The embedding of an image; normalised to length 1 if asked for."""

@@ -37,9 +37,10 @@ class Target:
         """Arguments of httpx's `build_request`."""
         call = send.call
         return {
-            "method": "POST" if call.images else "GET",
+            "method": call.method or ("POST" if call.images else "GET"),
             "url": self.url + call.path,
             "params": call.params,
+            "json": call.body,
             "files": [("image", ("image", image, "application/octet-stream")) for image in call.images] or None,
             "headers": {**self.headers, **send.headers},
             "timeout": send.timeout,
