@@ -622,8 +622,8 @@ def test_the_command_says_what_jobs_may_read(exported_bundle: Path, root: Path, 
 
 def test_paths_in_messages() -> None:
     task = {"out": "/a/jobs/1", "bundle": "/a/bundle", "roots": ["/a/root", "/a/root/deep", "s3://bucket/"]}
-    said = "cannot read /a/root/deep/x.jpg or /a/root/y.jpg, cannot write /a/jobs/1/z, /a/bundle was altered"
+    said = "cannot read /a/root/deep/x.jpg or /a/root/y.jpg, cannot write /a/jobs/1/z, /a/bundle was altered, s3://bucket/x"
     assert worker.without_paths(said, task) == (
-        "cannot read x.jpg or y.jpg, cannot write the folder of results/z, the bundle was altered"
+        "cannot read x.jpg or y.jpg, cannot write the folder of results/z, the bundle was altered, s3://bucket/x"
     )
     assert sys.executable not in worker.without_paths(said, task)

@@ -27,7 +27,7 @@ from mixmim_serve.extract.progress import Progress
 from mixmim_serve.service.access_log import log_config
 from mixmim_serve.service.jobs.roots import Roots
 from mixmim_serve.service.jobs.store import SERVER_FAILED
-from mixmim_serve.sources import Source
+from mixmim_serve.sources import Source, storage
 
 REPORT_EVERY = 0.5  # seconds
 LAST_SECONDS = 30.0  # to finish a batch and write the manifest after a stop was asked for
@@ -101,7 +101,7 @@ def without_paths(message: str, task: Mapping[str, Any]) -> str:
     """A message that may leave the machine."""
     for path, name in ((task["out"], "the folder of results"), (task["bundle"], "the bundle")):
         message = message.replace(path, name)
-    for root in sorted(task["roots"], key=len, reverse=True):
+    for root in sorted((each for each in task["roots"] if not storage.is_url(each)), key=len, reverse=True):
         message = message.replace(f"{root}{os.sep}", "").replace(root, "the root")
     return message
 
