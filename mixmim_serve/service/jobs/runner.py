@@ -66,6 +66,7 @@ class Jobs:
         self._lock = _locked(self.folder)
         self.store = Store(self.folder / "jobs.sqlite")
         self.store.take_up()
+        self._progress: tuple[str, dict[str, Any]] = "", {}  # of the job that runs; kept when it ends
         self._running: tuple[str, subprocess.Popen[str]] | None = None
         self._changing = threading.Lock()  # of what runs
         self._wake, self._closing = threading.Event(), False
@@ -126,6 +127,11 @@ class Jobs:
     def out(self, id_: str) -> Path:
         """The folder of a job's results."""
         return self.folder / id_
+
+    def progress(self, record: Record) -> dict[str, Any]:
+        """How far a job is, by the names of `extract.progress.Progress`; empty before its first batch."""
+        id_, progress = self._progress
+        return progress if id_ == record.id else record.progress
 
     def results(self, id_: str) -> tuple[int, dict[str, int]]:
         """Rows, and names and bytes of the files, that are whole."""
@@ -188,15 +194,11 @@ class Jobs:
                 for line in process.stdout or ():
                     last = json.loads(line)
                     if "progress" in last:
-                        self._report(record, last["progress"])
+                        self._progress = record.id, last["progress"]
         except (OSError, subprocess.SubprocessError):  # a job must not end all others
             log.exception("job %s failed", record.id)
             return {"failed": SERVER_FAILED}, 1
         return last, process.returncode
-
-    def _report(self, record: Record, progress: dict[str, Any]) -> None:
-        with contextlib.suppress(sqlite3.Error):  # the next report is not far
-            self.store.report(record.id, progress)
 
     @contextlib.contextmanager
     def _process(self, record: Record) -> Iterator[subprocess.Popen[str]]:
@@ -259,7 +261,7 @@ class Jobs:
         else:
             state, message = "failed", DIED.format(code=f"signal {-code}" if code < 0 else f"code {code}")
         log.info("job %s is %s%s", record.id, state, f": {message}" if message else "")
-        self.store.end(record.id, state, message=message)
+        self.store.end(record.id, state, self.progress(record), message)
 
 
 def jobs_folder(settings: Settings) -> Path:

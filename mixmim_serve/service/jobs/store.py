@@ -48,7 +48,7 @@ BEGIN = """
 UPDATE jobs SET state = 'running', started = ?
 WHERE number = (SELECT min(number) FROM jobs WHERE state = 'queued') RETURNING *
 """
-END = "UPDATE jobs SET state = ?, ended = ?, message = ? WHERE id = ?"
+END = "UPDATE jobs SET state = ?, ended = ?, progress = ?, message = ? WHERE id = ?"
 RESUME = """
 UPDATE jobs SET state = 'queued', retry_failed = ?, ended = NULL, message = NULL
 WHERE id = ? AND state IN ('done', 'failed', 'cancelled') RETURNING *
@@ -139,16 +139,11 @@ class Store:
             found = change(BEGIN, time.time())
         return _record(found[0]) if found else None
 
-    def report(self, id_: str, progress: dict[str, Any]) -> None:
-        """How far a job is."""
-        with self._change() as change:
-            change("UPDATE jobs SET progress = ? WHERE id = ?", json.dumps(progress), id_)
-
-    def end(self, id_: str, state: str, *, message: str | None = None) -> None:
+    def end(self, id_: str, state: str, progress: dict[str, Any], message: str | None = None) -> None:
         """A job has ended, or is queued again."""
         ended = time.time() if state in ENDED else None
         with self._change() as change:
-            change(END, state, ended, message, id_)
+            change(END, state, ended, json.dumps(progress), message, id_)
 
     def cancel(self, id_: str) -> Record | None:
         """A job that waits is cancelled; one that runs is about to be; one that has ended stays as it is."""

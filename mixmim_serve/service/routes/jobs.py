@@ -53,7 +53,7 @@ async def show(request: Request) -> Response:
     jobs = _jobs_of(request)
     query.only(request, "id", "state", "limit")
     if "id" in request.query_params:
-        return await _answer(jobs, _id(request, jobs))
+        return await _answer(jobs, await _id(request, jobs))
     states = query.several(request, "state", ",".join(STATES), STATES)
     limit = query.number(request, "limit", LISTED, 1, 1000)
 
@@ -68,7 +68,7 @@ async def cancel(request: Request) -> Response:
     """Stop a job after the batch that runs; what is whole stays. One that has ended stays as it is."""
     jobs = _jobs_of(request)
     query.only(request, "id")
-    id_ = _id(request, jobs)
+    id_ = await _id(request, jobs)
     await asyncio.to_thread(jobs.cancel, id_)
     return await _answer(jobs, id_)
 
@@ -77,7 +77,7 @@ async def resume(request: Request) -> Response:
     """Go on with a job that was cancelled or failed; `retry_failed=true` then tries again what could not be read."""
     jobs = _jobs_of(request)
     query.only(request, "id", "retry_failed")
-    id_, again = _id(request, jobs), query.switch(request, "retry_failed")
+    id_, again = await _id(request, jobs), query.switch(request, "retry_failed")
     if not await _found(jobs.resume, id_, retry_failed=again):
         raise RequestError(409, "job_not_ended", "this job has not ended: only one that has can be resumed.", "id")
     return await _answer(jobs, id_)
@@ -87,7 +87,7 @@ async def remove(request: Request) -> Response:
     """Delete a job that has ended, with its results."""
     jobs = _jobs_of(request)
     query.only(request, "id")
-    if not await asyncio.to_thread(jobs.remove, _id(request, jobs)):
+    if not await asyncio.to_thread(jobs.remove, await _id(request, jobs)):
         raise RequestError(409, "job_not_ended", "this job has not ended: cancel it first.", "id")
     return Response(status_code=204)
 
@@ -96,7 +96,7 @@ async def file(request: Request) -> Response:
     """One file of a job's results, by the name that the job gives."""
     jobs = _jobs_of(request)
     query.only(request, "id", "name")
-    id_, name = _id(request, jobs), request.query_params.get("name", "")
+    id_, name = await _id(request, jobs), request.query_params.get("name", "")
     _, files = await asyncio.to_thread(jobs.results, id_)
     if name not in files:
         raise RequestError(404, "no_such_file", "this job has no such file: its files are listed by /jobs?id=.", "name")
@@ -112,10 +112,10 @@ def _jobs_of(request: Request) -> Jobs:
     return jobs
 
 
-def _id(request: Request, jobs: Jobs) -> str:
+async def _id(request: Request, jobs: Jobs) -> str:
     """The id that a request names, of a job that there is."""
     id_ = request.query_params.get("id", "")
-    if jobs.store.get(id_) is None:
+    if await asyncio.to_thread(jobs.store.get, id_) is None:
         raise RequestError(404, "no_such_job", f"no job {id_[:40]!r} here.", "id")
     return id_
 
@@ -141,6 +141,7 @@ async def _answer(jobs: Jobs, id_: str) -> Response:
 
 def _view(jobs: Jobs, record: Record, *, with_files: bool = True) -> dict[str, Any]:
     """A job as its clients see it."""
+    progress = jobs.progress(record)
     shown: dict[str, Any] = {
         "id": record.id,
         "state": record.state,
@@ -149,7 +150,7 @@ def _view(jobs: Jobs, record: Record, *, with_files: bool = True) -> dict[str, A
         "created": _time(record.created),
         "started": _time(record.started),
         "ended": _time(record.ended),
-        "progress": _progress(record.progress) if record.progress else None,
+        "progress": _progress(progress) if progress else None,
         "error": record.message,
         "url": _url(record),
     }
