@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -69,9 +70,11 @@ def context(exported_bundle: Path, tmp_path: Path) -> Path:
 
 
 def test_a_bento_serves_the_bundle_inside_it_without_torch(
-    context: Path, exported_bundle: Path, tmp_path: Path
+    context: Path, exported_bundle: Path, photos: Path, tmp_path: Path
 ) -> None:
     environment = os.environ | {"BENTOML_HOME": str(tmp_path / "home"), "BENTOML_DO_NOT_TRACK": "true"}
+    jobs = {"jobs_roots": [str(photos)], "jobs_dir": str(tmp_path / "jobs")}
+    environment |= {"MIXMIM_SERVICE": json.dumps(jobs)}
     environment.pop("PYTHONPATH", None)
     bentoml = [sys.executable, "-m", "bentoml"]
     built = subprocess.run(
@@ -94,6 +97,11 @@ def test_a_bento_serves_the_bundle_inside_it_without_torch(
             assert (answer.status_code, len(answer.json()["embedding"])) == (200, 64)
             assert client.get("/model").json()["bundle"] == open_bundle(exported_bundle).fingerprint
             assert 'mixmim_requests_total{route="/embed",status="200"} 1.0' in client.get("/metrics").text
+            url = client.post("/jobs", json={"source": "."}).json()["url"]
+            deadline = time.monotonic() + START
+            while (job := client.get(url).json())["state"] in ("queued", "running") and time.monotonic() < deadline:
+                time.sleep(0.1)
+            assert (job["state"], job["error"], job["rows"]) == ("done", None, 24)
         processes = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
         maps = "".join(Path(f"/proc/{process.pid}/maps").read_text() for process in processes)
         assert "onnxruntime" in maps or "openvino" in maps

@@ -48,7 +48,6 @@ class Runtime:
         self.certificate.require()
         self.fingerprint = engine_fingerprint(engine)
         self.model_name = size_name(engine.bundle.arch)
-        self.about = {"model": self.model_name, "fingerprint": self.fingerprint}  # what every answer says of itself
         self.admission = Admission(self.settings.max_waiting, self.settings.max_held_bytes)
         self.decoders = ThreadPoolExecutor(self.settings.decoders, thread_name_prefix="decode")
         self.engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
@@ -58,6 +57,11 @@ class Runtime:
         self._canary: tuple[float, bool] = (-np.inf, False)
         self._checking = asyncio.Lock()
         self._publish()
+
+    @property
+    def about(self) -> dict[str, str]:
+        """What every answer says of itself."""
+        return {"model": self.model_name, "fingerprint": self.fingerprint}
 
     @property
     def bundle(self) -> Bundle:
