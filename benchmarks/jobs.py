@@ -101,7 +101,7 @@ def watched(
     """One turn of wrk, and images/s of what goes on beside it; without clients that alone."""
     first, began = done(), time.perf_counter()
     if clients:
-        turn = load(server, asked.size, "multipart", clients, asked.seconds, files)
+        turn = load(server, asked.size, "multipart", clients, asked.seconds, files, settle=False)
     else:
         time.sleep(asked.seconds)
         turn = {"rate": 0.0, "p50": 0.0, "p99": 0.0, "bad": 0, "broken": 0}

@@ -262,9 +262,9 @@ def bare_rate(bare: Running, files: Sequence[Path], seconds: float) -> tuple[flo
 
 
 def load(
-    server: Running, size: str, body: str, clients: int, seconds: float, files: Sequence[Path]
+    server: Running, size: str, body: str, clients: int, seconds: float, files: Sequence[Path], *, settle: bool = True
 ) -> dict[str, float]:
-    """One turn of wrk, with the server's memory at its peak."""
+    """One turn of wrk, with the server's memory at its peak; and until the server is idle again, unless told not to."""
     route = ROUTES.get((server.name, body), "/embed")
     command = ["wrk", "-t1", f"-c{clients}", f"-d{seconds:.0f}s", "--timeout", "60s", "-s", str(LUA)]
     address = f"http://127.0.0.1:{server.port}{route}"
@@ -287,7 +287,8 @@ def load(
     turn: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     good = max(turn["requests"] - turn["bad"], 0)
     turn["rate"], turn["cpu"] = good / turn["seconds"], (server.cpu() - began) / max(good, 1)
-    wait_until_idle(server)
+    if settle:
+        wait_until_idle(server)
     return turn
 
 
