@@ -33,19 +33,15 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import date
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from benchmarks.data_loading import FILES, make_jpeg
-from benchmarks.provenance import command, commit
+from benchmarks.provenance import about, heading
 from mixmim_serve.bundle import DEFAULT_BUNDLE
 from mixmim_serve.engines import Engine, open_engine
-from mixmim_serve.engines.hardware import processor
 from mixmim_serve.extract import job as jobs
 from mixmim_serve.extract.pipeline import BATCH, decode_small
 from mixmim_serve.sources import Source, open_source
@@ -72,16 +68,13 @@ def main(given: Sequence[str] | None = None) -> None:
             rows = [memory(Path(folder), arguments.bundles[0], images) for images in arguments.memory]
         else:
             rows = [row for bundle in arguments.bundles for row in speed(Path(folder), bundle, arguments)]
-    about = {
-        "date": date.today().isoformat(), "hardware": processor(), "cores": os.cpu_count(), "commit": commit(),
-        "command": command("extract", given), "rounds": arguments.rounds,
-        "versions": {name: version(name) for name in ("openvino", "onnxruntime", "pillow", "pyarrow")},
-    }  # fmt: skip
-    text = heading(about) + table(rows)
+    report = about("extract", given, ("openvino", "onnxruntime", "pillow", "pyarrow")) | {"rounds": arguments.rounds}
+    lines = [*heading("Extraction against the bare engine", report), f"Medians of {arguments.rounds} rounds.", ""]
+    text = "\n".join(lines) + "\n" + table(rows)
     print(text)
     if arguments.output:
         arguments.output.write_text(text)
-        arguments.output.with_suffix(".json").write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+        arguments.output.with_suffix(".json").write_text(json.dumps(report | {"rows": rows}, indent=1) + "\n")
 
 
 def speed(folder: Path, bundle: Path, arguments: argparse.Namespace) -> list[dict[str, object]]:
@@ -239,21 +232,12 @@ def memory(folder: Path, bundle: Path, images: int) -> dict[str, object]:
         "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000\n"
         "print(json.dumps({'rows': done.rows, 'peak MB': round(peak), 'seconds': round(time.perf_counter() - began)}))"
     )
-    line = [sys.executable, "-c", code, str(_bundle(bundle)), str(root), str(folder / f"out-{images}")]
-    ended = subprocess.run(line, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code, str(_bundle(bundle)), str(root), str(folder / f"out-{images}")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
     shutil.rmtree(root)
     row = {"bundle": bundle.name, "images": images} | json.loads(ended.stdout)
     print(row, file=sys.stderr, flush=True)
     return row
-
-
-def heading(about: Mapping[str, Any]) -> str:
-    """What the numbers depend on."""
-    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-    return (
-        f"# Extraction against the bare engine, {about['cores']} cores of {about['hardware']}, {about['date']}\n\n"
-        f"`{about['command']}`; commit {about['commit']}; {versions}; medians of {about['rounds']} rounds.\n\n"
-    )
 
 
 def table(rows: Sequence[dict[str, object]]) -> str:

@@ -22,16 +22,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from benchmarks.provenance import command, commit
+from benchmarks.provenance import about, heading
 from benchmarks.serve import SIZES, Running, load, make_pictures, named_bundle, started
-from mixmim_serve.engines.hardware import processor
 
 COPIES = 40_000  # hard links to the pictures: more than a job reads while it is watched
 BESIDE = {"nothing": "nothing", "job": "a job", "process": "an ordinary process"}
@@ -49,11 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="a Markdown file; a .json comes beside it")
     asked = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no server is left behind
-    report: dict[str, Any] = {
-        "date": date.today().isoformat(), "command": command("jobs", arguments), "commit": commit(),
-        "cores": os.cpu_count(), "hardware": processor(), "size": asked.size, "rounds": asked.rounds,
-        "versions": {name: version(name) for name in ("uvicorn", "onnxruntime", "openvino", "pillow")}, "rows": [],
-    }  # fmt: skip
+    report = about("jobs", arguments, ("uvicorn", "onnxruntime", "openvino", "pillow"))
+    report |= {"size": asked.size, "rounds": asked.rounds, "rows": []}
     for model, bundle in map(named_bundle, asked.models):
         with tempfile.TemporaryDirectory() as folder:
             report["rows"] += [{"model": model} | row for row in measure(bundle, asked, Path(folder))]
@@ -173,11 +167,8 @@ def ask(method: str, url: str, body: object = None) -> dict[str, Any]:
 
 def markdown(report: dict[str, Any]) -> str:
     """Hardware, command, a table."""
-    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     lines = [
-        f"# Requests beside a job, {report['cores']} cores of {report['hardware']}, {report['date']}",
-        "",
-        f"`{report['command']}`; commit {report['commit']}; {versions}.",
+        *heading("Requests beside a job", report),
         f"JPEGs of {report['size']}, forms of one image; p50 and p99 in ms; medians of {report['rounds']} rounds.",
         "",
         "| model | clients | beside them | images/s | p50 | p99 | errors | images/s beside |",

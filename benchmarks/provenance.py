@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+from mixmim_serve.engines.hardware import processor
+
+
+def about(script: str, arguments: Sequence[str] | None, packages: Iterable[str]) -> dict[str, Any]:
+    """What numbers depend on: when, where, which code and which versions, by which command."""
+    return {
+        "date": date.today().isoformat(),
+        "command": command(script, arguments),
+        "commit": commit(),
+        "cores": os.cpu_count(),
+        "hardware": processor(),
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+def heading(title: str, found: Mapping[str, Any]) -> list[str]:
+    """The first lines of a report: a title, and what `about` found."""
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    return [
+        f"# {title}, {found['cores']} cores of {found['hardware']}, {found['date']}",
+        "",
+        f"`{found['command']}`; commit {found['commit']}; {versions}.",
+    ]
 
 
 def commit() -> str:

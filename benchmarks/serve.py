@@ -32,8 +32,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +39,10 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from benchmarks.provenance import command
+from benchmarks.provenance import about
 from benchmarks.serving_peers.common import BUNDLE, ENGINE, PORT
 from benchmarks.serving_report import markdown, picture
 from mixmim_serve.bundle import DEFAULT_BUNDLE
-from mixmim_serve.engines.hardware import processor
 from mixmim_serve.images import list_images
 
 SIZES = {"16 kB": (256, 192), "75 kB": (640, 480), "2 MB": (3000, 2250)}
@@ -54,6 +51,7 @@ SERVERS = ("ours", "litserve", "bentoml", "fastapi")
 ROUTES = {("fastapi", "raw"): "/raw"}  # /embed takes forms
 RAW = ("ours", "fastapi")  # the others' batching takes no image as a body
 LUA = Path(__file__).with_suffix(".lua")
+PACKAGES = ("uvicorn", "starlette", "onnxruntime", "openvino", "pillow", "bentoml", "litserve", "fastapi")
 START = 90  # seconds
 IDLE = 120  # seconds that a server may work on what nobody waits for
 
@@ -89,7 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no server is left behind
     if shutil.which("wrk") is None:
         raise SystemExit("wrk is not installed: apt-get install wrk (Debian, Ubuntu), or see github.com/wg/wrk.")
-    report: dict[str, Any] = about(asked)
+    report = about("serve", arguments, PACKAGES)
+    report |= {"rounds": asked.rounds, "cells": [], "memory": {}, "soak": {}}
     with tempfile.TemporaryDirectory() as folder:
         pictures = {size: make_pictures(asked.data, Path(folder), size) for size in asked.sizes}
         for model, bundle in map(named_bundle, asked.models):
@@ -120,19 +119,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--soak", type=int, default=0, help="seconds of 128 clients at the end")
     parser.add_argument("--output", type=Path, help="a Markdown file; .json and .png come beside it")
-    asked = parser.parse_args(arguments)
-    asked.command = command("serve", arguments)
-    return asked
-
-
-def about(asked: argparse.Namespace) -> dict[str, Any]:
-    """What the numbers depend on."""
-    packages = ("uvicorn", "starlette", "onnxruntime", "openvino", "pillow", "bentoml", "litserve", "fastapi")
-    return {
-        "date": date.today().isoformat(), "command": asked.command, "cores": os.cpu_count(), "hardware": processor(),
-        "versions": {name: version(name) for name in packages}, "rounds": asked.rounds,
-        "cells": [], "memory": {}, "soak": {},
-    }  # fmt: skip
+    return parser.parse_args(arguments)
 
 
 def named_bundle(text: str) -> tuple[str, Path]:

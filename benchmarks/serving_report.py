@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from benchmarks.provenance import heading
+
 NAMES = {"ours": "mixmim serve", "litserve": "LitServe", "bentoml": "BentoML batchable", "fastapi": "FastAPI"}
 SIZES = ("16 kB", "75 kB", "2 MB")
 COLOURS = {"ours": "#0b6e4f", "litserve": "#b5651d", "bentoml": "#4059ad", "fastapi": "#8a8d91"}
@@ -12,11 +14,9 @@ COLOURS = {"ours": "#0b6e4f", "litserve": "#b5651d", "bentoml": "#4059ad", "fast
 
 def markdown(report: dict[str, Any]) -> str:
     """Hardware, command, then a table a model and body."""
-    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     lines = [
-        f"# Serving under load, {report['cores']} cores of {report['hardware']}, {report['date']}",
-        "",
-        f"`{report['command']}`; {versions}. The load generator runs on the same cores.",
+        *heading("Serving under load", report),
+        "The load generator runs on the same cores.",
         f"Images/s, p50 and p99 in ms, CPU in ms an image; medians of {report['rounds']} rounds.",
         "Efficiency: images/s over the bare engine's; bare/CPU: its CPU time an image over the server's.",
     ]

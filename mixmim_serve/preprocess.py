@@ -216,6 +216,11 @@ def _check_tiff_directory(data: bytes) -> None:
             raise UndecodableImageError(f"the TIFF image has a tag of {values:,} numbers: save it again.")
 
 
+def jpeg_reduction(short: int, least: float) -> int:
+    """By how much the decoder may shrink a JPEG of which a part of `short` pixels must keep `least` of them."""
+    return max(factor for factor in (1, 2, 4, 8) if factor == 1 or short >= factor * least)
+
+
 def _shrink(image: Image.Image, reduction: Callable[[int, int], int]) -> None:
     """Have a JPEG decoded at a fraction of its size."""
     width, height = image.size

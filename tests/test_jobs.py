@@ -23,7 +23,7 @@ from extracting import files_of
 from serving import TestClient, app_of, refusal
 from test_server import STOP, Server, serve
 
-from mixmim_serve.bundle import DEFAULT_BUNDLE, Bundle
+from mixmim_serve.bundle import DEFAULT_BUNDLE, Bundle, open_bundle
 from mixmim_serve.engines import Engine, open_engine
 from mixmim_serve.errors import ConfigError, DataError
 from mixmim_serve.extract.job import Job, local, run
@@ -121,7 +121,7 @@ def start(engine: Engine, root: Path, tmp_path: Path) -> Iterator[Callable[..., 
     """Starts a server with jobs, again and again in the same folder."""
     with contextlib.ExitStack() as stack:
 
-        def start(bundle: Bundle | Path = engine.bundle, **settings: Any) -> Served:
+        def start(bundle: Bundle = engine.bundle, **settings: Any) -> Served:
             app = app_of(engine, **{"jobs_roots": (str(root),), "jobs_dir": str(tmp_path / "jobs")} | settings)
             app.state.jobs = Jobs(app.state.settings, bundle, "onnx")
             app.state.jobs.start(app.state.metrics)
@@ -507,7 +507,7 @@ def test_a_server_with_another_model_does_not_go_on_with_it(start: Callable[...,
     id_ = served.begin(many, **SLOWLY)
     served.under_way(id_)
     served.jobs.close()
-    back = start(bundle=DEFAULT_BUNDLE)
+    back = start(bundle=open_bundle(DEFAULT_BUNDLE))
     assert back.ended(id_)["error"].startswith("the folder of results holds features of custom by onnx-cpu in fp32")
     assert back.ended(id_)["state"] == "failed"
 

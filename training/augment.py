@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from mixmim_serve.config import Preprocessing
+from mixmim_serve.preprocess import jpeg_reduction
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)
 
@@ -32,7 +33,7 @@ class RandomCrop:
         """
         left, upper, right, lower = box = random_crop_box(width, height, self.min_crop, self.rng)
         self.drawn = (width, height), box
-        return max(f for f in (1, 2, 4, 8) if f == 1 or min(right - left, lower - upper) >= f * self.size)
+        return jpeg_reduction(min(right - left, lower - upper), self.size)
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """Cut and resize; of a shrunk image the same part."""

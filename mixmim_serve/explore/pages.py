@@ -15,7 +15,7 @@ from PIL import Image
 from mixmim_serve.errors import DataError, ImageError
 from mixmim_serve.explore.map import Layout
 from mixmim_serve.extract.features import Features
-from mixmim_serve.preprocess import decode
+from mixmim_serve.preprocess import decode, jpeg_reduction
 from mixmim_serve.sources import open_source
 
 THUMBNAIL = 160  # pixels, the longer side
@@ -94,7 +94,7 @@ def thumbnails(features: Features, keys: Iterable[str], square: int = 0) -> dict
 
     def small(index: int) -> Image.Image:
         try:
-            image = decode(source.read(index), reduction=lambda width, height: _reduction(min(width, height)))
+            image = decode(source.read(index), reduction=lambda *size: jpeg_reduction(min(size), 2 * THUMBNAIL))
         except ImageError:
             return _missing(square)
         return shrink(image, square)
@@ -160,10 +160,6 @@ def map_page(title: str, found: Layout, small: Mapping[str, Image.Image]) -> str
 
 def _folder(key: str) -> str:
     return key.partition("/")[0] if "/" in key else ""
-
-
-def _reduction(short: int) -> int:
-    return max(factor for factor in (1, 2, 4, 8) if factor == 1 or short >= 2 * factor * THUMBNAIL)
 
 
 def _missing(square: int) -> Image.Image:

@@ -17,9 +17,13 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mixmim_serve.errors import InUseError, OutputError
 from mixmim_serve.extract.folder import LOCK, Folder
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 LEASE = 60.0  # seconds; renewed three times as often
 
@@ -35,22 +39,33 @@ def locked(folder: Folder) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _file_lock(folder: Folder) -> Iterator[None]:
+def hold(path: Path) -> FileLock:
+    """The lock of a local folder, made if it is not there, until it is released or the process ends.
+
+    Raises:
+        InUseError: another process holds it.
+        OutputError: the folder cannot be written to.
+    """
     try:
         from filelock import FileLock, Timeout
     except ImportError as error:
         raise OutputError("filelock is not installed: run pip install 'mixmim-serve[extract]'.") from error
-    path = Path(folder.place)
-    new = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.path(LOCK), blocking=False)
+        lock = FileLock(path / LOCK, blocking=False)
         lock.acquire()
     except Timeout as error:
-        raise InUseError(f"another run is writing to {folder.place}: wait for it, or choose another folder.") from error
+        raise InUseError(f"another run is writing to {path}: wait for it, or choose another folder.") from error
     except OSError as error:
-        raise OutputError(f"cannot write to {folder.place}: {error.strerror or error}.") from error
+        raise OutputError(f"cannot write to {path}: {error.strerror or error}.") from error
+    return lock
+
+
+@contextlib.contextmanager
+def _file_lock(folder: Folder) -> Iterator[None]:
+    path = Path(folder.place)
+    new = not path.exists()
+    lock = hold(path)
     try:
         yield
     finally:

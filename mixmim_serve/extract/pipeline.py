@@ -21,7 +21,7 @@ from mixmim_serve.config import Preprocessing
 from mixmim_serve.engines import Engine
 from mixmim_serve.engines.base import Arrays
 from mixmim_serve.errors import ImageError
-from mixmim_serve.preprocess import Pixels, decode, resize_and_crop
+from mixmim_serve.preprocess import Pixels, decode, jpeg_reduction, resize_and_crop
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -64,7 +64,7 @@ def decode_small(data: bytes, preprocessing: Preprocessing, fast_jpeg: bool = Fa
     def reduction(width: int, height: int) -> int:
         original.extend((width, height))
         least = FAST_JPEG_MARGIN * preprocessing.resize_size
-        return max(factor for factor in (1, 2, 4, 8) if factor == 1 or min(width, height) >= factor * least)
+        return jpeg_reduction(min(width, height), least)
 
     image = decode(data, reduction=reduction if fast_jpeg else None)
     width, height = original or image.size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mixmim_serve.extract.options import DTYPES, Effort, Options
 from mixmim_serve.service.jobs.runner import FORMATS, MAX_BATCH, MAX_IMAGES
 from mixmim_serve.service.jobs.store import STATES
 from mixmim_serve.service.openapi_parts import CLOSED, INTEGER, STRING, Json, object_of, option, ref, refusals_of
@@ -22,8 +23,8 @@ def job_paths() -> Json:
     jobs = {"description": "The job, or jobs.", "content": {"application/json": {"schema": {"anyOf": [
         ref("Job"), ref("JobList")]}}}}  # fmt: skip
     data = {"description": "The file.", "content": {
-        media: {"schema": {"type": "string", "format": "binary"}} for media in ("application/octet-stream",)}
-        | {"application/json": {"schema": {"type": "object"}}}}  # fmt: skip
+        "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+        "application/json": {"schema": {"type": "object"}}}}  # fmt: skip
     asked = {"source": "photos/2026", "options": {"features": ["stage4"], "dtype": "float16"}}
     body = {"required": True, "content": {"application/json": {"schema": ref("JobRequest"), "example": asked}}}
     return {
@@ -55,12 +56,12 @@ def job_schemas() -> Json:
     number = {"type": "number"}
     options = {
         "features": {"type": "array", "items": STRING, "default": []},
-        "format": {"enum": list(FORMATS), "default": "parquet"},
-        "dtype": {"enum": ["float32", "float16"], "default": "float32"},
-        "batch": {"type": "integer", "minimum": 1, "maximum": MAX_BATCH, "default": 32},
+        "format": {"enum": list(FORMATS), "default": Options.format},
+        "dtype": {"enum": list(DTYPES), "default": Options.dtype},
+        "batch": {"type": "integer", "minimum": 1, "maximum": MAX_BATCH, "default": Options.batch},
         "images": {"type": "integer", "minimum": 0, "maximum": MAX_IMAGES, "default": 0, "description": "Of a shard."},
         "fast_jpeg": {"type": "boolean", "default": False},
-        "max_failures": {"type": "number", "minimum": 0, "maximum": 1, "default": 0.1},
+        "max_failures": {"type": "number", "minimum": 0, "maximum": 1, "default": Effort.max_failures},
     }
     progress = {"images": INTEGER, "done": INTEGER, "errors": INTEGER, "images_per_second": number, "waiting": number,
                 "seconds_left": maybe_number}  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import sys
 from collections.abc import Iterable, Sequence
@@ -50,6 +51,11 @@ class Source(Protocol):
 
     def digest(self) -> str:
         """SHA-256 of the keys and, where it is known without reading them, of the images' sizes and places."""
+
+
+def run_of(runs: Sequence[range], index: int) -> int:
+    """Which of `Source.runs` holds an image."""
+    return bisect.bisect(runs, index, key=lambda run: run.start) - 1
 
 
 def fingerprint(source: Source) -> str:

@@ -6,7 +6,6 @@ depends on their size. Hugging Face writes 100 images in one, which suits. pyarr
 
 from __future__ import annotations
 
-import bisect
 import itertools
 import json
 import threading
@@ -17,7 +16,7 @@ from typing import Any
 
 from mixmim_serve.errors import DataError, ImageError, UndecodableImageError
 from mixmim_serve.sources import storage
-from mixmim_serve.sources.base import LABEL_NAMES, complete, digest_of
+from mixmim_serve.sources.base import LABEL_NAMES, complete, digest_of, run_of
 
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo", "bytes")  # columns, best first
 CACHED_BYTES = 500_000_000  # of row groups in a process, all sources together; one more is always let in
@@ -42,7 +41,7 @@ class ParquetSource:
 
     def read(self, index: int) -> bytes:
         """The encoded image; see `Source.read`. A row group is read whole, whatever the size of its images."""
-        run = bisect.bisect(self.runs, index, key=lambda run: run.start) - 1
+        run = run_of(self.runs, index)
         place, number = self.groups[run]
         with storage.explained(place, ImageError):
             cell = _row_groups.get(place, number, self.column)[index - self.runs[run].start]
@@ -54,7 +53,7 @@ class ParquetSource:
 
     def check(self, index: int) -> None:
         """See `Source.check`."""
-        place = self.groups[bisect.bisect(self.runs, index, key=lambda run: run.start) - 1][0]
+        place = self.groups[run_of(self.runs, index)][0]
         storage.check_stamp(place, self.stamps[place])
 
     def digest(self) -> str:

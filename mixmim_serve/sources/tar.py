@@ -7,7 +7,6 @@ about as long as a full download for shards behind a URL. Reading is then one se
 
 from __future__ import annotations
 
-import bisect
 import json
 import os
 import posixpath
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 from mixmim_serve.errors import DataError
 from mixmim_serve.images import is_image_name
 from mixmim_serve.sources import storage
-from mixmim_serve.sources.base import LABEL_NAMES, complete, digest_of
+from mixmim_serve.sources.base import LABEL_NAMES, complete, digest_of, run_of
 
 MAX_LABEL_BYTES = 1_000_000  # a longer .cls or .json is no label
 
@@ -47,19 +46,16 @@ class TarSource:
     def read(self, index: int) -> bytes:
         """The encoded image; see `Source.read`."""
         start, size = self.spans[index].tolist()
-        return storage.read_part(self.shards[self._run(index)], start, size)
+        return storage.read_part(self.shards[run_of(self.runs, index)], start, size)
 
     def check(self, index: int) -> None:
         """See `Source.check`."""
-        run = self._run(index)
+        run = run_of(self.runs, index)
         storage.check_stamp(self.shards[run], self.stamps[run])
 
     def digest(self) -> str:
         """See `Source.digest`."""
         return digest_of(self.keys, [self.spans.astype("<i8").tobytes()])
-
-    def _run(self, index: int) -> int:
-        return bisect.bisect(self.runs, index, key=lambda run: run.start) - 1
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ cancelled, and however the server itself ends.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import logging
@@ -21,10 +22,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mixmim_serve.bundle import Bundle, open_bundle
+from mixmim_serve.bundle import Bundle
 from mixmim_serve.config import unknown
-from mixmim_serve.errors import ConfigError, DataError
+from mixmim_serve.errors import ConfigError, DataError, InUseError, OutputError
 from mixmim_serve.extract.folder import ERRORS, MANIFEST
+from mixmim_serve.extract.lock import hold
 from mixmim_serve.extract.options import Effort, Options
 from mixmim_serve.service.jobs.roots import Roots
 from mixmim_serve.service.jobs.store import ENDED, SERVER_FAILED, Record, Store
@@ -35,7 +37,9 @@ WORKER = "mixmim_serve.service.jobs.worker"
 FORMATS = ("parquet", "npy")  # Lance's files are read by its library only, and from a folder
 MAX_BATCH = 256  # images a call of the engine
 MAX_IMAGES = 1_000_000  # a shard
-SIMPLE = {"format": str, "dtype": str, "batch": int, "fast_jpeg": bool, "images": int, "max_failures": float}
+# Types of what may be asked for, besides a list of features.
+SIMPLE = {each.name: type(each.default) for each in dataclasses.fields(Options) if each.name != "features"}
+SIMPLE["max_failures"] = float
 DIED = (
     "the process that did it ended with {code}: what it wrote is whole, resume the job (the log may have the reason)."
 )
@@ -56,14 +60,19 @@ class Jobs:
             packages that are missing.
     """
 
-    def __init__(self, settings: Settings, bundle: Bundle | Path, engine: str) -> None:
+    def __init__(self, settings: Settings, bundle: Bundle, engine: str) -> None:
         if not (importlib.util.find_spec("pyarrow") and importlib.util.find_spec("filelock")):
             raise ConfigError("jobs need packages that are not installed: run pip install 'mixmim-serve[extract]'.")
-        self.settings, self.engine = settings, engine
-        self.bundle = open_bundle(bundle) if isinstance(bundle, Path) else bundle
+        self.settings, self.bundle, self.engine = settings, bundle, engine
         self.roots = Roots(settings.jobs_roots)
         self.folder = jobs_folder(settings)
-        self._lock = _locked(self.folder)
+        try:
+            self._lock = hold(self.folder)
+        except InUseError as error:
+            message = f"another server does the jobs in {self.folder}: choose another with --set jobs_dir=."
+            raise ConfigError(message) from error
+        except OutputError as error:
+            raise ConfigError(str(error)) from error
         self.store = Store(self.folder / "jobs.sqlite")
         self.store.take_up()
         self._progress: tuple[str, dict[str, Any]] = "", {}  # of the job that runs; kept when it ends
@@ -99,19 +108,17 @@ class Jobs:
                 _let_end(self._running[1])
         return record
 
-    def resume(self, id_: str, *, retry_failed: bool) -> bool:
-        """Queue a job again that has ended: it goes on where it was. False: it has not ended.
+    def resume(self, record: Record, *, retry_failed: bool) -> Record | None:
+        """Queue a job again that has ended: it goes on where it was. None: it has not ended.
 
         Raises:
             DataError: its source is gone.
         """
-        record = self.store.get(id_)
-        if record:
-            self.roots.find(record.source)
+        self.roots.find(record.source)
         with self._changing:
-            done = self.store.resume(id_, retry_failed)
+            found = self.store.resume(record.id, retry_failed)
         self._wake.set()
-        return done
+        return found
 
     def remove(self, id_: str) -> bool:
         """Delete a job that has ended, with its results; False if it has not."""
@@ -133,24 +140,23 @@ class Jobs:
         id_, progress = self._progress
         return progress if id_ == record.id else record.progress
 
-    def results(self, id_: str) -> tuple[int, dict[str, int]]:
+    def results(self, record: Record) -> tuple[int, dict[str, int]]:
         """Rows, and names and bytes of the files, that are whole."""
-        manifest = self.manifest(id_) or {"rows": 0, "shards": []}
+        manifest = self.manifest(record) or {"rows": 0, "shards": []}
         names = {name: int(about["bytes"]) for shard in manifest["shards"] for name, about in shard["files"].items()}
         for name in (MANIFEST, ERRORS):
             with contextlib.suppress(OSError):
-                names[name] = (self.out(id_) / name).stat().st_size
+                names[name] = (self.out(record.id) / name).stat().st_size
         return manifest["rows"], names
 
-    def manifest(self, id_: str) -> dict[str, Any] | None:
+    def manifest(self, record: Record) -> dict[str, Any] | None:
         """What `mixmim extract` wrote of a job, without the paths of this machine; None before it wrote it."""
-        record = self.store.get(id_)
         try:
-            found: dict[str, Any] = json.loads((self.out(id_) / MANIFEST).read_bytes())
+            found: dict[str, Any] = json.loads((self.out(record.id) / MANIFEST).read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             return None
         found["bundle"] = found["model"]
-        found["source"]["name"] = record.source if record else ""
+        found["source"]["name"] = record.source
         return found
 
     def stop(self) -> None:
@@ -307,18 +313,3 @@ def _let_end(process: subprocess.Popen[str]) -> None:
     with contextlib.suppress(OSError):
         if process.stdin:
             process.stdin.close()
-
-
-def _locked(folder: Path) -> Any:
-    """Hold a folder of jobs as long as this process lives."""
-    from filelock import FileLock, Timeout
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", blocking=False)
-        lock.acquire()
-    except Timeout as error:
-        raise ConfigError(f"another server does the jobs in {folder}: choose another with --set jobs_dir=.") from error
-    except OSError as error:
-        raise ConfigError(f"cannot write to {folder}: {error.strerror or error}.") from error
-    return lock

@@ -152,10 +152,11 @@ class Store:
             change("UPDATE jobs SET state = 'cancelling' WHERE id = ? AND state = 'running'", id_)
         return self.get(id_)
 
-    def resume(self, id_: str, retry_failed: bool) -> bool:
-        """Queue a job again that has ended; False if it has not."""
+    def resume(self, id_: str, retry_failed: bool) -> Record | None:
+        """Queue a job again that has ended; None if it has not."""
         with self._change() as change:
-            return bool(change(RESUME, retry_failed, id_))
+            found = change(RESUME, retry_failed, id_)
+        return _record(found[0]) if found else None
 
     def remove(self, id_: str) -> None:
         """Forget a job."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlencode
 
@@ -53,7 +54,7 @@ async def show(request: Request) -> Response:
     jobs = _jobs_of(request)
     query.only(request, "id", "state", "limit")
     if "id" in request.query_params:
-        return await _answer(jobs, await _id(request, jobs))
+        return await _answer(jobs, await _record(request, jobs.store.get))
     states = query.several(request, "state", ",".join(STATES), STATES)
     limit = query.number(request, "limit", LISTED, 1, 1000)
 
@@ -68,26 +69,25 @@ async def cancel(request: Request) -> Response:
     """Stop a job after the batch that runs; what is whole stays. One that has ended stays as it is."""
     jobs = _jobs_of(request)
     query.only(request, "id")
-    id_ = await _id(request, jobs)
-    await asyncio.to_thread(jobs.cancel, id_)
-    return await _answer(jobs, id_)
+    return await _answer(jobs, await _record(request, jobs.cancel))
 
 
 async def resume(request: Request) -> Response:
     """Go on with a job that was cancelled or failed; `retry_failed=true` then tries again what could not be read."""
     jobs = _jobs_of(request)
     query.only(request, "id", "retry_failed")
-    id_, again = await _id(request, jobs), query.switch(request, "retry_failed")
-    if not await _found(jobs.resume, id_, retry_failed=again):
+    record, again = await _record(request, jobs.store.get), query.switch(request, "retry_failed")
+    resumed = await _found(jobs.resume, record, retry_failed=again)
+    if resumed is None:
         raise RequestError(409, "job_not_ended", "this job has not ended: only one that has can be resumed.", "id")
-    return await _answer(jobs, id_)
+    return await _answer(jobs, resumed)
 
 
 async def remove(request: Request) -> Response:
     """Delete a job that has ended, with its results."""
     jobs = _jobs_of(request)
     query.only(request, "id")
-    if not await asyncio.to_thread(jobs.remove, await _id(request, jobs)):
+    if not await asyncio.to_thread(jobs.remove, (await _record(request, jobs.store.get)).id):
         raise RequestError(409, "job_not_ended", "this job has not ended: cancel it first.", "id")
     return Response(status_code=204)
 
@@ -96,13 +96,15 @@ async def file(request: Request) -> Response:
     """One file of a job's results, by the name that the job gives."""
     jobs = _jobs_of(request)
     query.only(request, "id", "name")
-    id_, name = await _id(request, jobs), request.query_params.get("name", "")
-    _, files = await asyncio.to_thread(jobs.results, id_)
-    if name not in files:
-        raise RequestError(404, "no_such_file", "this job has no such file: its files are listed by /jobs?id=.", "name")
+    record, name = await _record(request, jobs.store.get), request.query_params.get("name", "")
     if name == MANIFEST:
-        return json_response(await asyncio.to_thread(jobs.manifest, id_))
-    return FileResponse(jobs.out(id_) / name, media_type="application/octet-stream", filename=name.rpartition("/")[2])
+        if manifest := await asyncio.to_thread(jobs.manifest, record):
+            return json_response(manifest)
+    elif name in (await asyncio.to_thread(jobs.results, record))[1]:
+        return FileResponse(
+            jobs.out(record.id) / name, media_type="application/octet-stream", filename=name.rpartition("/")[2]
+        )
+    raise RequestError(404, "no_such_file", "this job has no such file: its files are listed by /jobs?id=.", "name")
 
 
 def _jobs_of(request: Request) -> Jobs:
@@ -112,12 +114,13 @@ def _jobs_of(request: Request) -> Jobs:
     return jobs
 
 
-async def _id(request: Request, jobs: Jobs) -> str:
-    """The id that a request names, of a job that there is."""
+async def _record(request: Request, find: Callable[[str], Record | None]) -> Record:
+    """The job that a request names, as `find` gives it."""
     id_ = request.query_params.get("id", "")
-    if await asyncio.to_thread(jobs.store.get, id_) is None:
+    record = await asyncio.to_thread(find, id_)
+    if record is None:
         raise RequestError(404, "no_such_job", f"no job {id_[:40]!r} here.", "id")
-    return id_
+    return record
 
 
 async def _found(work: Any, *values: object, **named: object) -> Any:
@@ -128,15 +131,8 @@ async def _found(work: Any, *values: object, **named: object) -> Any:
         raise RequestError(400, "no_source", str(error), "source") from error
 
 
-async def _answer(jobs: Jobs, id_: str) -> Response:
-    def viewed() -> dict[str, Any] | None:
-        record = jobs.store.get(id_)
-        return _view(jobs, record) if record else None
-
-    found = await asyncio.to_thread(viewed)
-    if found is None:  # somebody deleted it just now
-        raise RequestError(404, "no_such_job", f"no job {id_!r} here.", "id")
-    return json_response(found)
+async def _answer(jobs: Jobs, record: Record) -> Response:
+    return json_response(await asyncio.to_thread(_view, jobs, record))
 
 
 def _view(jobs: Jobs, record: Record, *, with_files: bool = True) -> dict[str, Any]:
@@ -157,7 +153,7 @@ def _view(jobs: Jobs, record: Record, *, with_files: bool = True) -> dict[str, A
     if record.state == "queued":
         shown["ahead"] = jobs.store.ahead(record)
     if with_files and record.state in ENDED:  # a list of files may be long, and be asked for every second
-        rows, files = jobs.results(record.id)
+        rows, files = jobs.results(record)
         shown["rows"] = rows
         shown["files"] = [
             {"name": name, "bytes": size, "url": f"/jobs/file?{urlencode({'id': record.id, 'name': name})}"}
