@@ -10,6 +10,7 @@
     ├── OutputError                a folder of results that cannot be written to, or belongs to another run
     │   └── InUseError             another run is writing to it now
     ├── NonFiniteError             a training step whose gradients are not finite
+    ├── ResourceError              a machine with too little memory for a run
     ├── ImageError                 one bad image; never the fault of the images beside it
     │   ├── UnsupportedImageError  bytes that are no image of an accepted format
     │   ├── ImageTooLargeError     more bytes or pixels than the limit
@@ -62,6 +63,10 @@ class InUseError(OutputError):
 
 class NonFiniteError(MixMIMError):
     """A training step whose loss or gradients are not finite."""
+
+
+class ResourceError(MixMIMError):
+    """A training run that needs more memory than there is."""
 
 
 class ImageError(MixMIMError):

@@ -7,6 +7,7 @@ import io
 import random
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from PIL import ExifTags, Image
 from training_data import SMALL, STEPS_PER_EPOCH, photo
 
 from mixmim_serve.config import Preprocessing
-from mixmim_serve.errors import ConfigError, DataError
+from mixmim_serve.errors import ConfigError, DataError, ResourceError
 from mixmim_serve.preprocess import decode, normalize
 from mixmim_serve.sources import open_source
 from training.augment import ASPECT_RATIOS, Normalize, RandomCrop, flip, random_crop_box, step_seed
@@ -35,6 +36,24 @@ def batches(folder: Path, config: PretrainConfig, epoch: int = 0, rank: int = 0,
 
 def seeded(seed: int) -> random.Random:
     return random.Random(seed)  # noqa: S311 - augmentation, not secrets
+
+
+def test_too_little_shared_memory_is_refused_at_the_start(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch itself waits for ever for the batch that did not fit."""
+    config = dataclasses.replace(SMALL, batch_size=4, workers=2)
+    needed = (2 * 2 + 1) * 4 * 3 * 32**2  # two batches a worker, and one in use
+    monkeypatch.setattr("training.resources.SHARED", photos)
+    free = [needed]
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free[0]))
+    build_loader(images_of(photos, config), config)
+    free[0] -= 1
+    with pytest.raises(ResourceError, match=r"^the 2 processes .* 0 MB free: give the container more .*--workers"):
+        build_loader(images_of(photos, config), config)
+    build_loader(images_of(photos, config), dataclasses.replace(config, workers=0))
+    free[0] = 2 * needed
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(ResourceError, match=r"^the 6 processes"):
+        build_loader(images_of(photos, config), config)
 
 
 @pytest.mark.parametrize(("width", "height"), [(640, 480), (480, 640), (600, 600)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -10,9 +11,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import training_data
@@ -23,11 +25,12 @@ from training_data import MEASURED
 
 from mixmim_serve.config import Architecture, DecoderConfig
 from mixmim_serve.description import read_description
-from mixmim_serve.errors import CheckpointError, ConfigError, DataError
+from mixmim_serve.errors import CheckpointError, ConfigError, DataError, ResourceError
 from mixmim_serve.sources import open_source
 from training.config import PretrainConfig
 from training.data import Batch
 from training.pretraining import Pretraining
+from training.terminal import stop_signals
 from training.trainer import Trainer, train
 
 # 12 photos in batches of 4: three steps an epoch, a line of the log every second step, so lines span epochs.
@@ -127,28 +130,105 @@ import test_resume
 import training.config
 from mixmim_serve.sources import open_source
 from training.pretraining import Pretraining
+from training.terminal import stop_signals
 from training.trainer import Trainer, train
 training.config.architecture = lambda _: test_resume.NARROW
 step = Trainer.train_step
 Trainer.train_step = lambda *arguments: time.sleep(0.2) or step(*arguments)
 source = open_source(sys.argv[1])
-sys.exit(train(Pretraining(test_resume.SMALL, source), source, Path(sys.argv[2])) is not None)
+config = test_resume.dataclasses.replace(test_resume.SMALL, workers=int(sys.argv[3]))
+sys.exit(train(Pretraining(config, source), source, Path(sys.argv[2])) is not None)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_real_process_and_a_real_signal(photos: Path, tmp_path: Path, whole: Path, number: signal.Signals) -> None:
-    command = [sys.executable, "-c", IN_PROCESS, str(photos), str(tmp_path / "run")]
+@contextlib.contextmanager
+def process_of(photos: Path, path: Path, workers: int = 0) -> Iterator[subprocess.Popen[bytes]]:
+    """A run in a session of its own, once its log has a line."""
+    command = [sys.executable, "-c", IN_PROCESS, str(photos), str(path), str(workers)]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "tests")}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    log = tmp_path / "run" / "metrics.jsonl"
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, start_new_session=True)
+    log = path / "metrics.jsonl"
     deadline = time.monotonic() + 60
     while not (log.exists() and log.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(number)
-    assert process.wait(timeout=30) == (0 if number == signal.SIGTERM else -signal.SIGKILL)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_real_process_and_a_real_signal(photos: Path, tmp_path: Path, whole: Path, number: signal.Signals) -> None:
+    with process_of(photos, tmp_path / "run") as process:
+        process.send_signal(number)
+        assert process.wait(timeout=30) == (-signal.SIGKILL if number == signal.SIGKILL else 0)
     assert run(photos, tmp_path / "run", resume=True) is not None
     assert_same(tmp_path / "run", whole)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a worker cannot tell there who sends SIGTERM")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_every_process_of_a_run(photos: Path, tmp_path: Path, whole: Path, number: signal.Signals) -> None:
+    """As systemd, Slurm and a terminal send it: the workers go on until the run has saved."""
+    with process_of(photos, tmp_path / "run", workers=2) as process:
+        os.killpg(process.pid, number)
+        assert process.wait(timeout=30) == 0
+        with pytest.raises(ProcessLookupError):  # nobody is left
+            os.killpg(process.pid, 0)
+    assert run(photos, tmp_path / "run", resume=True) is not None
+    assert_same(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (signal.SIGKILL, b"ResourceError: a process that decodes images was killed, most likely for its memory: lower"),
+        (signal.SIGBUS, b"ResourceError: the 2 processes that decode images have too little shared memory: give"),
+    ],
+)
+def test_a_worker_that_is_killed_ends_the_run_with_a_sentence(
+    photos: Path, tmp_path: Path, whole: Path, number: signal.Signals, message: bytes
+) -> None:
+    with process_of(photos, tmp_path / "run", workers=2) as process:
+        psutil.Process(process.pid).children()[0].send_signal(number)
+        assert message in process.communicate(timeout=30)[1]
+        assert process.returncode == 1
+    assert run(photos, tmp_path / "run", resume=True) is not None
+    assert_same(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize(
+    "exhaust", [lambda: torch.empty(2**60, dtype=torch.uint8), lambda: _raise(torch.OutOfMemoryError("of CUDA"))]
+)
+def test_too_little_memory_ends_a_run_with_a_sentence(
+    photos: Path, tmp_path: Path, exhaust: Callable[[], object]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train_step", lambda *_: exhaust())
+        with pytest.raises(
+            ResourceError, match=r"^not enough memory for 4 images at a time: --set accumulate=2 halves"
+        ):
+            run(photos, tmp_path / "run")
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def test_another_error_of_torch_stays_as_it_is(photos: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train_step", lambda *_: _raise(RuntimeError("shapes differ")))
+        with pytest.raises(RuntimeError, match="shapes differ"):
+            run(photos, tmp_path / "run")
+
+
+def test_ctrl_c_twice_ends_a_run_at_once() -> None:
+    with pytest.raises(KeyboardInterrupt), stop_signals() as stopping:  # noqa: PT012
+        for after in (0.0, 0.1, 1.2):  # the second one is torchrun's
+            time.sleep(after)
+            assert stopping.is_set() == (after > 0)
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_a_log_line_that_was_cut_is_written_again(photos: Path, tmp_path: Path, whole: Path) -> None:

@@ -19,6 +19,8 @@ from mixmim_serve.preprocess import decode
 from mixmim_serve.sources import Source
 from training.augment import RandomCrop, flip
 from training.config import RunConfig
+from training.resources import AHEAD, check_shared_memory
+from training.terminal import outlive_signals
 
 SUBSTITUTES = 20  # other images to try in the place of an unreadable one
 WINDOW = 16  # runs of a source that are shuffled together, and so are open at a time
@@ -149,19 +151,23 @@ def build_loader(
     Raises:
         DataError: when the source holds too few images for one batch.
         ConfigError: when the batch cannot be split over the processes.
+        ResourceError: when there is too little shared memory for the workers.
     """
     if len(dataset) < config.batch_size:
         raise DataError(
             f"{dataset.source.name} holds {len(dataset)} images, fewer than a batch of {config.batch_size}: "
             "add images, or lower batch_size."
         )
+    check_shared_memory(config, config.part(processes) * 3 * dataset.size**2)
     sampler = StepSampler(dataset.source, config, rank, processes)
     loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=config.workers,
         persistent_workers=config.workers > 0,
+        prefetch_factor=AHEAD if config.workers else None,
         collate_fn=collate,
+        worker_init_fn=outlive_signals,
         pin_memory=torch.cuda.is_available(),
     )
     return loader, sampler

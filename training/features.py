@@ -18,6 +18,7 @@ from mixmim_serve.model import Encoder
 from mixmim_serve.preprocess import normalize, preprocess
 from mixmim_serve.sources import Source
 from training.distributed import World
+from training.terminal import outlive_signals
 
 Progress = Callable[[int], None]
 
@@ -66,7 +67,11 @@ def run_network(
     """
     share = range(world.rank, len(source.keys), world.size)
     loader: DataLoader[Any] = DataLoader(
-        EvaluationImages(source, preprocessing, share), batch_size, num_workers=workers, collate_fn=list
+        EvaluationImages(source, preprocessing, share),
+        batch_size,
+        num_workers=workers,
+        collate_fn=list,
+        worker_init_fn=outlive_signals,
     )
     arch = model.arch
     size = arch.num_classes if logits else arch.embedding_size

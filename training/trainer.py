@@ -36,9 +36,10 @@ from training.distributed import (
 from training.meter import Meter, Metrics
 from training.nonfinite import save_nonfinite
 from training.optim import build_optimizer, learning_rate
+from training.resources import explain_shortage
 from training.run import RunFolder
 from training.task import Task
-from training.terminal import can_compile, in_words, progress_bar, sigterm
+from training.terminal import can_compile, in_words, progress_bar, stop_signals
 from training.trackers import Tracker, check_trackers, open_trackers
 
 
@@ -52,9 +53,9 @@ def train(
     overwrite: bool = False,
     trackers: Sequence[str] = (),
 ) -> Path | None:
-    """Train on the images of `source`; returns the final checkpoint, or None when SIGTERM ended the run early.
+    """Train on the images of `source`; returns the final checkpoint, or None when SIGTERM or Ctrl-C ended it early.
 
-    A checkpoint is saved after each epoch and on SIGTERM. With `resume` a run goes on from the last one; on a CPU its
+    A checkpoint is saved after each epoch and on both. With `resume` a run goes on from the last one; on a CPU its
     losses are, to the last bit, those of a run that was never interrupted: all that is random (order, crops, masks,
     dropped paths) is a function of seed, epoch or step, image and rank, so no random state need be saved.
 
@@ -63,6 +64,7 @@ def train(
         DataError: when there are too few images, others than at the start, or too many that cannot be read.
         CheckpointError: when a checkpoint is damaged or could not be written.
         NonFiniteError: when a loss or gradient is not finite; what led to it was saved.
+        ResourceError: when there is too little memory.
     """
     check_trackers(trackers)
     with join_world() as world:
@@ -72,7 +74,9 @@ def train(
             console.log(f"{run} is finished already")
             return folder.final
         trainer = Trainer(task, source, folder, world)
-        with folder.lock() if world.main else contextlib.nullcontext():
+        images = task.config.part(world.size)
+        lock = folder.lock() if world.main else contextlib.nullcontext()
+        with lock, explain_shortage(task.config, images):
             if world.main and resume:
                 folder.check(task.config, trainer.about())
             elif world.main:
@@ -148,17 +152,17 @@ class Trainer:
         console.log(self.plan())
         main = self.world.main
         self.trackers = open_trackers(trackers, self.folder.path, self.about(), self.step) if main else []
-        with progress_bar(console) as progress, sigterm() as terminated, contextlib.ExitStack() as closing:
+        with progress_bar(console) as progress, stop_signals() as stopping, contextlib.ExitStack() as closing:
             for tracker in self.trackers:
                 closing.callback(tracker.close)
             task = progress.add_task(self.task.name, total=self.steps, completed=self.step, text="")
             for epoch in range(self.step // self.sampler.steps, self.config.epochs):
-                for metrics in self.train_epoch(epoch, terminated):
+                for metrics in self.train_epoch(epoch, stopping):
                     progress.update(task, completed=self.step, text=in_words(metrics))
                 if self.step == (epoch + 1) * self.sampler.steps:
                     self.judge(epoch + 1, console)
                 self.save_checkpoint()  # last: killed before it, the epoch is done again, judgement and all
-                if self.world.any(terminated.is_set()) and self.step < self.steps:
+                if self.world.any(stopping.is_set()) and self.step < self.steps:
                     console.log(f"stopped after step {self.step}; the same command with --resume goes on")
                     return None
                 console.log(self.summary(epoch))
@@ -168,10 +172,10 @@ class Trainer:
         self.world.wait()
         return self.folder.final
 
-    def train_epoch(self, epoch: int, terminated: threading.Event | None = None) -> Iterator[Metrics]:
+    def train_epoch(self, epoch: int, stopping: threading.Event | None = None) -> Iterator[Metrics]:
         """One pass over the images, or what is left of it; yields the metrics as they are logged.
 
-        Once `terminated` is set, the step in progress is the last (with several processes: the next logged one).
+        Once `stopping` is set, the step in progress is the last (with several processes: the next logged one).
         """
         self.sampler.epoch, self.sampler.start = epoch, self.step % self.sampler.steps
         parts = iter(self.loader)
@@ -185,7 +189,7 @@ class Trainer:
                 yield self.log()
             if self.config.save_steps and self.step % self.config.save_steps == 0 and index + 1 < self.sampler.steps:
                 self.save_checkpoint()
-            if terminated and (self.world.size == 1 or logged) and self.world.any(terminated.is_set()):
+            if stopping and (self.world.size == 1 or logged) and self.world.any(stopping.is_set()):
                 return
 
     def next_batch(self, parts: Iterator[Batch]) -> Batch:

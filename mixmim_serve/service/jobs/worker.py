@@ -10,6 +10,7 @@ import json
 import logging
 import logging.config
 import os
+import signal
 import sys
 import threading
 import time
@@ -38,6 +39,7 @@ log = logging.getLogger("mixmim_serve.jobs")
 
 def main() -> None:
     """Do the job on standard input."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # systemd sends it to all of a service; the server says when to stop
     out = _own_stdout()
     task = json.loads(sys.stdin.readline())
     stop = threading.Event()
