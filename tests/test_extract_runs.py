@@ -123,6 +123,26 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
     assert len(set(keys(out))) == len(keys(out)) == 24
 
 
+def test_ctrl_c_ends_it_after_a_batch_and_the_same_command_goes_on(exported_bundle: Path, tmp_path: Path) -> None:
+    many, out = tmp_path / "many", tmp_path / "out"
+    many.mkdir()
+    (many / "0000.jpg").write_bytes(HAT)
+    for number in range(1, 1200):
+        os.link(many / "0000.jpg", many / f"{number:04}.jpg")
+    code = "from mixmim_serve.cli import main; main()"
+    command = [sys.executable, "-c", code, "extract", str(exported_bundle), str(many), str(out), "--engine", "onnx"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + PATIENCE
+    while not (out / ".lock").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=PATIENCE)[1] == "stopped before the end; the same command goes on\n"
+    assert process.returncode == 130
+    assert keys(out) == []  # it did not wait for its shard, of all images
+    assert subprocess.run(command, check=False, timeout=PATIENCE, capture_output=True).returncode == 0
+    assert len(set(keys(out))) == len(keys(out)) == 1200
+
+
 def test_what_is_whole_is_not_done_again(job: Job, engine: Engine) -> None:
     complete(job, engine)
     assert complete(job, Around(engine, lambda: pytest.fail("nothing to do")))

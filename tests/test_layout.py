@@ -15,7 +15,13 @@ PACKAGES = ("mixmim_serve", "export", "training")
 
 # Lowest first. A module may import its own layer and those below it. (docs/architecture.md)
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("mixmim_serve.errors", "mixmim_serve.config", "mixmim_serve.version", "mixmim_serve.files"),
+    (
+        "mixmim_serve.errors",
+        "mixmim_serve.config",
+        "mixmim_serve.version",
+        "mixmim_serve.files",
+        "mixmim_serve.signals",
+    ),
     (
         "mixmim_serve.description",
         "mixmim_serve.preprocess",

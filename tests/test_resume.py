@@ -26,11 +26,11 @@ from training_data import MEASURED
 from mixmim_serve.config import Architecture, DecoderConfig
 from mixmim_serve.description import read_description
 from mixmim_serve.errors import CheckpointError, ConfigError, DataError, ResourceError
+from mixmim_serve.signals import stop_signals
 from mixmim_serve.sources import open_source
 from training.config import PretrainConfig
 from training.data import Batch
 from training.pretraining import Pretraining
-from training.terminal import stop_signals
 from training.trainer import Trainer, train
 
 # 12 photos in batches of 4: three steps an epoch, a line of the log every second step, so lines span epochs.
@@ -130,7 +130,6 @@ import test_resume
 import training.config
 from mixmim_serve.sources import open_source
 from training.pretraining import Pretraining
-from training.terminal import stop_signals
 from training.trainer import Trainer, train
 training.config.architecture = lambda _: test_resume.NARROW
 step = Trainer.train_step
@@ -224,7 +223,7 @@ def test_another_error_of_torch_stays_as_it_is(photos: Path, tmp_path: Path) -> 
 
 
 def test_ctrl_c_twice_ends_a_run_at_once() -> None:
-    with pytest.raises(KeyboardInterrupt), stop_signals() as stopping:  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), stop_signals(signal.SIGINT) as stopping:  # noqa: PT012
         for after in (0.0, 0.1, 1.2):  # the second one is torchrun's
             time.sleep(after)
             assert stopping.is_set() == (after > 0)

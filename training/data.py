@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mixmim_serve.errors import DataError, ImageError
 from mixmim_serve.preprocess import decode
+from mixmim_serve.signals import outlive_signals
 from mixmim_serve.sources import Source
 from training.augment import RandomCrop, flip
 from training.config import RunConfig
 from training.resources import AHEAD, check_shared_memory
-from training.terminal import outlive_signals
 
 SUBSTITUTES = 20  # other images to try in the place of an unreadable one
 WINDOW = 16  # runs of a source that are shuffled together, and so are open at a time

@@ -16,9 +16,9 @@ from mixmim_serve.config import Preprocessing
 from mixmim_serve.errors import DataError, ImageError
 from mixmim_serve.model import Encoder
 from mixmim_serve.preprocess import normalize, preprocess
+from mixmim_serve.signals import outlive_signals
 from mixmim_serve.sources import Source
 from training.distributed import World
-from training.terminal import outlive_signals
 
 Progress = Callable[[int], None]
 

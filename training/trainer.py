@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import signal
 import sys
 import threading
 import time
@@ -19,6 +20,7 @@ from torch import Tensor
 from mixmim_serve.errors import DataError
 from mixmim_serve.files import atomic_path
 from mixmim_serve.model.checkpoint import save_checkpoint
+from mixmim_serve.signals import stop_signals
 from mixmim_serve.sources import Source, fingerprint
 from mixmim_serve.version import __version__
 from training.augment import step_seed
@@ -39,7 +41,7 @@ from training.optim import build_optimizer, learning_rate
 from training.resources import explain_shortage
 from training.run import RunFolder
 from training.task import Task
-from training.terminal import can_compile, in_words, progress_bar, stop_signals
+from training.terminal import can_compile, in_words, progress_bar
 from training.trackers import Tracker, check_trackers, open_trackers
 
 
@@ -152,7 +154,8 @@ class Trainer:
         console.log(self.plan())
         main = self.world.main
         self.trackers = open_trackers(trackers, self.folder.path, self.about(), self.step) if main else []
-        with progress_bar(console) as progress, stop_signals() as stopping, contextlib.ExitStack() as closing:
+        stop = stop_signals(signal.SIGTERM, signal.SIGINT)
+        with progress_bar(console) as progress, stop as stopping, contextlib.ExitStack() as closing:
             for tracker in self.trackers:
                 closing.callback(tracker.close)
             task = progress.add_task(self.task.name, total=self.steps, completed=self.step, text="")

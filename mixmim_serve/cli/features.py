@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,6 +45,7 @@ def extract(
     from mixmim_serve.errors import ConfigError
     from mixmim_serve.extract import job as jobs
     from mixmim_serve.extract.options import Effort, Options
+    from mixmim_serve.signals import stop_signals
     from training.settings import apply
 
     options = Options(
@@ -66,11 +68,15 @@ def extract(
         from mixmim_serve.extract.ray import RayExecutor
 
         chosen = RayExecutor
-    with _shown() as progress:
-        summary = jobs.run(job, executor=chosen, progress=progress)
+    # SIGTERM may end it at once: nothing that is whole is lost. Ctrl-C would wait for the threads' shards.
+    with _shown() as progress, stop_signals(signal.SIGINT) as stopping:
+        summary = jobs.run(job, executor=chosen, progress=progress, cancelled=stopping.is_set)
     for key, reason in summary.examples:
         typer.echo(f"could not read {key}: {reason}", err=True)
     typer.echo(f"{out}: {summary.rows:,} rows of {summary.images:,} images, {summary.errors:,} could not be read")
+    if stopping.is_set() and not summary.complete:
+        typer.echo("stopped before the end; the same command goes on", err=True)
+        raise typer.Exit(130)
 
 
 @contextlib.contextmanager
