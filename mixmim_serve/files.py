@@ -23,6 +23,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o644)  # mkstemp gives 0600, which would lock others out of a shared file
+        _flush(temporary)
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -51,6 +52,12 @@ def _move(folder: Path, target: Path) -> None:
         if old.exists():
             old.rename(target)
         raise
+
+
+def _flush(path: Path) -> None:
+    """To the disk: a file that was only renamed may be empty after a power cut."""
+    with path.open("r+b") as file:  # Windows flushes only what may be written
+        os.fsync(file.fileno())
 
 
 def sha256(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import re
@@ -21,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training_data import SMALL, STEPS_PER_EPOCH, Run, run_pretraining
 
 from mixmim_serve.config import Preprocessing, architecture
+from mixmim_serve.description import read_description
 from mixmim_serve.errors import ConfigError, DataError, NonFiniteError
 from mixmim_serve.model import MixMIM
 from mixmim_serve.model.checkpoint import load_checkpoint, read_checkpoint
@@ -281,7 +283,7 @@ def test_compiled_training_gives_the_same_losses(run: Run, photos: Path, tmp_pat
 # Gradients that are not finite
 
 
-@pytest.mark.parametrize("log_every", [1, 3])
+@pytest.mark.parametrize("log_every", [1, 3, 10])  # 10: the checkpoint of step 6 comes first
 def test_a_gradient_that_is_not_finite_stops_the_run(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_every: int
 ) -> None:
@@ -317,10 +319,26 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
         pixels, mask = inputs(task, batch, mask_seed, seed)
         return pixels * torch.inf, mask
 
-    monkeypatch.setattr(Pretraining, "inputs", poison)
-    assert re.search(
-        r"loss nan, first in the output of model\.patch_embed\.norm, \d+ gradients", replay(tmp_path / "run")[1]
-    )
+    with monkeypatch.context() as patch:
+        patch.setattr(Pretraining, "inputs", poison)
+        assert re.search(
+            r"loss nan, first in the output of model\.patch_embed\.norm, \d+ gradients", replay(tmp_path / "run")[1]
+        )
+
+    lower = dataclasses.replace(config, base_lr=config.base_lr / 4)
+    assert RunFolder(tmp_path / "run").steps() == [3]  # nothing from after it
+    said = io.StringIO()
+    final = train(Pretraining(lower, source), source, tmp_path / "run", Console(file=said, width=500), resume=True)
+    assert f"resumed after step 3 with base_lr {lower.base_lr} (was {config.base_lr})" in said.getvalue()
+    changes = [{"step": 3, "base_lr": [config.base_lr, lower.base_lr]}]
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["changes"] == changes
+    assert final is not None
+    assert read_description(final).provenance["changes"] == changes
+    rates = {
+        line["step"]: line["lr"]
+        for line in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    }
+    assert rates[9] == pytest.approx(learning_rate(8 / 3, lower))
 
 
 def test_a_run_without_such_a_step_has_nothing_to_replay(run: Run) -> None:

@@ -45,6 +45,8 @@ class Meter:
 
     def nonfinite(self) -> int | None:
         """How many steps ago the first gradient that is not finite came (1: in the last step); waits for the device."""
+        if not self.norms:
+            return None
         bad = (~torch.stack(self.norms).isfinite()).nonzero()
         return len(self.norms) - int(bad[0]) if len(bad) else None
 

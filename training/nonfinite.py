@@ -1,7 +1,7 @@
 """A gradient that is not finite: what led to it is saved, so that replay.py can do the step again.
 
 The optimiser leaves the weights alone from that step on (`Trainer.__init__`), so when it is noticed, at the next line
-of the log, they are still those from before it; the batch comes from its seeds again.
+of the log or checkpoint, they are still those from before it; the batch comes from its seeds again.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def save_nonfinite(trainer: Trainer, step: int) -> None:
     world.wait()
     raise NonFiniteError(
         f"the gradients of step {step + 1} are not finite; weights, batch and seed from before it are in {folder}: "
-        f"look at the step with `mixmim replay {trainer.folder.path}`, then go on with a lower base_lr."
+        f"look at the step with `mixmim replay {trainer.folder.path}`, then go on with --resume and a lower "
+        "--set base_lr=, or --set bf16=false."
     )
 
 

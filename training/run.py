@@ -33,6 +33,7 @@ from mixmim_serve.model.checkpoint import read_checkpoint, save_checkpoint
 from training.config import RunConfig
 
 MAY_CHANGE = {"workers", "max_unreadable", "save_steps", "keep_last", "keep_every"}  # without changing a number
+MAY_HELP = {"base_lr", "bf16", "compile"}  # a run that cannot go on as it was; written down when they are changed
 
 
 class RunFolder:
@@ -43,6 +44,8 @@ class RunFolder:
         self.final = path / "final.safetensors"
         self.checkpoints = path / "checkpoints"
         self.unreadable: dict[str, None] = {}  # ordered and without doubles
+        self.changing: dict[str, list[Any]] = {}  # of MAY_HELP: name: [before, now]
+        self.changes: list[dict[str, Any]] = []  # {"step": step, name: [before, now]}
 
     def create(self, config: RunConfig, about: Mapping[str, Any], overwrite: bool = False) -> None:
         """An empty run with its configuration.
@@ -66,11 +69,15 @@ class RunFolder:
                 elif each.name != ".lock":
                     each.unlink()
         self.checkpoints.mkdir(parents=True)
+        self.describe(config, about)
+
+    def describe(self, config: RunConfig, about: Mapping[str, Any]) -> None:
+        """Write config.json."""
         with atomic_path(self.path / "config.json") as path:
             path.write_text(as_json(config, about) + "\n")
 
     def check(self, config: RunConfig, about: Mapping[str, Any]) -> None:
-        """Compare with what the run was started with, before it is resumed.
+        """Compare with what the run was started with, before it is resumed; for what may differ, see `change`.
 
         Raises:
             ConfigError: when there is no run, or naming what differs.
@@ -78,19 +85,27 @@ class RunFolder:
         path = self.path / "config.json"
         if not path.is_file():
             raise ConfigError(f"{self.path} holds no run to resume (no config.json): start it without --resume.")
+        saved = json.loads(path.read_text())
         before, now = (
             values.get("config", {}) | {"task": values.get("task"), "start": values.get("start")}
-            for values in (json.loads(path.read_text()), json.loads(as_json(config, about)))
+            for values in (saved, json.loads(as_json(config, about)))
         )
-        differing = [
-            f"{name} {before.get(name)} (now {value})"
+        differing = {
+            name: [before.get(name), value]
             for name, value in now.items()
             if name not in MAY_CHANGE and before.get(name) != value
-        ]
-        if differing:
-            raise ConfigError(
-                f"{self.path} was started with {', '.join(differing)}: resume it with the options of its start."
-            )
+        }
+        if not differing.keys() <= MAY_HELP:
+            listed = ", ".join(f"{name} {old} (now {new})" for name, (old, new) in differing.items())
+            raise ConfigError(f"{self.path} was started with {listed}: resume it with the options of its start.")
+        self.changes = saved.get("changes", [])
+        self.changing = differing
+
+    def change(self, step: int) -> str:
+        """Add what `check` found to `changes`, as of `step`; returns it in words."""
+        if self.changing:
+            self.changes.append({"step": step, **self.changing})
+        return ", ".join(f"{name} {new} (was {old})" for name, (old, new) in self.changing.items())
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

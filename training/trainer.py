@@ -110,10 +110,11 @@ class Trainer:
         self.meter = Meter()
         self.last: Metrics | None = None
         self.trackers: list[Tracker] = []
+        self.changed = ""  # of the configuration, since the run was started
 
     def about(self) -> dict[str, Any]:
         """What config.json holds besides the configuration."""
-        return {
+        about = {
             "task": self.task.name,
             "start": self.task.start,
             "images": {
@@ -125,6 +126,7 @@ class Trainer:
             "command": sys.argv,
             "versions": {"mixmim-serve": __version__, "torch": torch.__version__},
         }
+        return about | ({"changes": self.folder.changes} if self.folder.changes else {})
 
     def resume(self) -> None:
         """Go on from the run's last checkpoint, or at the start when it was killed before the first.
@@ -147,6 +149,9 @@ class Trainer:
             self.meter = Meter.from_state(state["meter"], self.world.device)
         if self.world.main:
             self.folder.rewind(self.step)
+            self.changed = self.folder.change(self.step)
+            if self.changed:
+                self.folder.describe(self.config, self.about())
         self.world.wait()
 
     def fit(self, console: Console, trackers: Sequence[str]) -> Path | None:
@@ -250,13 +255,21 @@ class Trainer:
         Raises:
             NonFiniteError: when a gradient since the last line was not finite.
         """
-        if (ago := self.meter.nonfinite()) is not None:
-            save_nonfinite(self, self.step - ago)
+        self.check_finite()
         lr = max(group["lr"] for group in self.optimizer.param_groups)
         self.last = self.meter.read(self.step, self.step / self.sampler.steps, lr, self.world)
         self.record(dataclasses.asdict(self.last))
         self.meter = Meter()
         return self.last
+
+    def check_finite(self) -> None:
+        """Stop the run if a gradient since the last line of the log was not finite; waits for the device.
+
+        Raises:
+            NonFiniteError: after saving what led to it.
+        """
+        if (ago := self.meter.nonfinite()) is not None:
+            save_nonfinite(self, self.step - ago)
 
     def judge(self, epochs: int, console: Console) -> None:
         """Measurements and pictures of an epoch."""
@@ -285,7 +298,9 @@ class Trainer:
 
         Raises:
             CheckpointError: when it could not be written; the ones before stay.
+            NonFiniteError: when a gradient since the last line of the log was not finite: no run could go on from here.
         """
+        self.check_finite()
         weights, optimizer = whole_weights(self.model), whole_optimizer(self.model, self.optimizer)
         if self.world.main:
             self.folder.save(self.step, weights, self.task.describe(self.provenance()), self.state(optimizer))
@@ -321,6 +336,8 @@ class Trainer:
         )
         if self.step:
             line += f", resumed after step {self.step}"
+        if self.changed:
+            line += f" with {self.changed}"
         if self.compiled:
             return f"{line}; torch.compile takes the first minute or two"
         if self.config.compile:

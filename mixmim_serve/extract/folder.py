@@ -46,7 +46,6 @@ class Folder:
             if not self.is_url:
                 with atomic_path(Path(self.path(name))) as temporary:
                     yield temporary
-                    _flush(temporary)
             else:
                 filesystem, target = storage.connect(self.path(name))
                 with tempfile.TemporaryDirectory(prefix="mixmim-") as folder:
@@ -126,9 +125,3 @@ def sha256_and_size(path: Path) -> tuple[str, int]:
     """Of a file that was just written."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size
-
-
-def _flush(path: Path) -> None:
-    """To the disk, before a rename makes others rely on it."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
