@@ -233,13 +233,23 @@ def test_an_urgent_item_goes_first_and_all_are_told_their_times(thread: ThreadPo
     assert ran[1].infer == observed[1][1]
 
 
-@pytest.mark.parametrize(("patience", "batches"), [(PATIENCE, [[1, 2]]), (0.0, [[1], [2]]), (0.01, [[1], [2]])])
+@pytest.mark.parametrize(
+    ("least", "last", "most", "batches"),
+    [
+        (PATIENCE, 0.0, PATIENCE, [[1, 2]]),
+        (0.0, 0.0, PATIENCE, [[1], [2]]),
+        (0.01, 0.0, PATIENCE, [[1], [2]]),
+        (0.01, PATIENCE, PATIENCE, [[1, 2]]),  # as long as the last batch
+        (0.01, PATIENCE, 0.02, [[1], [2]]),
+    ],
+)
 def test_an_engine_on_the_same_cores_waits_for_what_is_being_decoded(
-    thread: ThreadPoolExecutor, patience: float, batches: list[list[int]]
+    thread: ThreadPoolExecutor, least: float, last: float, most: float, batches: list[list[int]]
 ) -> None:
     engine = Multiplier()
     engine.release.set()
-    coming = Coming(patience)
+    coming = Coming(least, most)
+    coming.last = last
     batcher = Batcher(engine, "encoder", thread, coming=coming)
 
     async def decoded_later() -> None:
@@ -252,12 +262,13 @@ def test_an_engine_on_the_same_cores_waits_for_what_is_being_decoded(
 
     finish(both())
     assert engine.batches == batches
+    assert 0 < coming.last != last  # of its own last batch
 
 
 def test_a_full_batch_and_an_image_that_is_refused_are_not_waited_for(thread: ThreadPoolExecutor) -> None:
     engine = Multiplier()
     engine.release.set()
-    coming = Coming(10 * PATIENCE)
+    coming = Coming(10 * PATIENCE, 10 * PATIENCE)
     batcher = Batcher(engine, "encoder", thread, max_batch=2, coming=coming)
 
     async def all_of_them() -> None:

@@ -38,10 +38,12 @@ class Coming:
     """Images that are being decoded, which an engine that shares the cores with the decoders had better wait for.
 
     It would only slow their decoding down, and a batch of eight takes half as long an image as eight batches of one.
+    It waits at most as long as the last batch took, in which about as many are decoded again, within these bounds (s).
     """
 
-    def __init__(self, patience: float = 0.0) -> None:
-        self.patience = patience  # seconds that a batch waits at most; 0 where the engine has a device of its own
+    def __init__(self, least: float = 0.0, most: float = 0.0) -> None:
+        self.least, self.most = least, most  # 0 where the engine has a device of its own
+        self.last = 0.0  # seconds of the last batch
         self.count = 0
         self._changed = asyncio.Event()
 
@@ -51,6 +53,11 @@ class Coming:
     def __exit__(self, *error: object) -> None:
         self.count -= 1
         self._changed.set()
+
+    @property
+    def patience(self) -> float:
+        """Seconds that a batch waits at most."""
+        return min(max(self.least, self.last), self.most)
 
     async def wait_while(self, wanted: Callable[[], bool]) -> None:
         """Until nothing is coming, patience ends, or no more is wanted."""
@@ -131,6 +138,7 @@ class Batcher:
                 self._prepare()
                 began, seconds, results = await job
                 self.observe(len(items), seconds)
+                self.coming.last = seconds
                 for item, result in zip(items, results, strict=True):
                     _settle(item, result, began, seconds)
 

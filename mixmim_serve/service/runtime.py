@@ -28,7 +28,7 @@ from mixmim_serve.service.settings import Settings
 from mixmim_serve.service.visit import Visit
 from mixmim_serve.tasks import RECONSTRUCT_OUTPUTS, random_mask, reconstruct_inputs
 
-PATIENCE = 0.02  # seconds that a batch waits at most for images that are being decoded
+PATIENCE = 0.02, 0.08  # seconds, the least and the most, that a batch waits for images that are being decoded
 CANARY_SECONDS = 10.0  # for an answer, behind at most one batch
 CANARY_AGE = 1.0  # seconds for which one canary speaks; probes of a crowd share it
 
@@ -51,7 +51,7 @@ class Runtime:
         self.admission = Admission(self.settings.max_waiting, self.settings.max_held_bytes)
         self.decoders = ThreadPoolExecutor(self.settings.decoders, thread_name_prefix="decode")
         self.engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
-        self.coming = Coming(PATIENCE if engine.name.endswith("-cpu") else 0.0)
+        self.coming = Coming(*PATIENCE) if engine.name.endswith("-cpu") else Coming()
         self.batchers = {graph: self._batcher(graph) for graph in engine.bundle.graphs}
         self.golden = load_file(engine.bundle.path / GOLDEN)
         self._canary: tuple[float, bool] = (-np.inf, False)
