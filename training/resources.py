@@ -43,8 +43,8 @@ def check_shared_memory(config: RunConfig, batch_bytes: int) -> None:
 
 
 @contextlib.contextmanager
-def explain_shortage(config: RunConfig, images: int) -> Iterator[None]:
-    """Let a run that has too little of something end with a sentence; `images` go through the network at a time.
+def explain_shortage(config: RunConfig, processes: int) -> Iterator[None]:
+    """Let a run that has too little of something end with a sentence.
 
     Raises:
         ResourceError: too little memory or shared memory, or a process that decodes images was killed.
@@ -52,17 +52,17 @@ def explain_shortage(config: RunConfig, images: int) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        message = _explanation(error, config, images)
+        message = _explanation(error, config, processes)
         if message is None:
             raise
         raise ResourceError(message) from error
 
 
-def _explanation(error: Exception, config: RunConfig, images: int) -> str | None:
+def _explanation(error: Exception, config: RunConfig, processes: int) -> str | None:
     text = str(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(each in text for each in NO_MEMORY):
         return (
-            f"not enough memory for {images} images at a time: --set accumulate={2 * config.accumulate} halves them "
+            f"not enough memory for {config.part(processes)} images at a time: --set accumulate={2 * config.accumulate} halves them "
             "for the same batch, --set checkpoint_activations=true keeps less of each, --batch-size lowers the batch."
         )
     if any(each in text for each in NO_SHARED_MEMORY):

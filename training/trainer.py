@@ -76,9 +76,7 @@ def train(
             console.log(f"{run} is finished already")
             return folder.final
         trainer = Trainer(task, source, folder, world)
-        images = task.config.part(world.size)
-        lock = folder.lock() if world.main else contextlib.nullcontext()
-        with lock, explain_shortage(task.config, images):
+        with folder.lock() if world.main else contextlib.nullcontext(), explain_shortage(task.config, world.size):
             if world.main and resume:
                 folder.check(task.config, trainer.about())
             elif world.main:
