@@ -62,8 +62,9 @@ def _explanation(error: Exception, config: RunConfig, processes: int) -> str | N
     text = str(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(each in text for each in NO_MEMORY):
         return (
-            f"not enough memory for {config.part(processes)} images at a time: --set accumulate={2 * config.accumulate} "
-            "halves them for the same batch, --set checkpoint_activations=true keeps less of each, --batch-size lowers the batch."
+            f"not enough memory for {config.part(processes)} images at a time: "
+            f"--set accumulate={2 * config.accumulate} halves them for the same batch, "
+            "--set checkpoint_activations=true keeps less of each, --batch-size lowers the batch."
         )
     if any(each in text for each in NO_SHARED_MEMORY):
         return f"the {config.workers} processes that decode images have too little shared memory: {MORE_SHARED}"
