@@ -99,15 +99,24 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         self.steps = self.images // self.batch  # of an epoch; the images left over wait for the next order
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = shuffled(self.runs, generator)
+        order = self.order(self.epoch)
         for step in range(self.start, self.steps):
-            batch = order[step * self.batch : (step + 1) * self.batch]
-            for part in range(self.accumulate):
-                yield [(self.epoch, index) for index in mirrored(batch, self.rank * self.accumulate + part, self.parts)]
+            yield from self.step_parts(self.epoch, step, order)
 
     def __len__(self) -> int:
         return self.steps * self.accumulate
+
+    def order(self, epoch: int) -> list[int]:
+        """All image indices in the order of an epoch."""
+        return shuffled(self.runs, torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
+
+    def step_parts(self, epoch: int, step: int, order: list[int] | None = None) -> list[list[tuple[int, int]]]:
+        """(epoch, index) pairs of this process's parts of one step of the epoch; `order` saves drawing it again."""
+        batch = (order or self.order(epoch))[step * self.batch : (step + 1) * self.batch]
+        first = self.rank * self.accumulate
+        return [
+            [(epoch, index) for index in mirrored(batch, first + part, self.parts)] for part in range(self.accumulate)
+        ]
 
 
 def shuffled(runs: Sequence[range], generator: torch.Generator) -> list[int]:
@@ -141,6 +150,13 @@ def collate(items: list[Item]) -> Batch:
         torch.tensor([item.flipped for item in items]),
         tuple(reason for item in items for reason in item.unreadable),
     )
+
+
+def load_step(dataset: TrainingImages, sampler: StepSampler, step: int) -> tuple[list[Batch], list[str]]:
+    """This process's batches of a step of the run, made again from their seeds, and the keys of their images."""
+    parts = sampler.step_parts(*divmod(step, sampler.steps))
+    keys = [dataset.source.keys[index] for part in parts for _, index in part]
+    return [collate([dataset[pair] for pair in part]) for part in parts], keys
 
 
 def build_loader(

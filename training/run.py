@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -148,6 +149,11 @@ class RunFolder:
             save_checkpoint(stem.with_suffix(".safetensors"), weights, description)
             with atomic_path(stem.with_suffix(".state.pt")) as temporary:
                 torch.save(state, temporary)
+
+    def save_picture(self, name: str, epochs: int, picture: Image.Image) -> None:
+        """Write samples/NAME-epoch-NNNN.png."""
+        with atomic_path(self.path / "samples" / f"{name}-epoch-{epochs:04d}.png") as temporary:
+            picture.save(temporary, "PNG")
 
     def prune(self, config: RunConfig, epoch: int) -> None:
         """Delete checkpoints but for the last few and those of every so many whole epochs, `epoch` steps each."""

@@ -18,13 +18,12 @@ from rich.console import Console
 from torch import Tensor
 
 from mixmim_serve.errors import DataError
-from mixmim_serve.files import atomic_path
 from mixmim_serve.model.checkpoint import save_checkpoint
 from mixmim_serve.signals import stop_signals
 from mixmim_serve.sources import Source, fingerprint
 from mixmim_serve.version import __version__
 from training.augment import step_seed
-from training.data import Batch, TrainingImages, build_loader
+from training.data import Batch, TrainingImages, build_loader, load_step
 from training.distributed import (
     World,
     join_world,
@@ -36,7 +35,7 @@ from training.distributed import (
     wrap,
 )
 from training.meter import Meter, Metrics
-from training.nonfinite import save_nonfinite
+from training.nonfinite import BadStep, save_nonfinite
 from training.optim import build_optimizer, learning_rate
 from training.resources import explain_shortage
 from training.run import RunFolder
@@ -115,11 +114,7 @@ class Trainer:
         about = {
             "task": self.task.name,
             "start": self.task.start,
-            "images": {
-                "source": self.source.name,
-                "count": len(self.source.keys),
-                "fingerprint": self.images,
-            },
+            "images": {"source": self.source.name, "count": len(self.source.keys), "fingerprint": self.images},
             "processes": self.world.size,
             "command": sys.argv,
             "versions": {"mixmim-serve": __version__, "torch": torch.__version__},
@@ -155,8 +150,8 @@ class Trainer:
     def fit(self, console: Console, trackers: Sequence[str]) -> Path | None:
         """All epochs that are left."""
         console.log(self.plan())
-        main = self.world.main
-        self.trackers = open_trackers(trackers, self.folder.path, self.about(), self.step) if main else []
+        if self.world.main:
+            self.trackers = open_trackers(trackers, self.folder.path, self.about(), self.step)
         stop = stop_signals(signal.SIGTERM, signal.SIGINT)
         with progress_bar(console) as progress, stop as stopping, contextlib.ExitStack() as closing:
             for tracker in self.trackers:
@@ -173,7 +168,7 @@ class Trainer:
                     return None
                 console.log(self.summary(epoch))
         weights = whole_weights(self.model)
-        if main:
+        if self.world.main:
             save_checkpoint(self.folder.final, weights, self.task.describe(self.provenance()))
         self.world.wait()
         return self.folder.final
@@ -266,8 +261,12 @@ class Trainer:
         Raises:
             NonFiniteError: after saving what led to it.
         """
-        if (ago := self.meter.nonfinite()) is not None:
-            save_nonfinite(self, self.step - ago)
+        if (ago := self.meter.nonfinite()) is None:
+            return
+        step = self.step - ago
+        bad = BadStep(step, self.config.seed, *load_step(self.dataset, self.sampler, step))
+        weights, description = whole_weights(self.model), self.task.describe(self.provenance())
+        raise save_nonfinite(self.folder.path, self.world, weights, description, bad)
 
     def judge(self, epochs: int, console: Console) -> None:
         """Measurements and pictures of an epoch."""
@@ -279,8 +278,7 @@ class Trainer:
             self.record({"step": self.step, "epoch": epochs, **judged})
             console.log(", ".join(f"{name} {value:.2f}" for name, value in judged.items()))
         for name, picture in pictures.items() if self.world.main else ():
-            with atomic_path(self.folder.path / "samples" / f"{name}-epoch-{epochs:04d}.png") as temporary:
-                picture.save(temporary, "PNG")
+            self.folder.save_picture(name, epochs, picture)
             for tracker in self.trackers:
                 tracker.picture(self.step, name, np.asarray(picture))
 
