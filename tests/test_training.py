@@ -26,6 +26,7 @@ from mixmim_serve.description import read_description
 from mixmim_serve.errors import ConfigError, DataError, NonFiniteError
 from mixmim_serve.model import MixMIM
 from mixmim_serve.model.checkpoint import load_checkpoint, read_checkpoint
+from mixmim_serve.settings import from_dict
 from mixmim_serve.sources import open_source
 from training.config import PretrainConfig
 from training.data import Batch
@@ -34,7 +35,6 @@ from training.optim import learning_rate
 from training.pretraining import Pretraining
 from training.replay import replay
 from training.run import RunFolder
-from training.settings import from_dict
 from training.trainer import Trainer, train
 
 ALONE = World(0, 1, torch.device("cpu"))

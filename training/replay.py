@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mixmim_serve.errors import DataError
+from mixmim_serve.settings import from_dict
 from training.augment import step_seed
 from training.config import FinetuneConfig, PretrainConfig
 from training.data import Batch
 from training.finetuning import Finetuning
 from training.pretraining import Pretraining
-from training.settings import from_dict
 from training.start import Start, read_start
 from training.task import Objective, Task
 

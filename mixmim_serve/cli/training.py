@@ -235,12 +235,12 @@ def _with_options(config: Any, given: dict[str, Any], epochs: int | None, settin
     """The recipe with options, then with settings."""
     import dataclasses
 
-    from training.settings import apply
+    from mixmim_serve.settings import override
 
     changes = {name: value for name, value in given.items() if value is not None}
     if epochs is not None:
         config = config.lasting(epochs)
-    return apply(dataclasses.replace(config, **changes), settings or ())
+    return override(dataclasses.replace(config, **changes), settings or ())
 
 
 def _print_config(config: Any) -> None:
