@@ -26,8 +26,8 @@ from mixmim_serve.files import atomic_path
 from mixmim_serve.model import Encoder, MixMIM
 from mixmim_serve.model.mixmim import PretrainingOutput, to_units
 from mixmim_serve.sources import open_source
+from training.evaluation.probe import probe
 from training.pretraining import Pretraining
-from training.probe import probe
 from training.recipes import tiny_cpu
 from training.start import read_start
 from training.trainer import train

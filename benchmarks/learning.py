@@ -27,10 +27,10 @@ from mixmim_serve.files import atomic_path
 from mixmim_serve.sources import open_source
 from training.config import FinetuneConfig
 from training.distributed import World
-from training.evaluate import evaluate
+from training.evaluation.evaluate import evaluate
+from training.evaluation.labelled import Labelled
+from training.evaluation.probe import probe, untrained
 from training.finetuning import Finetuning
-from training.judging import Labelled
-from training.probe import probe, untrained
 from training.recipes import tiny_finetune_cpu
 from training.start import Start, read_start
 from training.trainer import train

@@ -19,9 +19,11 @@ from mixmim_serve.config import Preprocessing
 from mixmim_serve.errors import ConfigError, DataError, ResourceError
 from mixmim_serve.preprocess import decode, normalize
 from mixmim_serve.sources import open_source
-from training.augment import ASPECT_RATIOS, Normalize, RandomCrop, flip, random_crop_box, step_seed
-from training.config import FinetuneConfig, PretrainConfig
+from training.augment import ASPECT_RATIOS, RandomCrop, flip, random_crop_box, step_seed
+from training.config import AugmentConfig, FinetuneConfig, PretrainConfig
 from training.data import Batch, Item, StepSampler, TrainingImages, build_loader, collate, mirrored, shuffled
+from training.device_augment import DeviceAugment
+from training.pretraining import Pretraining
 
 
 def images_of(folder: Path, config: PretrainConfig = SMALL, size: int = 32) -> TrainingImages:
@@ -282,11 +284,14 @@ def test_labels_are_numbered_as_the_classes_are_given(tmp_path: Path) -> None:
 
 
 def test_pixels_are_normalised_as_for_evaluation(photos: Path) -> None:
-    pixels_BHWC = batches(photos, SMALL)[0].pixels_BHWC
-    preprocessing = Preprocessing.evaluation(64)
-    expected = [normalize(pixels.numpy(), preprocessing) for pixels in pixels_BHWC]
-    actual = Normalize(preprocessing, torch.device("cpu"))(pixels_BHWC)
-    np.testing.assert_allclose(actual.numpy(), np.stack(expected), atol=1e-5, rtol=0)
+    batch = batches(photos, SMALL)[0]
+    expected = [normalize(p.numpy(), Preprocessing.evaluation(64)) for p in batch.pixels_on(torch.device("cpu"))]
+    pixels_BCHW, _ = Pretraining(SMALL, None).inputs(batch, mask_seed=0, seed=0)
+    np.testing.assert_array_equal(pixels_BCHW.numpy(), np.stack(expected))
+    off = AugmentConfig(rand_augment_ops=0, erase=0, mixup=0, cutmix=0)
+    augment = DeviceAugment(off, Preprocessing.evaluation(64), 2, torch.device("cpu"))
+    pixels_BCHW, _ = augment(batch.pixels_on(torch.device("cpu")), batch.labels_B, seed=0)
+    np.testing.assert_array_equal(pixels_BCHW.numpy(), np.stack(expected))
 
 
 def test_too_few_images_are_refused(photos: Path) -> None:

@@ -26,8 +26,8 @@ from mixmim_serve.model.encoder import Block
 from mixmim_serve.sources import open_source
 from training.config import AugmentConfig, FinetuneConfig
 from training.data import Batch
+from training.evaluation.labelled import Labelled, open_labelled
 from training.finetuning import Finetuning, set_drop_path
-from training.judging import Labelled, open_labelled
 from training.start import Start, read_start
 from training.trainer import Trainer, train
 
@@ -192,7 +192,7 @@ def test_a_dropped_path_skips_whole_branches_and_keeps_the_mean() -> None:
 
 def test_layer_decay_reaches_the_learning_rates(labelled: Path, pretrained: Path, tmp_path: Path) -> None:
     from training.distributed import World
-    from training.run import RunFolder
+    from training.run_folder import RunFolder
 
     task, images = task_of(labelled, pretrained)
     trainer = Trainer(task, images.source, RunFolder(tmp_path), World(0, 1, torch.device("cpu")))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mixmim_serve.errors import ConfigError, DataError, MixMIMError
-from training.judge.confusion import (
+from training.evaluation.confusion import (
     ClassResult,
     Confusion,
     accuracy,
@@ -23,8 +23,8 @@ from training.judge.confusion import (
     per_class,
     rank_of_truth,
 )
-from training.judge.knn import knn_accuracy, nearest, vote
-from training.judge.linear import (
+from training.evaluation.knn import knn_accuracy, nearest, vote
+from training.evaluation.linear import (
     LinearProbe,
     ProbeConfig,
     choose,

@@ -34,7 +34,7 @@ from training.distributed import World
 from training.optim import learning_rate
 from training.pretraining import Pretraining
 from training.replay import replay
-from training.run import RunFolder
+from training.run_folder import RunFolder
 from training.trainer import Trainer, train
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -221,7 +221,7 @@ def test_unreadable_images_are_skipped_and_named_once(spoilt: Path, tmp_path: Pa
 
 
 def test_pretraining_is_judged_by_its_neighbours(photos: Path, labelled: Path, tmp_path: Path) -> None:
-    from training.judging import open_labelled
+    from training.evaluation.labelled import open_labelled
 
     train_part, val_part = open_labelled(str(labelled))
     assert val_part is not None
@@ -373,7 +373,7 @@ def test_overwriting_leaves_nothing_of_the_old_run(run: Run, photos: Path, tmp_p
 HOLD = """
 import sys, time
 from pathlib import Path
-from training.run import RunFolder
+from training.run_folder import RunFolder
 with RunFolder(Path(sys.argv[1])).lock():
     print("held", flush=True)
     time.sleep(60)
@@ -468,7 +468,7 @@ def test_an_unknown_tracker_is_refused_first(photos: Path, tmp_path: Path) -> No
 def test_the_plan_says_whether_the_network_is_compiled(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: str | None, sentence: str
 ) -> None:
-    monkeypatch.setattr("training.terminal.shutil.which", lambda _: compiler)
+    monkeypatch.setattr("training.meter.shutil.which", lambda _: compiler)
     monkeypatch.setattr("training.trainer.torch.compile", lambda module: module)
     trainer = trainer_of(dataclasses.replace(SMALL, compile=True), photos, tmp_path / "run")
     assert trainer.plan().startswith("pretrain: 6.3 M parameters at 64 px on cpu; 24 images, 2 epochs of 3 steps; ")

@@ -1,4 +1,4 @@
-"""Random crop on PIL images, in the loader; flip and normalisation on uint8 batches, on the device."""
+"""Random crop of PIL images, in the loader; flip of uint8 batches, on the device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mixmim_serve.config import Preprocessing
 from mixmim_serve.preprocess import jpeg_reduction
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)
@@ -72,19 +71,6 @@ def random_crop_box(width: int, height: int, min_crop: float, rng: random.Random
 def flip(pixels_BHWC: Tensor, flipped_B: Tensor) -> Tensor:
     """Mirror the chosen images."""
     return torch.where(flipped_B.view(-1, 1, 1, 1), pixels_BHWC.flip(2), pixels_BHWC)
-
-
-class Normalize:
-    """uint8 (B, H, W, 3) to normalised float32 (B, 3, H, W), on the device."""
-
-    def __init__(self, preprocessing: Preprocessing, device: torch.device) -> None:
-        # Made once: each is a copy to the device.
-        self.mean = torch.tensor(preprocessing.mean, device=device) * 255
-        self.std = torch.tensor(preprocessing.std, device=device) * 255
-
-    def __call__(self, pixels_BHWC: Tensor) -> Tensor:
-        """The batch as the network takes it."""
-        return ((pixels_BHWC.float() - self.mean) / self.std).permute(0, 3, 1, 2).contiguous()
 
 
 def step_seed(*parts: int) -> int:

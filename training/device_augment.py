@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 import random
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -31,7 +31,9 @@ import torch.nn.functional as F
 from kornia import enhance
 from torch import Tensor
 
+from mixmim_serve.config import Preprocessing
 from mixmim_serve.errors import ConfigError, DataError
+from mixmim_serve.model.normalize import Normalize
 from training.config import AugmentConfig
 from training.mixing import Box, draw_mix, mix_pixels, soft_targets
 
@@ -51,16 +53,15 @@ class DeviceAugment:
     def __init__(
         self,
         config: AugmentConfig,
-        mean: Sequence[float],  # of pixels in [0, 1], RGB
-        std: Sequence[float],
+        preprocessing: Preprocessing,
         num_classes: int,
         device: torch.device,
     ) -> None:
         if num_classes < 1:
             raise ConfigError(f"num_classes must be at least 1, got {num_classes}.")
         self.config, self.num_classes, self.device = config, num_classes, device
-        self.mean, self.std = (torch.tensor(values, device=device)[:, None, None] * 255 for values in (mean, std))
-        self.operations = operations(torch.tensor(mean, device=device))
+        self.normalize = Normalize(preprocessing).to(device)
+        self.operations = operations(torch.tensor(preprocessing.mean, device=device))
         self.noise = torch.Generator(device)
 
     def __call__(self, pixels_BHWC: Tensor, labels_B: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -79,7 +80,7 @@ class DeviceAugment:
         pixels_BCHW = pixels_BCHW.clone(memory_format=torch.contiguous_format)
         with torch.autocast(self.device.type, enabled=False):  # its bfloat16 holds 8 bits of a pixel, if any
             rand_augment(pixels_BCHW, self.operations, self.config, rng)
-        pixels_BCHW = pixels_BCHW.float().sub_(self.mean).div_(self.std)
+        pixels_BCHW = self.normalize(pixels_BCHW.permute(0, 2, 3, 1))
         erase(pixels_BCHW, self.config.erase, rng, self.noise)
         _, _, height, width = pixels_BCHW.shape
         mix = draw_mix(self.config.mixup, self.config.cutmix, height, width, rng)

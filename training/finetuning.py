@@ -21,7 +21,7 @@ from training.config import FinetuneConfig
 from training.data import Batch
 from training.device_augment import DeviceAugment
 from training.distributed import World
-from training.judging import Labelled, judge_classifier
+from training.evaluation.labelled import Labelled, judge_classifier
 from training.optim import parameter_groups
 from training.start import SCRATCH, Start
 from training.task import Objective
@@ -67,9 +67,7 @@ class Finetuning:
         """As in `Task`."""
         self.device = device
         self.objective.to(device)
-        self.augment = DeviceAugment(
-            self.config.augment, self.preprocessing.mean, self.preprocessing.std, len(self.classes), device
-        )
+        self.augment = DeviceAugment(self.config.augment, self.preprocessing, len(self.classes), device)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """With layer decay."""

@@ -1,13 +1,17 @@
-"""What is measured between two lines of the log, without waiting for the device."""
+"""What is measured between two log lines, without waiting for the device, and how a terminal shows it."""
 
 from __future__ import annotations
 
+import os
 import resource
+import shutil
 import sys
 import time
 from dataclasses import dataclass, field
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from training.distributed import World
@@ -90,3 +94,29 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def in_words(metrics: Metrics) -> str:
+    """Metrics for a progress bar."""
+    return (
+        f"loss {metrics.loss:.4f}  {metrics.rate:.0f} images/s  {metrics.waiting:.0%} waiting  {metrics.memory:.1f} GB"
+    )
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile has what it needs; on a CPU that is a C++ compiler."""
+    compilers = (os.environ.get("CXX"), "g++", "clang++", "c++")
+    return device.type != "cpu" or any(name and shutil.which(name) for name in compilers)
+
+
+def progress_bar(console: Console) -> Progress:
+    """Steps, what the last line of the log says, and the time left."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )

@@ -15,14 +15,14 @@ from mixmim_serve.description import Description
 from mixmim_serve.errors import ImageError
 from mixmim_serve.model import MixMIM
 from mixmim_serve.model.mixmim import random_units
+from mixmim_serve.model.normalize import Normalize
 from mixmim_serve.panel import draw_panel
 from mixmim_serve.preprocess import normalize, preprocess
 from mixmim_serve.sources import Source
-from training.augment import Normalize
 from training.config import PretrainConfig
 from training.data import Batch
 from training.distributed import World
-from training.judging import Labelled, judge_by_neighbours
+from training.evaluation.labelled import Labelled, judge_by_neighbours
 from training.optim import parameter_groups
 from training.start import SCRATCH
 from training.task import Objective
@@ -68,7 +68,7 @@ class Pretraining:
         """As in `Task`."""
         self.device = device
         self.objective.to(device)
-        self.normalize = Normalize(self.preprocessing, device)
+        self.normalize = Normalize(self.preprocessing).to(device)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """As in `Task`."""

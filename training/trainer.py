@@ -34,13 +34,12 @@ from training.distributed import (
     whole_weights,
     wrap,
 )
-from training.meter import Meter, Metrics
+from training.meter import Meter, Metrics, can_compile, in_words, progress_bar
 from training.nonfinite import BadStep, save_nonfinite
 from training.optim import build_optimizer, learning_rate
 from training.resources import explain_shortage
-from training.run import RunFolder
+from training.run_folder import RunFolder
 from training.task import Task
-from training.terminal import can_compile, in_words, progress_bar
 from training.trackers import Tracker, check_trackers, open_trackers
 
 

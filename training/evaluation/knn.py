@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixmim_serve.errors import ConfigError, DataError
-from training.judge.confusion import Accuracy, accuracy_of_ranks, check_labels, rank_of_truth
+from training.evaluation.confusion import Accuracy, accuracy_of_ranks, check_labels, rank_of_truth
 
 NEIGHBOURS = (10, 20, 100, 200)  # DINO's; it reports 20 as usually the best
 TEMPERATURE = 0.07

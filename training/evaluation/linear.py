@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixmim_serve.errors import ConfigError, DataError
-from training.judge.confusion import accuracy_of_ranks, check_labels, rank_of_truth
+from training.evaluation.confusion import accuracy_of_ranks, check_labels, rank_of_truth
 
 MOMENTUM = 0.9
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)

@@ -14,9 +14,9 @@ from mixmim_serve.errors import DataError
 from mixmim_serve.model import Encoder
 from mixmim_serve.sources import Source, open_source
 from training.distributed import World
-from training.features import Outputs, Progress, run_network
-from training.judge.confusion import Accuracy, Counts, accuracy, confusion_matrix
-from training.judge.knn import knn_accuracy
+from training.evaluation.confusion import Accuracy, Counts, accuracy, confusion_matrix
+from training.evaluation.embed import Outputs, Progress, run_network
+from training.evaluation.knn import knn_accuracy
 
 
 @dataclass(frozen=True)

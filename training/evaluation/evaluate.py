@@ -10,9 +10,9 @@ from mixmim_serve.errors import CheckpointError, ConfigError
 from mixmim_serve.files import atomic_path
 from mixmim_serve.sources import Source
 from training.distributed import World
-from training.features import Progress
-from training.judge.confusion import confusions, draw_confusion, per_class
-from training.judging import Judged, Labelled, judge_classifier
+from training.evaluation.confusion import confusions, draw_confusion, per_class
+from training.evaluation.embed import Progress
+from training.evaluation.labelled import Judged, Labelled, judge_classifier
 from training.start import Start
 
 

@@ -15,11 +15,11 @@ from mixmim_serve.model import Encoder
 from mixmim_serve.model.checkpoint import save_checkpoint
 from mixmim_serve.version import __version__
 from training.distributed import World
-from training.features import Progress, run_network
-from training.judge.confusion import Accuracy, accuracy
-from training.judge.knn import NEIGHBOURS, knn_accuracy
-from training.judge.linear import LinearProbe, ProbeConfig, linear_probe
-from training.judging import Labelled
+from training.evaluation.confusion import Accuracy, accuracy
+from training.evaluation.embed import Progress, run_network
+from training.evaluation.knn import NEIGHBOURS, knn_accuracy
+from training.evaluation.labelled import Labelled
+from training.evaluation.linear import LinearProbe, ProbeConfig, linear_probe
 from training.start import Start
 
 
