@@ -12,7 +12,7 @@ FLOAT = 1  # ONNX's number for float32
 
 
 class ExportedAttention(nn.Module):
-    """What an `Attention`, which it takes apart, becomes in a graph; shape suffixes as in encoder.py.
+    """An `Attention` as a graph computes it; it takes over the layers of the original. Shape suffixes as in encoder.py.
 
     Queries, keys and values are three products, with the rows of one stored matrix: a single product would have to be
     sliced, squeezed and transposed, which costs more than it saves. `written_out` chooses plain products and a softmax,

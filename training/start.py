@@ -11,7 +11,7 @@ from mixmim_serve.bundle import WEIGHTS
 from mixmim_serve.description import Description
 from mixmim_serve.files import sha256
 from mixmim_serve.model import Encoder
-from mixmim_serve.model.checkpoint import model_with, read_checkpoint
+from mixmim_serve.model.checkpoint import build_from_weights, read_checkpoint
 
 SCRATCH = "scratch"  # instead of a checkpoint: an untrained network
 
@@ -35,7 +35,7 @@ class Start:
         Raises:
             CheckpointError: when they do not fit.
         """
-        return model_with(self.path, self.description, self.weights)
+        return build_from_weights(self.path, self.description, self.weights)
 
 
 def read_start(path: Path) -> Start:

@@ -56,10 +56,10 @@ def load_checkpoint(path: Path) -> tuple[Encoder, Description]:
         CheckpointError: when the file cannot be read or its weights do not fit its description.
     """
     description, weights = read_checkpoint(path)
-    return model_with(path, description, weights), description
+    return build_from_weights(path, description, weights), description
 
 
-def model_with(path: Path, description: Description, weights: Mapping[str, Tensor]) -> Encoder:
+def build_from_weights(path: Path, description: Description, weights: Mapping[str, Tensor]) -> Encoder:
     """The described model in float32, in evaluation mode, with the weights that were read from `path`.
 
     Raises:
