@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="a folder for the runs, one each")
     parser.add_argument("--epochs", type=int, default=5)
     arguments = parser.parse_args()
-    tiny, source = tiny_cpu().lasting(arguments.epochs), open_source(arguments.images)
+    tiny, source = tiny_cpu().with_epochs(arguments.epochs), open_source(arguments.images)
     for variant in VARIANTS:
         config = dataclasses.replace(tiny, mask_ratio=variant.mask_ratio, seed=variant.seed)
         run = folder_of(variant, arguments.out)

@@ -120,7 +120,7 @@ def tuned(
 
 def settings(origin: Start | None, epochs: int, seed: int) -> FinetuneConfig:
     """The recipe, shortened; from scratch every layer learns at the full rate, after a longer warm-up."""
-    config = replace(tiny_finetune_cpu().lasting(epochs), seed=seed)
+    config = replace(tiny_finetune_cpu().with_epochs(epochs), seed=seed)
     return config if origin else replace(config, size="tiny", layer_decay=1.0, warmup_epochs=0.2 * epochs)
 
 

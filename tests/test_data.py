@@ -21,7 +21,7 @@ from mixmim_serve.preprocess import decode, normalize
 from mixmim_serve.sources import open_source
 from training.augment import ASPECT_RATIOS, RandomCrop, flip, random_crop_box, step_seed
 from training.config import AugmentConfig, FinetuneConfig, PretrainConfig
-from training.data import Batch, Item, StepSampler, TrainingImages, build_loader, collate, mirrored, shuffled
+from training.data import Batch, StepSampler, TrainingImage, TrainingImages, build_loader, collate, mirrored, shuffled
 from training.device_augment import DeviceAugment
 from training.pretraining import Pretraining
 
@@ -220,10 +220,10 @@ def test_odd_parts_hold_every_image_once() -> None:
 
 def test_a_batch_that_cannot_be_split_is_refused() -> None:
     with pytest.raises(ConfigError, match="a batch of 8 cannot be split over 3 processes times 1"):
-        SMALL.part(3)
-    with pytest.raises(ConfigError, match="1 images at once cannot be mixed in pairs"):
-        SMALL.part(8)
-    assert FinetuneConfig(batch_size=8).part(8) == 1
+        SMALL.part_size(3)
+    with pytest.raises(ConfigError, match="a part of 1 images cannot be mixed in pairs"):
+        SMALL.part_size(8)
+    assert FinetuneConfig(batch_size=8).part_size(8) == 1
 
 
 def test_an_item_depends_on_seed_epoch_and_index_alone(photos: Path) -> None:
@@ -263,13 +263,13 @@ def test_another_image_takes_the_place_of_an_unreadable_one(spoilt: Path) -> Non
 
 
 def test_collate_gives_no_batch_where_an_image_is_missing() -> None:
-    good = Item(np.full((4, 4, 3), 7, np.uint8), 2, True, ())
+    good = TrainingImage(np.full((4, 4, 3), 7, np.uint8), 2, True, ())
     batch = collate([good, good])
     assert batch.pixels_BHWC.shape == (2, 4, 4, 3)
     assert batch.pixels_BHWC.dtype == torch.uint8
     assert batch.labels_B.tolist() == [2, 2]
     assert batch.flipped_B.tolist() == [True, True]
-    batch = collate([good, Item(None, 0, False, ("a.jpg: damaged",))])
+    batch = collate([good, TrainingImage(None, 0, False, ("a.jpg: damaged",))])
     assert len(batch.pixels_BHWC) == 0
     assert batch.unreadable == ("a.jpg: damaged",)
 

@@ -353,7 +353,7 @@ def test_a_run_folder_with_something_in_it_is_refused(photos: Path, tmp_path: Pa
     (tmp_path / "metrics.jsonl").write_text("of another run\n")
     with pytest.raises(ConfigError, match=r"is not empty: choose another folder .* --resume, .* --overwrite; nothing"):
         run_pretraining(SMALL, photos, tmp_path)
-    with pytest.raises(ConfigError, match=r"holds other files than a run \(no config.json\): nothing was overwritten"):
+    with pytest.raises(ConfigError, match=r"is not a run folder \(no config.json\): nothing was overwritten"):
         run_pretraining(SMALL, photos, tmp_path, overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", ".lock"}
     assert (tmp_path / "metrics.jsonl").read_text() == "of another run\n"
@@ -423,7 +423,7 @@ def test_a_full_disk_loses_nothing(run: Run, photos: Path, tmp_path: Path) -> No
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     sentence = done.stderr.strip().splitlines()[-1]
-    assert re.search(r"could not write .*step-00000006: .*; the checkpoints before it are whole: make room", sentence)
+    assert re.search(r"could not write .*step-00000006: .*; earlier checkpoints are intact: free some space", sentence)
     assert "Traceback" not in done.stderr
     assert (tmp_path / "run" / "checkpoints" / "step-00000003.state.pt").read_bytes() == before
     assert not list((tmp_path / "run").rglob("*.tmp"))

@@ -23,9 +23,9 @@ from training.recipes import FINETUNE, PRETRAIN, recipe
     [
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"batch_size": 1}, "1 images at once cannot be mixed in pairs"),
-        ({"batch_size": 8, "accumulate": 8}, "1 images at once cannot be mixed in pairs"),
-        ({"batch_size": 8, "accumulate": 3}, "a batch of 8 cannot be computed in 3 equal parts"),
+        ({"batch_size": 1}, "a part of 1 images cannot be mixed in pairs"),
+        ({"batch_size": 8, "accumulate": 8}, "a part of 1 images cannot be mixed in pairs"),
+        ({"batch_size": 8, "accumulate": 3}, "a batch of 8 cannot be split into 3 equal parts"),
         ({"log_every": 0}, "log_every must be at least 1"),
         ({"keep_last": 0}, "keep_last must be at least 1"),
         ({"keep_every": -1}, "keep_every must be at least 1"),
@@ -56,8 +56,8 @@ def test_impossible_configurations_are_refused_when_built(changes: dict[str, obj
     ("changes", "sentence"),
     [
         ({"layer_decay_rule": "swin"}, "unknown layer_decay_rule 'swin': choose one of official, mae, mmpretrain"),
-        ({"layer_decay": 0.0}, "layer_decay and drop_path are shares"),
-        ({"drop_path": 1.0}, "layer_decay and drop_path are shares"),
+        ({"layer_decay": 0.0}, "layer_decay and drop_path must be shares"),
+        ({"drop_path": 1.0}, "layer_decay and drop_path must be shares"),
         ({"evaluate_every": 0}, "evaluate_every must be at least 1"),
     ],
 )

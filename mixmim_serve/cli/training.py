@@ -239,7 +239,7 @@ def _with_options(config: Any, given: dict[str, Any], epochs: int | None, settin
 
     changes = {name: value for name, value in given.items() if value is not None}
     if epochs is not None:
-        config = config.lasting(epochs)
+        config = config.with_epochs(epochs)
     return override(dataclasses.replace(config, **changes), settings or ())
 
 

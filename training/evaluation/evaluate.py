@@ -1,4 +1,4 @@
-"""A classifier judged on labelled images: a report and a picture of what it confuses."""
+"""`mixmim evaluate`: a classifier's report on labelled images, and a picture of its confusion matrix."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from mixmim_serve.files import atomic_path
 from mixmim_serve.sources import Source
 from training.distributed import World
 from training.evaluation.confusion import confusions, draw_confusion, per_class
-from training.evaluation.embed import Progress
-from training.evaluation.labelled import Judged, Labelled, judge_classifier
+from training.evaluation.embed import OnImages
+from training.evaluation.labelled import ClassifierResult, Labelled, evaluate_classifier
 from training.start import Start
 
 
 def evaluate(
-    start: Start, source: Source, world: World, workers: int = 0, progress: Progress = lambda _: None
-) -> Judged:
-    """Run a checkpoint's classifier.
+    start: Start, source: Source, world: World, workers: int = 0, progress: OnImages = lambda _: None
+) -> ClassifierResult:
+    """Run a checkpoint's classifier on labelled images.
 
     Raises:
         CheckpointError: when the checkpoint has no head.
@@ -30,12 +30,12 @@ def evaluate(
             f"{start.path} has no classification head with class names: make one with mixmim finetune."
         )
     model = start.model().to(world.device)
-    images = Labelled.of(source, start.description.labels)
-    return judge_classifier(model, start.description.preprocessing, images, world, workers, progress)
+    images = Labelled.from_source(source, start.description.labels)
+    return evaluate_classifier(model, start.description.preprocessing, images, world, workers, progress)
 
 
-def write_report(out: Path, start: Start, source: Source, judged: Judged) -> None:
-    """OUT/report.json and OUT/confusion.png.
+def write_report(out: Path, start: Start, source: Source, result: ClassifierResult) -> None:
+    """Write OUT/report.json and OUT/confusion.png.
 
     Raises:
         ConfigError: when OUT is a file.
@@ -46,14 +46,14 @@ def write_report(out: Path, start: Start, source: Source, judged: Judged) -> Non
     report = {
         "checkpoint": start.identity,
         "images": source.name,
-        "accuracy": dataclasses.asdict(judged.accuracy),
-        "classes": [dataclasses.asdict(each) for each in per_class(judged.matrix, names)],
-        "confused": [dataclasses.asdict(each) for each in confusions(judged.matrix, names)],
-        "confusion_matrix": judged.matrix.tolist(),
-        "unreadable": list(judged.unreadable),
+        "accuracy": dataclasses.asdict(result.accuracy),
+        "classes": [dataclasses.asdict(row) for row in per_class(result.matrix, names)],
+        "confused": [dataclasses.asdict(pair) for pair in confusions(result.matrix, names)],
+        "confusion_matrix": result.matrix.tolist(),
+        "unreadable": list(result.unreadable),
     }
     with atomic_path(out / "report.json") as path:
         path.write_text(json.dumps(report, indent=2) + "\n")
-    title = f"{judged.accuracy.top1:.1f} % of {judged.accuracy.images} images"
+    title = f"{result.accuracy.top1:.1f} % of {result.accuracy.images} images"
     with atomic_path(out / "confusion.png") as path:
-        draw_confusion(judged.matrix, names, title).save(path, "PNG")
+        draw_confusion(result.matrix, names, title).save(path, "PNG")
