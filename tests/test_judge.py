@@ -185,7 +185,7 @@ LABELS = torch.arange(3)
         (lambda: knn_accuracy(GOOD, LABELS, GOOD.log(), LABELS, 3), DataError, "not finite"),
         (lambda: accuracy(GOOD, LABELS + 1), DataError, "got 1 to 3"),
         (lambda: confusion_matrix(LABELS, LABELS + 1, 3), DataError, "got 1 to 3"),
-        (lambda: confusion_matrix(LABELS, LABELS[:2], 3), DataError, "as many labels"),
+        (lambda: confusion_matrix(LABELS, LABELS[:2], 3), DataError, "3 labels, one per image"),
         (lambda: linear_probe(GOOD, LABELS, 3, QUICK), DataError, "no class has two"),
         (lambda: linear_probe(GOOD, LABELS, 2, QUICK), DataError, "0 to 1"),
         (lambda: linear_probe(GOOD / 0, LABELS * 0, 3, QUICK), DataError, "not finite"),

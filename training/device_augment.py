@@ -108,7 +108,7 @@ def rand_augment(
 def draw_round(
     count: int, operations: dict[str, Operation], config: AugmentConfig, rng: random.Random
 ) -> dict[Transform, list[Parameters]]:
-    """For each transform, rows of (image, parameters) of the images that drew it; about half of them draw none."""
+    """For each transform, rows of (image, parameters); about half of the images are in none."""
     rows: dict[Transform, list[Parameters]] = defaultdict(list)
     names = tuple(operations)
     for image in range(count):

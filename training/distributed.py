@@ -81,7 +81,7 @@ def join_world() -> Iterator[World]:
         yield World(dist.get_rank(), dist.get_world_size(), device)
         dist.barrier()  # a process that exits while another still communicates with it can crash that one
         # gloo's thread takes the interpreter's lock once more after each collective. If DDP's reducer destroys the
-        # group before that, as the interpreter exits, the destructor holds the lock and waits for the thread for ever
+        # group before that, as the interpreter exits, the destructor holds the lock and waits for the thread forever
         # (torch 2.13). Nothing signals that the thread is done; while asleep, this one does not hold the lock.
         time.sleep(SETTLE)
     finally:

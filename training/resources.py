@@ -25,7 +25,7 @@ MORE_SHARED = "give the container more (docker run --shm-size=8g), or lower --wo
 def check_shared_memory(config: RunConfig, batch_bytes: int) -> None:
     """Check that shared memory can hold all prefetched batches.
 
-    Otherwise torch (2.13) would lose the batch that does not fit, print a worker's traceback, and wait for ever.
+    Otherwise torch (2.13) would lose the batch that does not fit, print a worker's traceback, and wait forever.
 
     Raises:
         ResourceError: when it cannot.
