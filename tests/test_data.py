@@ -49,12 +49,12 @@ def test_too_little_shared_memory_is_refused_at_the_start(photos: Path, monkeypa
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free[0]))
     build_loader(images_of(photos, config), config)
     free[0] -= 1
-    with pytest.raises(ResourceError, match=r"^the 2 decoding processes .* 0 MB free: give the container more .*--workers"):
+    with pytest.raises(ResourceError, match=r"^the 2 decoding processes .* 0 MB free: give the .*--workers"):
         build_loader(images_of(photos, config), config)
     build_loader(images_of(photos, config), dataclasses.replace(config, workers=0))
     free[0] = 2 * needed
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    with pytest.raises(ResourceError, match=r"^the 6 processes"):
+    with pytest.raises(ResourceError, match=r"^the 6 decoding processes"):
         build_loader(images_of(photos, config), config)
 
 
