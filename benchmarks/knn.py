@@ -25,7 +25,7 @@ from mixmim_serve.engines.hardware import processor
 from mixmim_serve.extract.run import run_files
 from mixmim_serve.images import list_images
 from mixmim_serve.tasks import Floats
-from training.judge.knn import knn_accuracy
+from training.evaluation.knn import knn_accuracy
 
 NEIGHBOURS = (1, 5, 10, 20)
 

@@ -104,7 +104,7 @@ def test_import_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
     official = torch.load(GOLDEN / "official_finetune_mini.pth", weights_only=False)["model"]
     names = list(official)
     cases: dict[str, object] = {
-        "was refused unread|holds more than weights": {"model": official, "hook": Exploit(tmp_path / "hacked")},
+        "was not loaded|contains more than weights": {"model": official, "hook": Exploit(tmp_path / "hacked")},
         "holds no MixMIM weights": {"conv1.weight": torch.zeros(3)},
         "lacks weights: layers.2.blocks.0.attn.proj.bias": {
             k: v for k, v in official.items() if k != "layers.2.blocks.0.attn.proj.bias"

@@ -20,6 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "mixmim_serve.config",
         "mixmim_serve.version",
         "mixmim_serve.files",
+        "mixmim_serve.settings",
         "mixmim_serve.signals",
     ),
     (

@@ -344,10 +344,11 @@ def test_settings_from_the_command_line() -> None:
     ("assignment", "sentence"),
     [
         ("max_item=3", "max_items"),
-        ("max_items", "write KEY=VALUE"),
+        ("max_items", "must be KEY=VALUE"),
         ("max_items=few", "must be a whole number"),
         ("max_items=0", "must be 1 or more"),
-        ("body_seconds=inf", "number of seconds above 0"),
+        ("body_seconds=inf", "must be a number"),
+        ("body_seconds=0", "number of seconds above 0"),
         ("log_format=xml", "text or json"),
     ],
 )
@@ -359,7 +360,7 @@ def test_settings_that_cannot_be(assignment: str, sentence: str) -> None:
 def test_settings_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MIXMIM_SERVICE", Settings(max_items=7, cors=("a",)).to_json())
     assert from_environment() == Settings(max_items=7, cors=("a",))
-    for text in ("{", "[]", '{"max_itemz": 3}', '{"max_items": "x"}'):
+    for text in ("{", "[]", '{"max_itemz": 3}', '{"max_items": "x"}', '{"body_seconds": Infinity}'):
         monkeypatch.setenv("MIXMIM_SERVICE", text)
         with pytest.raises(ConfigError):
             from_environment()

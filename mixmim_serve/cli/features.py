@@ -45,8 +45,8 @@ def extract(
     from mixmim_serve.errors import ConfigError
     from mixmim_serve.extract import job as jobs
     from mixmim_serve.extract.options import Effort, Options
+    from mixmim_serve.settings import override
     from mixmim_serve.signals import stop_signals
-    from training.settings import apply
 
     options = Options(
         tuple(features or ()), format=format, dtype="float16" if float16 else "float32", fast_jpeg=fast_jpeg
@@ -60,7 +60,7 @@ def extract(
         effort=Effort(max_failures),
         retry_failed=retry_failed,
     )
-    job = apply(job, settings or ())
+    job = override(job, settings or ())
     if executor not in ("local", "ray"):
         raise ConfigError(f"unknown executor {executor!r}: choose local or ray.")
     chosen: Any = jobs.local

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from mixmim_serve.config import unknown
 from mixmim_serve.errors import ConfigError
+from mixmim_serve.settings import parse_assignments, unknown_setting
 
 MAX_REQUEST_TIMEOUT = 3600.0  # seconds that X-Request-Timeout may ask for
 VARIABLE = "MIXMIM_SERVICE"  # the settings as JSON, for servers that `mixmim serve` does not start
@@ -77,7 +77,7 @@ def from_environment() -> Settings:
         known = {field.name for field in dataclasses.fields(Settings)}
         for name in values:
             if name not in known:
-                raise unknown("setting", name, known)
+                raise unknown_setting(name, known)
         return Settings(**values)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{VARIABLE} is not a JSON object of settings: {error}.") from error
@@ -89,20 +89,4 @@ def from_assignments(assignments: Iterable[str], **values: Any) -> Settings:
     Raises:
         ConfigError: for an unknown key, with its nearest neighbours, or a value of another type.
     """
-    fields = {field.name: field for field in dataclasses.fields(Settings) if field.name not in values}
-    for assignment in assignments:
-        name, equals, text = assignment.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {assignment} sets nothing: write KEY=VALUE, such as max_batch=16.")
-        if name not in fields:
-            raise unknown("setting", name, fields)
-        values[name] = _parse(name, text, type(fields[name].default))
-    return Settings(**values)
-
-
-def _parse(name: str, text: str, kind: type) -> Any:
-    try:
-        return tuple(filter(None, text.split(","))) if kind is tuple else kind(text)
-    except ValueError as error:
-        kinds = {int: "a whole number", float: "a number"}
-        raise ConfigError(f"{name} must be {kinds[kind]}, got {text!r}.") from error
+    return Settings(**values, **parse_assignments(Settings, assignments, exclude=values))
