@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mixmim_serve.engines import Engine
-from mixmim_serve.extract.job import Job, Summary, local, run
+from mixmim_serve.extract.job import Job, Summary
+from mixmim_serve.extract.lead import run
+from mixmim_serve.extract.local import LocalExecutor
 from mixmim_serve.extract.options import Effort, Options
 
 
@@ -30,7 +32,7 @@ def small(
 
 def features(job: Job, engine: Engine, **options: Any) -> Summary:
     """Run the job with this engine."""
-    return run(job, executor=partial(local, engine=engine), **options)
+    return run(job, executor=partial(LocalExecutor, engine=engine), **options)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -11,7 +11,7 @@ from extracting import features, files_of, small
 
 from mixmim_serve.engines import Engine
 from mixmim_serve.errors import BundleError
-from mixmim_serve.extract.job import run
+from mixmim_serve.extract.lead import run
 from mixmim_serve.extract.progress import Progress
 
 pytestmark = pytest.mark.slow  # Ray takes ten seconds to start

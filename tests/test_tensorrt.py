@@ -223,7 +223,7 @@ def test_cudas_own_errors_are_sentences(trt: FakeTensorRt, bundle: Bundle, monke
 
 @pytest.mark.usefixtures("trt")
 def test_auto_takes_an_engine_that_was_built_for_this_gpu(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mixmim_serve.engines.base.has_cuda_device", lambda: True)
+    monkeypatch.setattr("mixmim_serve.engines.opening.has_cuda_device", lambda: True)
     bundle = dataclasses.replace(bundle, checksums={"golden.safetensors": bundle.checksums["golden.safetensors"]})
     assert open_engine(bundle).name == "tensorrt-cuda"
     rtx = tuple(plan for plan in bundle.built if plan.runtime == "tensorrt-rtx")

@@ -6,7 +6,8 @@ shard.py      one function does one shard: read, decode, run, write
 table.py      columns; sinks.py, lance.py: rows -> files
 folder.py     the folder of results, local or behind a URL; lock.py: one run in it at a time
 manifest.py   what is whole, and what it was made from
-job.py        begins or resumes a run and ends it; local.py and ray.py only decide who calls `extract_shard`
+job.py        what a run is told; lead.py begins or resumes it and ends it
+local.py, ray.py    executors: who calls `extract_shard`, and where
 features.py   reads the results back
 run.py        a few files, in order, nothing written: what `mixmim embed` needs
 """

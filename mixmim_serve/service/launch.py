@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mixmim_serve.bundle import open_bundle
 from mixmim_serve.config import size_name
-from mixmim_serve.engines.base import check_kind
+from mixmim_serve.engines.opening import check_kind
 from mixmim_serve.errors import ConfigError
 from mixmim_serve.service.keys import VARIABLE as KEYS_VARIABLE
 from mixmim_serve.service.settings import Settings

@@ -22,7 +22,9 @@ from typing import IO, Any
 
 from mixmim_serve.engines import open_engine
 from mixmim_serve.errors import InUseError, MixMIMError
-from mixmim_serve.extract import job as jobs
+from mixmim_serve.extract import lead
+from mixmim_serve.extract.job import Executor, Job, Summary
+from mixmim_serve.extract.local import LocalExecutor
 from mixmim_serve.extract.options import Effort, Options
 from mixmim_serve.extract.progress import Progress
 from mixmim_serve.service.access_log import log_config
@@ -64,7 +66,7 @@ def main() -> None:
         tell(failed=SERVER_FAILED)
 
 
-def do(task: Mapping[str, Any], report: Callable[[Progress], None], stop: threading.Event) -> jobs.Summary:
+def do(task: Mapping[str, Any], report: Callable[[Progress], None], stop: threading.Event) -> Summary:
     """What `mixmim extract` does, from below the root of the source, so that its messages name nothing above.
 
     Raises:
@@ -75,14 +77,14 @@ def do(task: Mapping[str, Any], report: Callable[[Progress], None], stop: thread
     os.chdir(root or task["out"].rpartition(os.sep)[0])
     options = dict(task["options"])
     effort = Effort(options.pop("max_failures"))
-    job = jobs.Job(Path(task["bundle"]), source, task["out"], options=Options(**options), effort=effort)
+    job = Job(Path(task["bundle"]), source, task["out"], options=Options(**options), effort=effort)
     engine = open_engine(job.bundle, task["engine"])
 
-    def executor(job: jobs.Job, opened: Source) -> jobs.Executor:
+    def executor(job: Job, opened: Source) -> Executor:
         roots.check(opened)
-        return jobs.local(job, opened, engine)
+        return LocalExecutor(job, opened, engine)
 
-    run = partial(jobs.run, executor=executor, progress=_now_and_then(report), cancelled=stop.is_set)
+    run = partial(lead.run, executor=executor, progress=_now_and_then(report), cancelled=stop.is_set)
     summary = _once_free(partial(run, job))
     if task["retry_failed"] and summary.complete:
         summary = run(dataclasses.replace(job, retry_failed=True))
@@ -135,7 +137,7 @@ def _now_and_then(report: Callable[[Progress], None]) -> Callable[[Progress], No
     return told
 
 
-def _once_free(run: Callable[[], jobs.Summary]) -> jobs.Summary:
+def _once_free(run: Callable[[], Summary]) -> Summary:
     """Run as soon as the process of a server that was killed has let go of the folder."""
     deadline = time.monotonic() + HELD_SECONDS
     while True:
