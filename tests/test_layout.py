@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "mixmim_serve.config",
         "mixmim_serve.version",
         "mixmim_serve.files",
+        "mixmim_serve.locks",
         "mixmim_serve.signals",
     ),
     (

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import pickle
 import shutil
@@ -27,8 +26,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mixmim_serve.description import Description
-from mixmim_serve.errors import CheckpointError, ConfigError
+from mixmim_serve.errors import CheckpointError, ConfigError, InUseError
 from mixmim_serve.files import atomic_path
+from mixmim_serve.locks import LOCK, lock_folder
 from mixmim_serve.model.checkpoint import read_checkpoint, save_checkpoint
 from training.config import RunConfig
 
@@ -53,7 +53,7 @@ class RunFolder:
         Raises:
             ConfigError: when the folder holds something and is not to be overwritten, or holds what is no run.
         """
-        if self.path.exists() and any(each.name != ".lock" for each in self.path.iterdir()):
+        if self.path.exists() and any(each.name != LOCK for each in self.path.iterdir()):
             if not overwrite:
                 raise ConfigError(
                     f"{self.path} is not empty: choose another folder for --out, go on with --resume, or replace the "
@@ -66,7 +66,7 @@ class RunFolder:
             for each in self.path.iterdir():
                 if each.is_dir():
                     shutil.rmtree(each)
-                elif each.name != ".lock":
+                elif each.name != LOCK:
                     each.unlink()
         self.checkpoints.mkdir(parents=True)
         self.describe(config, about)
@@ -114,15 +114,14 @@ class RunFolder:
         Raises:
             ConfigError: when another process holds it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise ConfigError(
-                    f"{self.path} is in use by another run: wait for it, or choose another --out."
-                ) from error
+        try:
+            lock = lock_folder(self.path)
+        except InUseError as error:
+            raise ConfigError(f"{self.path} is in use by another run: wait for it, or choose another --out.") from error
+        try:
             yield
+        finally:
+            lock.release()
 
     def append(self, values: Mapping[str, Any]) -> None:
         """A line of metrics.jsonl."""

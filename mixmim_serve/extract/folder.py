@@ -20,7 +20,7 @@ from mixmim_serve.sources import storage
 
 FEATURES, LEDGER = "features", "shards"  # folders: data, and what is known of each shard
 DATASET = "features.lance"  # of Lance, in the place of `features`
-MANIFEST, ERRORS, LOCK = "manifest.json", "errors.parquet", ".lock"
+MANIFEST, ERRORS = "manifest.json", "errors.parquet"
 
 Files = dict[str, dict[str, Any]]  # name: bytes and sha256
 

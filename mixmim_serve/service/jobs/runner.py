@@ -26,8 +26,8 @@ from mixmim_serve.bundle import Bundle
 from mixmim_serve.config import unknown
 from mixmim_serve.errors import ConfigError, DataError, InUseError, OutputError
 from mixmim_serve.extract.folder import ERRORS, MANIFEST
-from mixmim_serve.extract.lock import hold
 from mixmim_serve.extract.options import Effort, Options
+from mixmim_serve.locks import lock_folder
 from mixmim_serve.service.jobs.roots import Roots
 from mixmim_serve.service.jobs.store import ENDED, SERVER_FAILED, Record, Store
 from mixmim_serve.service.metrics import Metrics
@@ -67,7 +67,7 @@ class Jobs:
         self.roots = Roots(settings.jobs_roots)
         self.folder = jobs_folder(settings)
         try:
-            self._lock = hold(self.folder)
+            self._lock = lock_folder(self.folder)
         except InUseError as error:
             message = f"another server does the jobs in {self.folder}: choose another with --set jobs_dir=."
             raise ConfigError(message) from error
