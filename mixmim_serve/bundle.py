@@ -53,7 +53,7 @@ def encoder_outputs(arch: Architecture) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Built:
+class CompiledEngine:
     """An engine that a compiler made ahead of time; of use only to the same compiler and hardware."""
 
     file: str
@@ -77,7 +77,7 @@ class Bundle:
     graphs: Mapping[str, tuple[str, ...]]  # outputs of each graph
     weights: str  # type of the stored weights, float32 or float16
     precisions: tuple[str, ...]  # that there are graphs for
-    built: tuple[Built, ...]
+    built: tuple[CompiledEngine, ...]
     fingerprint: str
     versions: Mapping[str, str]
     checksums: Mapping[str, str]  # sha256 of each file
@@ -175,7 +175,7 @@ def open_bundle(path: Path) -> Bundle:
             graphs={name: tuple(outputs) for name, outputs in values["graphs"].items()},
             weights=values["weights"],
             precisions=tuple(values["precisions"]),
-            built=tuple(Built(**each) for each in values["built"]),
+            built=tuple(CompiledEngine(**each) for each in values["built"]),
             fingerprint=values["fingerprint"],
             versions=dict(values["versions"]),
             checksums=dict(values["sha256"]),

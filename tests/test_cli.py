@@ -23,7 +23,7 @@ from mixmim_serve.bundle import open_bundle
 from mixmim_serve.cli import app, main
 from mixmim_serve.description import read_description
 from mixmim_serve.engines import engine_fingerprint, open_engine
-from mixmim_serve.extract.run import run_files
+from mixmim_serve.extract.pipeline import run_files
 from mixmim_serve.panel import draw_panel
 from mixmim_serve.preprocess import preprocess
 from mixmim_serve.tasks import reconstruct_pair

@@ -28,7 +28,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "mixmim_serve.description",
         "mixmim_serve.preprocess",
         "mixmim_serve.bundle",
-        "mixmim_serve.images",
         "mixmim_serve.sources",
     ),
     ("mixmim_serve.engines", "mixmim_serve.model"),

@@ -46,7 +46,7 @@ def extract(
     from mixmim_serve.extract.job import Job
     from mixmim_serve.extract.lead import run
     from mixmim_serve.extract.local import LocalExecutor
-    from mixmim_serve.extract.options import Effort, Options
+    from mixmim_serve.extract.options import Options, Resources
     from mixmim_serve.signals import stop_signals
     from training.settings import apply
 
@@ -59,7 +59,7 @@ def extract(
         out,
         runtime,
         options=options,
-        effort=Effort(max_failures),
+        effort=Resources(max_failures),
         retry_failed=retry_failed,
     )
     job = apply(job, settings or ())
@@ -127,8 +127,7 @@ def neighbours(
 
     from mixmim_serve.explore import neighbours as nearest
     from mixmim_serve.explore import pages
-    from mixmim_serve.extract.features import Features
-    from mixmim_serve.extract.query import embed_query
+    from mixmim_serve.extract.features import Features, embed_query
     from mixmim_serve.preprocess import decode, read_limited
 
     opened = Features(features)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from mixmim_serve.extract.folder import Folder
-from mixmim_serve.extract.options import Effort, Options
+from mixmim_serve.extract.options import Options, Resources
 from mixmim_serve.extract.plan import Outcome, Shard
 from mixmim_serve.extract.progress import Meter, Progress
 
@@ -23,7 +23,7 @@ class Job:
     engine: str = "auto"
     precision: str = ""
     options: Options = field(default_factory=Options)
-    effort: Effort = field(default_factory=Effort)
+    effort: Resources = field(default_factory=Resources)
     retry_failed: bool = False  # only the images that could not be read before
 
 

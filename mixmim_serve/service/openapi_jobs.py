@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mixmim_serve.extract.options import DTYPES, Effort, Options
+from mixmim_serve.extract.options import DTYPES, Options, Resources
 from mixmim_serve.service.jobs.runner import FORMATS, MAX_BATCH, MAX_IMAGES
 from mixmim_serve.service.jobs.store import STATES
 from mixmim_serve.service.openapi_parts import CLOSED, INTEGER, STRING, Json, object_of, option, ref, refusals_of
@@ -61,7 +61,7 @@ def job_schemas() -> Json:
         "batch": {"type": "integer", "minimum": 1, "maximum": MAX_BATCH, "default": Options.batch},
         "images": {"type": "integer", "minimum": 0, "maximum": MAX_IMAGES, "default": 0, "description": "Of a shard."},
         "fast_jpeg": {"type": "boolean", "default": False},
-        "max_failures": {"type": "number", "minimum": 0, "maximum": 1, "default": Effort.max_failures},
+        "max_failures": {"type": "number", "minimum": 0, "maximum": 1, "default": Resources.max_failures},
     }
     progress = {"images": INTEGER, "done": INTEGER, "errors": INTEGER, "images_per_second": number, "waiting": number,
                 "seconds_left": maybe_number}  # fmt: skip

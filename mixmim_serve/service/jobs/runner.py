@@ -26,7 +26,7 @@ from mixmim_serve.bundle import Bundle
 from mixmim_serve.config import unknown
 from mixmim_serve.errors import ConfigError, DataError, InUseError, OutputError
 from mixmim_serve.extract.folder import ERRORS, MANIFEST
-from mixmim_serve.extract.options import Effort, Options
+from mixmim_serve.extract.options import Options, Resources
 from mixmim_serve.locks import lock_folder
 from mixmim_serve.service.jobs.roots import Roots
 from mixmim_serve.service.jobs.store import ENDED, SERVER_FAILED, Record, Store
@@ -298,7 +298,7 @@ def parse_options(given: object, bundle: Bundle) -> dict[str, Any]:
         ):
             raise ConfigError(f"{name} must be of type {SIMPLE[name].__name__}, got {value!r}.")
     values = dict(given)
-    effort = Effort(values.pop("max_failures", Effort.max_failures))
+    effort = Resources(values.pop("max_failures", Resources.max_failures))
     options = Options(**values)
     if options.format not in FORMATS:
         raise ConfigError(f"jobs write {' or '.join(FORMATS)}, not {options.format}.")

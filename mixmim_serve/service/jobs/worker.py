@@ -25,7 +25,7 @@ from mixmim_serve.errors import InUseError, MixMIMError
 from mixmim_serve.extract import lead
 from mixmim_serve.extract.job import Executor, Job, Summary
 from mixmim_serve.extract.local import LocalExecutor
-from mixmim_serve.extract.options import Effort, Options
+from mixmim_serve.extract.options import Options, Resources
 from mixmim_serve.extract.progress import Progress
 from mixmim_serve.service.access_log import log_config
 from mixmim_serve.service.jobs.roots import Roots
@@ -76,7 +76,7 @@ def do(task: Mapping[str, Any], report: Callable[[Progress], None], stop: thread
     root, source = roots.find(task["source"])
     os.chdir(root or task["out"].rpartition(os.sep)[0])
     options = dict(task["options"])
-    effort = Effort(options.pop("max_failures"))
+    effort = Resources(options.pop("max_failures"))
     job = Job(Path(task["bundle"]), source, task["out"], options=Options(**options), effort=effort)
     engine = open_engine(job.bundle, task["engine"])
 
