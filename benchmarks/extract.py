@@ -41,6 +41,7 @@ import numpy as np
 from benchmarks.data_loading import FILES, make_jpeg
 from benchmarks.provenance import about, heading
 from mixmim_serve.bundle import DEFAULT_BUNDLE
+from mixmim_serve.cores import usable_cores
 from mixmim_serve.engines import Engine, open_engine
 from mixmim_serve.extract.job import Job
 from mixmim_serve.extract.lead import run
@@ -163,7 +164,7 @@ def decoding(engine: Engine, source: Source) -> float:
         hashlib.sha256(data).hexdigest()
 
     began = time.perf_counter()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         for _ in pool.map(load, range(len(source.keys))):
             pass
     return len(source.keys) / (time.perf_counter() - began)
@@ -175,7 +176,7 @@ def decoding_rate(engine: Engine, jpeg: Path) -> float:
     began = time.perf_counter()
     for _ in range(repeats):
         decode_small(data, engine.bundle.description.preprocessing)
-    return repeats * (os.cpu_count() or 1) / (time.perf_counter() - began)
+    return repeats * usable_cores() / (time.perf_counter() - began)
 
 
 def extracting(engine: Engine, source: Source) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from mixmim_serve.engines import Engine, engine_fingerprint, open_engine, openin
 from mixmim_serve.engines import onnx as onnx_engine
 from mixmim_serve.engines.base import Arrays, graph_inputs
 from mixmim_serve.engines.certificate import FOLDER, TOLERANCES, Agreement, agreement, certificates, certify, measure
-from mixmim_serve.engines.hardware import cores, processor
+from mixmim_serve.engines.hardware import processor
 from mixmim_serve.engines.onnx import cache_options
 from mixmim_serve.engines.openvino import OpenVinoEngine, core, read_graph
 from mixmim_serve.errors import EngineError
@@ -297,19 +296,6 @@ def test_golden_rows_run_alone_and_together(plain: Engine) -> None:
 
 def test_the_processor_has_a_name() -> None:
     assert len(processor()) > 2
-
-
-def test_cores_are_those_that_a_container_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    files = {"cpu.max": "150000 100000\n", "thread_siblings_list": "0-1\n"}
-    monkeypatch.setattr(Path, "read_text", lambda path: files[path.name])
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    assert cores() == 2  # of four, with two threads each
-    files["cpu.max"] = "max 100000\n"
-    assert cores() == 4
-    files["thread_siblings_list"] = "0,64\n"
-    assert cores() == 4
-    files["thread_siblings_list"] = "0\n"
-    assert cores() == 8
 
 
 def test_tensorrt_inside_onnx_runtime_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:

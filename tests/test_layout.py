@@ -20,6 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "mixmim_serve.errors",
         "mixmim_serve.config",
         "mixmim_serve.version",
+        "mixmim_serve.cores",
         "mixmim_serve.files",
         "mixmim_serve.locks",
         "mixmim_serve.signals",

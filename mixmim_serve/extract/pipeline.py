@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import threading
 import time
 from collections import deque
@@ -21,6 +20,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from mixmim_serve.config import Preprocessing
+from mixmim_serve.cores import usable_cores
 from mixmim_serve.engines import Engine
 from mixmim_serve.engines.base import Arrays, largest_batch
 from mixmim_serve.errors import ImageError
@@ -166,7 +166,7 @@ def run_files(engine: Engine, paths: Sequence[Path], outputs: Sequence[str], bat
 
     with contextlib.ExitStack() as stack:
         runner = stack.enter_context(contextlib.closing(Runner(engine)))
-        pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
+        pool = stack.enter_context(ThreadPoolExecutor(usable_cores()))
         ready = stack.enter_context(contextlib.closing(map_ahead(pool, load, paths, AHEAD * batch)))
         for group, arrays in runner.batches(ready, outputs, batch, full=False):
             rows = iter(range(len(group)))

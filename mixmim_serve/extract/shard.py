@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 
+from mixmim_serve.cores import usable_cores
 from mixmim_serve.engines import Engine
 from mixmim_serve.errors import DataError, ImageError
 from mixmim_serve.extract.folder import Folder
@@ -50,7 +50,7 @@ class Worker:
         self.table = Table(engine, options)
         self.sink = open_sink(folder, self.table)
         self.runner = Runner(engine)
-        self.decoders = ThreadPoolExecutor(threads or os.cpu_count(), thread_name_prefix="decode")
+        self.decoders = ThreadPoolExecutor(threads or usable_cores(), thread_name_prefix="decode")
         self.turn = threading.Lock()  # the shard that runs; the other one waits with its first images decoded
         self.stopped = threading.Event()
         self.unreachable = 0

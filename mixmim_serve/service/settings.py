@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mixmim_serve.config import unknown
+from mixmim_serve.cores import usable_cores
 from mixmim_serve.errors import ConfigError
 
 LONGEST_DEADLINE = 3600.0  # seconds that X-Request-Timeout may ask for
@@ -63,7 +64,7 @@ class Settings:
     @property
     def decoders(self) -> int:
         """Threads that decode."""
-        return self.decode_threads or os.cpu_count() or 1
+        return self.decode_threads or usable_cores()
 
 
 def from_environment() -> Settings:
