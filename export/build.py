@@ -15,7 +15,16 @@ from torch import Tensor
 from export.onnx import Graph, build_graphs, export_graph, prepare
 from export.tensorrt import EngineOptions, OnStep, build_engine, capability_values
 from export.verify import compare, photos, verify_precision
-from mixmim_serve.bundle import GOLDEN, PRECISIONS, WEIGHTS, Built, Bundle, check_target, fingerprint, graph_file
+from mixmim_serve.bundle import (
+    GOLDEN,
+    PRECISIONS,
+    WEIGHTS,
+    Bundle,
+    CompiledEngine,
+    check_target,
+    fingerprint,
+    graph_file,
+)
 from mixmim_serve.config import unknown
 from mixmim_serve.description import Description
 from mixmim_serve.engines import open_engine
@@ -89,7 +98,7 @@ def export_bundle(
         model, _ = load_checkpoint(folder / WEIGHTS)  # as stored, since fp16 rounds
         graphs = build_graphs(model, description.preprocessing)
         golden = write_golden(folder, graphs, images)
-        built: list[Built] = []
+        built: list[CompiledEngine] = []
         for precision in options.precisions:
             progress(f"{precision} graphs")
             weights = write_weights(folder, description, precision, options.half_weights)
@@ -140,7 +149,7 @@ def write_graphs(weights: Path, description: Description, images: Tensor, precis
 
 def build_engines(
     weights: Path, description: Description, images: Tensor, precision: str, options: EngineOptions, progress: OnStep
-) -> list[Built]:
+) -> list[CompiledEngine]:
     """Write TensorRT engines of all graphs next to the weights, of which they contain a copy.
 
     Raises:
@@ -156,12 +165,18 @@ def build_engines(
         source.unlink()
         file = f"{name}.{precision}.{options.runtime}.engine"
         (weights.parent / file).write_bytes(engine.plan)
-        built.append(Built(file, name, precision, options.runtime, engine.version, engine.hardware, options.batches))
+        built.append(
+            CompiledEngine(file, name, precision, options.runtime, engine.version, engine.hardware, options.batches)
+        )
     return built
 
 
 def seal(
-    folder: Path, description: Description, graphs: Mapping[str, Graph], options: Options, built: Sequence[Built] = ()
+    folder: Path,
+    description: Description,
+    graphs: Mapping[str, Graph],
+    options: Options,
+    built: Sequence[CompiledEngine] = (),
 ) -> Bundle:
     """Write fingerprint, checksums and config.json, which make the folder a bundle."""
     _, stored = read_checkpoint(folder / WEIGHTS)

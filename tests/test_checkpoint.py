@@ -72,8 +72,8 @@ def test_a_failed_write_leaves_the_old_file(checkpoint: Path, monkeypatch: pytes
 def test_unusable_files_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     cases = {
         "no such file": tmp_path / "missing.safetensors",
-        "not a whole safetensors file": tmp_path / "cut.safetensors",
-        "without a description": tmp_path / "bare.safetensors",
+        "not a complete safetensors file": tmp_path / "cut.safetensors",
+        "without a model description": tmp_path / "bare.safetensors",
         "lacks weights: norm.weight": tmp_path / "lacking.safetensors",
         "has unknown weights: extra": tmp_path / "extra.safetensors",
         r"norm.weight is \[3\] instead of \[64\]": tmp_path / "misshapen.safetensors",

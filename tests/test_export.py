@@ -456,10 +456,10 @@ def test_what_is_in_the_way_is_not_overwritten(small_checkpoint: Path, bundle_co
     (photos_folder / "holiday.jpg").write_bytes(b"dear")
     for target in (photos_folder, photos_folder / "holiday.jpg"):
         for overwrite in (False, True):
-            with pytest.raises(BundleError, match=r"exists and is no bundle: .*nothing was overwritten"):
+            with pytest.raises(BundleError, match=r"exists and is not a bundle: .*nothing was overwritten"):
                 export_bundle(small_checkpoint, target, Options(overwrite=overwrite))
     assert (photos_folder / "holiday.jpg").read_bytes() == b"dear"
-    with pytest.raises(BundleError, match=r"is a bundle already: .*--overwrite"):
+    with pytest.raises(BundleError, match=r"is already a bundle: .*--overwrite"):
         export_bundle(small_checkpoint, bundle_copy)
     open_bundle(bundle_copy).verify()
     assert {path.name for path in tmp_path.iterdir()} == {"photos", "bundle"}

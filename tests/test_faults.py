@@ -27,7 +27,7 @@ from test_server import STOP, Server, post, serve
 
 from mixmim_serve.client import Client, Embedding, Policy
 from mixmim_serve.engines import Engine
-from mixmim_serve.extract.run import run_files
+from mixmim_serve.extract.pipeline import run_files
 
 IMAGES = [path.read_bytes() for path in PHOTOS.values()]
 

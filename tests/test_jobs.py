@@ -26,7 +26,9 @@ from test_server import STOP, Server, serve
 from mixmim_serve.bundle import DEFAULT_BUNDLE, Bundle, open_bundle
 from mixmim_serve.engines import Engine, open_engine
 from mixmim_serve.errors import ConfigError, DataError
-from mixmim_serve.extract.job import Job, local, run
+from mixmim_serve.extract.job import Job
+from mixmim_serve.extract.lead import run
+from mixmim_serve.extract.local import LocalExecutor
 from mixmim_serve.extract.options import Options
 from mixmim_serve.service.app import ENDPOINTS
 from mixmim_serve.service.jobs import runner, worker
@@ -147,7 +149,7 @@ def undisturbed(exported_bundle: Path, root: Path, tmp_path: Path) -> Callable[.
     def undisturbed(source: str, **options: Any) -> dict[str, bytes]:
         out = tmp_path / "undisturbed"
         job = Job(exported_bundle, str(root / source), str(out), "onnx", options=Options(**options))
-        assert run(job, executor=functools.partial(local, engine=open_engine(exported_bundle, "onnx"))).complete
+        assert run(job, executor=functools.partial(LocalExecutor, engine=open_engine(exported_bundle, "onnx"))).complete
         return features_of(out)
 
     return undisturbed
@@ -453,9 +455,7 @@ def test_a_process_that_dies_fails_its_job_alone(
     id_ = served.begin(many, **SLOWLY)
     served.under_way(id_).kill()
     job = served.ended(id_)
-    assert job["error"].startswith(
-        "its process ended with signal 9: complete shards are kept, resume the job"
-    )
+    assert job["error"].startswith("its process ended with signal 9: complete shards are kept, resume the job")
     assert served.ended(served.begin("photos"))["state"] == "done"
     served.client.post(f"/jobs/resume?id={id_}")
     assert served.ended(id_)["state"] == "done"

@@ -15,7 +15,7 @@ import pytest
 from serving import HAT, PATIENCE, PHOTOS, SHOES, Around, Gate, Starlette, url_of
 
 from mixmim_serve.engines import Engine
-from mixmim_serve.extract.run import run_files
+from mixmim_serve.extract.pipeline import run_files
 
 KEY = "k" * 20
 

@@ -17,7 +17,7 @@ from serving import HAT, JPEG, PATIENCE, PHOTOS, SHOES, Around, Gate, TestClient
 
 from mixmim_serve.engines import Engine
 from mixmim_serve.errors import EngineError
-from mixmim_serve.extract.run import run_files
+from mixmim_serve.extract.pipeline import run_files
 from mixmim_serve.preprocess import decode
 from mixmim_serve.service.app import create_app
 from mixmim_serve.service.settings import Settings

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from mixmim_serve.cores import usable_cores
 from mixmim_serve.errors import ImageError
 from mixmim_serve.preprocess import ACCEPTED_FORMATS, decode
 from mixmim_serve.sources import Source, fingerprint
@@ -107,7 +107,7 @@ def check(
     """
     sources = [source] if val is None else [source, val]
     total, done = sum(len(part.keys) for part in sources), itertools.count(1)
-    threads = threads or os.cpu_count() or 1
+    threads = threads or usable_cores()
     scans = []
     with ThreadPoolExecutor(threads) as pool:
         for part in sources:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import pickle
 import shutil
@@ -28,8 +27,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mixmim_serve.description import Description
-from mixmim_serve.errors import CheckpointError, ConfigError
+from mixmim_serve.errors import CheckpointError, ConfigError, InUseError
 from mixmim_serve.files import atomic_path
+from mixmim_serve.locks import LOCK, lock_folder
 from mixmim_serve.model.checkpoint import read_checkpoint, save_checkpoint
 from training.config import RunConfig
 
@@ -54,7 +54,7 @@ class RunFolder:
         Raises:
             ConfigError: when the folder is not empty, unless it holds a run and `overwrite` is set.
         """
-        if self.path.exists() and any(path.name != ".lock" for path in self.path.iterdir()):
+        if self.path.exists() and any(path.name != LOCK for path in self.path.iterdir()):
             if not overwrite:
                 raise ConfigError(
                     f"{self.path} is not empty: choose another folder for --out, continue the run with --resume, or "
@@ -65,7 +65,7 @@ class RunFolder:
             for path in self.path.iterdir():
                 if path.is_dir():
                     shutil.rmtree(path)
-                elif path.name != ".lock":
+                elif path.name != LOCK:
                     path.unlink()
         self.checkpoints.mkdir(parents=True)
         self.write_config(config, metadata)
@@ -113,15 +113,14 @@ class RunFolder:
         Raises:
             ConfigError: when another process holds the lock.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise ConfigError(
-                    f"{self.path} is in use by another run: wait for it, or choose another --out."
-                ) from error
+        try:
+            lock = lock_folder(self.path)
+        except InUseError as error:
+            raise ConfigError(f"{self.path} is in use by another run: wait for it, or choose another --out.") from error
+        try:
             yield
+        finally:
+            lock.release()
 
     def append(self, values: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl."""

@@ -25,7 +25,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from mixmim_serve.bundle import Bundle, open_bundle
 from mixmim_serve.config import size_name
-from mixmim_serve.engines.base import check_kind
+from mixmim_serve.engines.opening import check_kind
 from mixmim_serve.errors import ConfigError
 from mixmim_serve.service import auth
 from mixmim_serve.service.app import create_app

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from mixmim_serve.cores import usable_cores
 from mixmim_serve.errors import ConfigError
 from mixmim_serve.settings import parse_assignments, unknown_setting
 
@@ -63,7 +64,7 @@ class Settings:
     @property
     def decoders(self) -> int:
         """Number of threads that decode images."""
-        return self.decode_threads or os.cpu_count() or 1
+        return self.decode_threads or usable_cores()
 
 
 def from_environment() -> Settings:

@@ -7,9 +7,9 @@ from typing import Any
 from mixmim_serve.bundle import Bundle
 from mixmim_serve.config import unknown
 from mixmim_serve.errors import ConfigError
-from mixmim_serve.extract.options import DTYPES, Effort, Options
+from mixmim_serve.extract.options import DTYPES, Options, Resources
 
-MAX_FAILURES = "max_failures"  # belongs to `Effort`; the others to `Options`
+MAX_FAILURES = "max_failures"  # belongs to `Resources`; the others to `Options`
 _OPTIONS: dict[str, dict[str, Any]] = {
     "features": {"type": "array", "items": {"type": "string"}, "default": []},
     # Lance's files are read only by its own library, and from a folder.
@@ -18,7 +18,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "batch": {"type": "integer", "minimum": 1, "maximum": 256, "default": Options.batch},
     "images": {"type": "integer", "minimum": 0, "maximum": 1_000_000, "default": 0, "description": "Of a shard."},
     "fast_jpeg": {"type": "boolean", "default": False},
-    MAX_FAILURES: {"type": "number", "minimum": 0, "maximum": 1, "default": Effort.max_failures},
+    MAX_FAILURES: {"type": "number", "minimum": 0, "maximum": 1, "default": Resources.max_failures},
 }
 _TYPES: dict[str, tuple[str, tuple[type, ...]]] = {
     "array": ("a list of names", (list,)),
@@ -45,10 +45,10 @@ def parse_options(values: object, bundle: Bundle) -> dict[str, Any]:
         if name not in _OPTIONS:
             raise unknown("option", name, _OPTIONS)
         _check(name, value, _OPTIONS[name])
-    effort = Effort(values.get(MAX_FAILURES, Effort.max_failures))
+    resources = Resources(values.get(MAX_FAILURES, Resources.max_failures))
     options = Options(**{name: value for name, value in values.items() if name != MAX_FAILURES})
     options.check(bundle)
-    return options.to_dict() | {MAX_FAILURES: effort.max_failures}
+    return options.to_dict() | {MAX_FAILURES: resources.max_failures}
 
 
 def _check(name: str, value: Any, option: dict[str, Any]) -> None:

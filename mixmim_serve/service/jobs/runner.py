@@ -24,7 +24,7 @@ from typing import Any
 from mixmim_serve.bundle import Bundle
 from mixmim_serve.errors import ConfigError, DataError, InUseError, OutputError
 from mixmim_serve.extract.folder import ERRORS, MANIFEST
-from mixmim_serve.extract.lock import hold
+from mixmim_serve.locks import lock_folder
 from mixmim_serve.service.jobs.options import parse_options
 from mixmim_serve.service.jobs.roots import Roots
 from mixmim_serve.service.jobs.store import CRASHED, ENDED, JobRecord, JobStore
@@ -57,7 +57,7 @@ class JobRunner:
         self.roots = Roots(settings.jobs_roots)
         self.folder = jobs_folder(settings)
         try:
-            self._lock = hold(self.folder)
+            self._lock = lock_folder(self.folder)
         except InUseError as error:
             message = f"another server uses the jobs folder {self.folder}: choose another with --set jobs_dir=."
             raise ConfigError(message) from error

@@ -22,8 +22,10 @@ from typing import IO, Any
 
 from mixmim_serve.engines import open_engine
 from mixmim_serve.errors import InUseError, MixMIMError
-from mixmim_serve.extract import job as jobs
-from mixmim_serve.extract.options import Effort, Options
+from mixmim_serve.extract import lead
+from mixmim_serve.extract.job import Executor, Job, Summary
+from mixmim_serve.extract.local import LocalExecutor
+from mixmim_serve.extract.options import Options, Resources
 from mixmim_serve.extract.progress import Progress
 from mixmim_serve.service.jobs.roots import Roots
 from mixmim_serve.service.jobs.store import CRASHED
@@ -64,7 +66,7 @@ def main() -> None:
         send(failed=CRASHED)
 
 
-def run_task(task: Mapping[str, Any], report: Callable[[Progress], None], stop: threading.Event) -> jobs.Summary:
+def run_task(task: Mapping[str, Any], report: Callable[[Progress], None], stop: threading.Event) -> Summary:
     """Extract as `mixmim extract` does, from inside the root of the source, so that messages name nothing above it.
 
     Raises:
@@ -74,15 +76,15 @@ def run_task(task: Mapping[str, Any], report: Callable[[Progress], None], stop: 
     root, source = roots.find(task["source"])
     os.chdir(root or task["out"].rpartition(os.sep)[0])
     options = dict(task["options"])
-    effort = Effort(options.pop("max_failures"))
-    job = jobs.Job(Path(task["bundle"]), source, task["out"], options=Options(**options), effort=effort)
+    effort = Resources(options.pop("max_failures"))
+    job = Job(Path(task["bundle"]), source, task["out"], options=Options(**options), effort=effort)
     engine = open_engine(job.bundle, task["engine"])
 
-    def executor(job: jobs.Job, opened: Source) -> jobs.Executor:
+    def executor(job: Job, opened: Source) -> Executor:
         roots.check(opened)
-        return jobs.local(job, opened, engine)
+        return LocalExecutor(job, opened, engine)
 
-    run = partial(jobs.run, executor=executor, progress=_throttled(report), cancelled=stop.is_set)
+    run = partial(lead.run, executor=executor, progress=_throttled(report), cancelled=stop.is_set)
     summary = _when_unlocked(partial(run, job))
     if task["retry_failed"] and summary.complete:
         summary = run(dataclasses.replace(job, retry_failed=True))
@@ -136,7 +138,7 @@ def _throttled(report: Callable[[Progress], None]) -> Callable[[Progress], None]
     return throttled
 
 
-def _when_unlocked(run: Callable[[], jobs.Summary]) -> jobs.Summary:
+def _when_unlocked(run: Callable[[], Summary]) -> Summary:
     """Run as soon as the process of a killed server has released the folder's lock."""
     deadline = time.monotonic() + LOCK_SECONDS
     while True:
