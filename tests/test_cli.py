@@ -146,7 +146,7 @@ def test_extract_writes_a_folder_and_names_what_it_could_not_read(
     (photos / "a" / "cut.jpg").write_bytes(HAT.read_bytes()[:1000])
     target = tmp_path / "features"
     outcome = mixmim("extract", exported_bundle, photos, target, "--features", "stage4", "--set", "options.batch=2")
-    assert (outcome.code, outcome.out) == (0, f"{target}: 2 rows of 3 images, 1 could not be read\n")
+    assert (outcome.code, outcome.out) == (0, f"{target}: 2 rows for 3 images, 1 could not be read\n")
     assert outcome.err.startswith("could not read a/cut.jpg: the JPEG image is truncated")
     table = pq.read_table(target / "features" / "000000.parquet")
     assert table.column_names[:2] == ["key", "embedding"]
