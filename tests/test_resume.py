@@ -182,7 +182,7 @@ def test_a_signal_to_every_process_of_a_run(photos: Path, tmp_path: Path, whole:
 @pytest.mark.parametrize(
     ("number", "message"),
     [
-        (signal.SIGKILL, b"ResourceError: a decoding process was killed, most likely for its memory: lower"),
+        (signal.SIGKILL, b"ResourceError: a decoding process was killed, most likely for lack of memory: lower"),
         (signal.SIGBUS, b"ResourceError: the 2 decoding processes have too little shared memory: give"),
     ],
 )
@@ -251,7 +251,7 @@ def test_what_cannot_be_resumed_is_refused(photos: Path, tmp_path: Path, whole: 
     with pytest.raises(ConfigError, match="holds no run to resume"):
         run(photos, tmp_path / "nowhere", resume=True)
     (whole / "final.safetensors").unlink()
-    with pytest.raises(ConfigError, match=r"was started with epochs 3 \(now 4\): resume it with the options"):
+    with pytest.raises(ConfigError, match=r"was started with epochs 3 \(now 4\): resume it with its original options"):
         run(photos, whole, config=dataclasses.replace(SMALL, epochs=4), resume=True)
     (tmp_path / "others").mkdir()
     for path in sorted(photos.glob("*.jpg"))[:8]:
