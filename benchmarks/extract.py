@@ -110,18 +110,20 @@ def compare(engine: Engine, source: Source, pixels: np.ndarray, rounds: int) -> 
         "decoding alone": lambda: decoding(engine, source),
         "extract": lambda: extracting(engine, source),
     }
-    found: dict[str, list[float]] = {name: [] for name in work}
+    speeds: dict[str, list[float]] = {name: [] for name in work}
     spent: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(rounds):
         for name, function in work.items():
             before = time.process_time()
-            found[name].append(function())
+            speeds[name].append(function())
             spent[name].append(time.process_time() - before)
     cpu = [one / run for one, run in zip(spent["engine alone"], spent["extract"], strict=True)]
-    bounds = [_bound(engine, one, two) for one, two in zip(found["engine alone"], found["decoding alone"], strict=True)]
-    found |= {"bound": bounds}
-    rates = {name: round(statistics.median(values), 1) for name, values in found.items()}
-    shares = {name: [a / b for a, b in zip(found["extract"], found[name], strict=True)] for name in found}
+    bounds = [
+        _bound(engine, one, two) for one, two in zip(speeds["engine alone"], speeds["decoding alone"], strict=True)
+    ]
+    speeds |= {"bound": bounds}
+    rates = {name: round(statistics.median(values), 1) for name, values in speeds.items()}
+    shares = {name: [a / b for a, b in zip(speeds["extract"], speeds[name], strict=True)] for name in speeds}
     return rates | {
         "of engine": round(statistics.median(shares["engine alone"]), 3),
         "of bound": round(statistics.median(shares["bound"]), 3),
