@@ -168,7 +168,7 @@ def ask(method: str, url: str, body: object = None) -> dict[str, Any]:
 def markdown(report: dict[str, Any]) -> str:
     """The report as Markdown: hardware, command, a table."""
     lines = [
-        *heading("Requests beside a job", report),
+        *heading("Requests next to a job", report),
         f"JPEGs of {report['size']}, forms of one image; p50 and p99 in ms; medians of {report['rounds']} rounds.",
         "",
         "| model | clients | beside them | images/s | p50 | p99 | errors | images/s beside |",

@@ -53,7 +53,7 @@ RAW = ("ours", "fastapi")  # the others' batching does not take an image as the 
 LUA = Path(__file__).with_suffix(".lua")
 PACKAGES = ("uvicorn", "starlette", "onnxruntime", "openvino", "pillow", "bentoml", "litserve", "fastapi")
 START = 90  # seconds
-IDLE = 120  # seconds that a server may go on with abandoned requests
+IDLE = 120  # seconds that a server may work on abandoned requests
 
 
 @dataclass
