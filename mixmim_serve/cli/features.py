@@ -35,10 +35,7 @@ def extract(
     retry_failed: Annotated[bool, typer.Option(help="Only retry the images that could not be read.")] = False,
     max_failures: Annotated[float, typer.Option(min=0, max=1, help="Stop above this share of failures.")] = 0.1,
     executor: Annotated[str, typer.Option(help="local, or ray on one machine or a cluster.")] = "local",
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="KEY=VALUE; docs/extract.md lists them."),
-    ] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE; see docs/extract.md.")] = None,
     runtime: EngineOption = "auto",
 ) -> None:
     """Embed millions of images into a folder of Parquet files; after a kill the same command resumes.

@@ -40,17 +40,14 @@ def export(
         list[str], typer.Option(help="Runtimes: onnx, openvino, tensorrt or tensorrt-rtx; may be repeated.")
     ] = ["onnx"],  # noqa: B006
     batches: Annotated[
-        tuple[int, int, int],
-        typer.Option(metavar="MIN OPT MAX", help="Batch sizes of TensorRT engines; OPT is fastest."),
+        tuple[int, int, int], typer.Option(metavar="MIN OPT MAX", help="TensorRT's batch sizes; OPT is fastest.")
     ] = (1, 8, 32),
     compute_capability: Annotated[
-        list[str] | None,
-        typer.Option(help="GPUs to compile for, such as 8.9 (tensorrt-rtx only); default: this machine's."),
+        list[str] | None, typer.Option(help="GPUs to compile for, such as 8.9 (tensorrt-rtx only).")
     ] = None,
     timing_cache: Annotated[Path | None, typer.Option(help="A file that speeds up TensorRT's next build.")] = None,
     half_weights: Annotated[
-        bool,
-        typer.Option("--half-weights", help="Store weights in fp16, half the size; fp32 graphs compute in float32."),
+        bool, typer.Option("--half-weights", help="Store the weights in fp16, at half the size.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle.")] = False,
     store: Annotated[str, typer.Option(help="Also save it in BentoML's model store as NAME or NAME:VERSION.")] = "",
@@ -125,17 +122,14 @@ def serve(
         Path | None, typer.Option(help="A file with one API key per line; requests must then send one of them.")
     ] = None,
     cors: Annotated[
-        list[str] | None,
-        typer.Option(metavar="ORIGIN", help="Allow browser requests from pages of this origin."),
+        list[str] | None, typer.Option(metavar="ORIGIN", help="Allow browser requests from pages of this origin.")
     ] = None,
     log_format: Annotated[str, typer.Option(help="text or json.")] = "text",
     jobs_root: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FOLDER", help="Accept extraction jobs over HTTP for images below it."),
+        list[str] | None, typer.Option(metavar="FOLDER", help="Accept extraction jobs over HTTP for images below it.")
     ] = None,
     set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A limit or timeout; see docs/serving.md."),
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A limit or timeout; see docs/serving.md.")
     ] = None,
 ) -> None:
     """Serve a bundle over HTTP; ready when GET /readyz returns 200, interactive documentation at /docs.
@@ -145,11 +139,6 @@ def serve(
     from mixmim_serve.service.launch import launch
     from mixmim_serve.service.settings import from_assignments
 
-    settings = from_assignments(
-        set_ or [],
-        api_keys=str(api_keys or ""),
-        cors=tuple(cors or ()),
-        log_format=log_format,
-        jobs_roots=tuple(jobs_root or ()),
-    )
+    options = {"api_keys": str(api_keys or ""), "cors": tuple(cors or ()), "log_format": log_format}
+    settings = from_assignments(set_ or [], jobs_roots=tuple(jobs_root or ()), **options)
     launch(bundle_path(bundle), host, port, engine, settings)
