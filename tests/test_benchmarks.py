@@ -1,4 +1,4 @@
-"""What the benchmarks time is the same computation, and they run."""
+"""The benchmarks run, and compare equal computations."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from benchmarks.plain import PlainMixMIM
 ARCH = Architecture(8, (2, 1, 1, 1), (1, 1, 2, 2), 128, (8, 8, 8, 4), decoder=DecoderConfig(16, 2, 2))
 
 
-@pytest.mark.parametrize("known", [None, 8])
-def test_the_plain_version_has_our_loss_and_gradients(known: int | None) -> None:
+@pytest.mark.parametrize("partner_units", [None, 8])
+def test_the_plain_version_has_our_loss_and_gradients(partner_units: int | None) -> None:
     torch.manual_seed(0)
     ours, plain = MixMIM(ARCH).double().train(), PlainMixMIM(ARCH).double()
     for parameter in ours.parameters():
@@ -34,7 +34,7 @@ def test_the_plain_version_has_our_loss_and_gradients(known: int | None) -> None
     plain.load_state_dict(ours.state_dict())
     pixels = torch.randn(4, 3, 128, 128, dtype=torch.float64)
     mask = random_units(16, 0.5, torch.Generator().manual_seed(0))
-    loss = ours.pretrain(pixels, mask, known).loss
+    loss = ours.pretrain(pixels, mask, partner_units).loss
     loss.backward()
     plain_loss = plain(pixels, mask)
     plain_loss.backward()

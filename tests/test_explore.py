@@ -241,7 +241,7 @@ def test_the_commands(mixmim: Callable[..., tuple[str, str]], out: Path, source:
     assert len(pictures_of((tmp_path / "near.html").read_text())) == 4
     printed, noted = mixmim("duplicates", out, "--threshold", 0.99999, "--html", tmp_path / "doubles.html")
     assert len(printed.splitlines()) == 3
-    assert "3 groups; 3 of 27 images have a double before them" in noted
+    assert "3 groups; 3 of 27 images duplicate an earlier one" in noted
     assert len(pictures_of((tmp_path / "doubles.html").read_text())) == 6
     mixmim("map", out, "--html", tmp_path / "map.html", "--images", 9)
     assert "9 of 27 images" in (tmp_path / "map.html").read_text()

@@ -136,7 +136,7 @@ def test_ctrl_c_ends_it_after_a_batch_and_the_same_command_goes_on(exported_bund
     while not (out / ".lock").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=PATIENCE)[1].endswith("stopped before the end; the same command goes on\n")
+    assert process.communicate(timeout=PATIENCE)[1].endswith("stopped before the end; the same command resumes\n")
     assert process.returncode == 130
     assert keys(out) == []  # it did not wait for its shard, of all images
     assert subprocess.run(command, check=False, timeout=PATIENCE, capture_output=True).returncode == 0

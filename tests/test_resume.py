@@ -1,4 +1,4 @@
-"""A run that was interrupted, anywhere and in any way, and resumed is to the last bit a run that was not."""
+"""A run interrupted at any point and in any way, then resumed, is bit-equal to an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from training.data import Batch
 from training.pretraining import Pretraining
 from training.trainer import Trainer, train
 
-# 12 photos in batches of 4: three steps an epoch, a line of the log every second step, so lines span epochs.
+# 12 photos in batches of 4: three steps per epoch, a log line every second step, so lines span epochs.
 SMALL = dataclasses.replace(training_data.SMALL, epochs=3, batch_size=4, base_lr=3e-2, log_every=2)
 STEPS = 9
 NARROW = Architecture(8, (1, 1, 1, 1), (1, 1, 1, 1), 64, decoder=DecoderConfig(16, 1, 2))
@@ -57,13 +57,13 @@ def run(photos: Path, path: Path, *, config: PretrainConfig = SMALL, resume: boo
 
 @pytest.fixture
 def whole(photos: Path, tmp_path: Path) -> Path:
-    """A run that nobody interrupted."""
+    """An uninterrupted run."""
     assert run(photos, tmp_path / "whole") is not None
     return tmp_path / "whole"
 
 
 def metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of the log but for the speed."""
+    """The log lines without the speed."""
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
 
@@ -74,13 +74,13 @@ def assert_same(path: Path, whole: Path) -> None:
         one, other = load_file(path / name), load_file(whole / name)
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one), name
-    one_said, other_said = (read_description(each / "final.safetensors") for each in (path, whole))
+    one_said, other_said = (read_description(run / "final.safetensors") for run in (path, whole))
     assert one_said.provenance["loss"] == other_said.provenance["loss"]
     assert one_said.arch == other_said.arch
 
 
 class Killed(BaseException):
-    """Nothing in the code catches it, as nothing catches SIGKILL."""
+    """Raised like SIGKILL: no code catches it."""
 
 
 @pytest.mark.parametrize("step", range(STEPS))
@@ -111,7 +111,7 @@ def test_ended_by_sigterm_after_any_step(photos: Path, tmp_path: Path, whole: Pa
         return train_step(trainer, parts)
 
     before = signal.getsignal(signal.SIGTERM)
-    ended = step == STEPS  # the last step: nothing is left to be stopped
+    ended = step == STEPS  # the last step: the run is over
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "train_step", step_and_signal)
         assert (run(photos, tmp_path / "run") is not None) == ended
@@ -142,7 +142,7 @@ sys.exit(train(Pretraining(config, source), source, Path(sys.argv[2])) is not No
 
 @contextlib.contextmanager
 def process_of(photos: Path, path: Path, workers: int = 0) -> Iterator[subprocess.Popen[bytes]]:
-    """A run in a session of its own, once its log has a line."""
+    """A run in its own session, once its log has a line."""
     command = [sys.executable, "-c", IN_PROCESS, str(photos), str(path), str(workers)]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "tests")}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, start_new_session=True)
@@ -169,11 +169,11 @@ def test_a_real_process_and_a_real_signal(photos: Path, tmp_path: Path, whole: P
 @pytest.mark.skipif(sys.platform != "linux", reason="a worker cannot tell there who sends SIGTERM")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_every_process_of_a_run(photos: Path, tmp_path: Path, whole: Path, number: signal.Signals) -> None:
-    """As systemd, Slurm and a terminal send it: the workers go on until the run has saved."""
+    """As systemd, Slurm and terminals send it: the workers continue until the run has saved."""
     with process_of(photos, tmp_path / "run", workers=2) as process:
         os.killpg(process.pid, number)
         assert process.wait(timeout=30) == 0
-        with pytest.raises(ProcessLookupError):  # nobody is left
+        with pytest.raises(ProcessLookupError):  # no process is left
             os.killpg(process.pid, 0)
     assert run(photos, tmp_path / "run", resume=True) is not None
     assert_same(tmp_path / "run", whole)
@@ -182,7 +182,7 @@ def test_a_signal_to_every_process_of_a_run(photos: Path, tmp_path: Path, whole:
 @pytest.mark.parametrize(
     ("number", "message"),
     [
-        (signal.SIGKILL, b"ResourceError: a decoding process was killed, most likely for its memory: lower"),
+        (signal.SIGKILL, b"ResourceError: a decoding process was killed, most likely for lack of memory: lower"),
         (signal.SIGBUS, b"ResourceError: the 2 decoding processes have too little shared memory: give"),
     ],
 )
@@ -251,7 +251,7 @@ def test_what_cannot_be_resumed_is_refused(photos: Path, tmp_path: Path, whole: 
     with pytest.raises(ConfigError, match="holds no run to resume"):
         run(photos, tmp_path / "nowhere", resume=True)
     (whole / "final.safetensors").unlink()
-    with pytest.raises(ConfigError, match=r"was started with epochs 3 \(now 4\): resume it with the options"):
+    with pytest.raises(ConfigError, match=r"was started with epochs 3 \(now 4\): resume it with its original options"):
         run(photos, whole, config=dataclasses.replace(SMALL, epochs=4), resume=True)
     (tmp_path / "others").mkdir()
     for path in sorted(photos.glob("*.jpg"))[:8]:
