@@ -85,7 +85,7 @@ def check_batches(engine: Engine, images: NDArray[np.uint8]) -> None:
 def test_tensorrt_runs_any_batch_up_to_its_profile(bundle: Bundle, kind: str, images: NDArray[np.uint8]) -> None:
     engine = open_engine(bundle, kind)
     check_batches(engine, images)
-    with pytest.raises(EngineError, match="was built for batches of at most 32, got 40"):
+    with pytest.raises(EngineError, match="was compiled for batches of at most 32, got 40"):
         engine.run("encoder", {"pixels": images}, ["embedding"])
 
 
