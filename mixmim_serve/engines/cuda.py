@@ -59,7 +59,7 @@ def pinned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     return np.frombuffer(memoryview(buffer), dtype).reshape(shape)
 
 
-class Stream:
+class CudaStream:
     """A CUDA stream; every method but `wait` returns before the work is done."""
 
     def __init__(self) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mixmim_serve.bundle import PRECISIONS, Bundle, CompiledEngine
 from mixmim_serve.engines import hardware
 from mixmim_serve.engines.base import Arrays, check_request, graph_inputs
-from mixmim_serve.engines.cuda import Stream
+from mixmim_serve.engines.cuda import CudaStream
 from mixmim_serve.engines.tensorrt_library import load
 from mixmim_serve.engines.tensorrt_program import Program
 from mixmim_serve.errors import EngineError
@@ -43,7 +43,7 @@ class TensorRtEngine:
         self.max_batch: int | None = min(engine.batches[2] for engine in self.engines.values())
         self._programs: dict[str, Program] = {}
         self._running = threading.Lock()
-        self._stream = Stream()
+        self._stream = CudaStream()
         with self._running:
             self._program("encoder")
 

@@ -15,7 +15,7 @@ from mixmim_serve.bundle import CACHE, Bundle, CompiledEngine
 from mixmim_serve.engines import hardware
 from mixmim_serve.engines.base import Arrays
 from mixmim_serve.engines.buckets import bucket_of, buckets_between
-from mixmim_serve.engines.cuda import CapturedGraph, DeviceMemory, Stream, pinned
+from mixmim_serve.engines.cuda import CapturedGraph, CudaStream, DeviceMemory, pinned
 from mixmim_serve.engines.tensorrt_library import logger
 from mixmim_serve.errors import EngineError
 from mixmim_serve.files import atomic_path
@@ -34,7 +34,7 @@ class Program:
     """
 
     def __init__(
-        self, trt: ModuleType, bundle: Bundle, compiled: CompiledEngine, stream: Stream, cuda_graphs: bool
+        self, trt: ModuleType, bundle: Bundle, compiled: CompiledEngine, stream: CudaStream, cuda_graphs: bool
     ) -> None:
         self.trt, self.compiled, self.stream, self.cuda_graphs = trt, compiled, stream, cuda_graphs
         self.log = logger(trt)

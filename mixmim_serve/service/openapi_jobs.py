@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mixmim_serve.extract.options import DTYPES, Options, Resources
+from mixmim_serve.extract.options import DTYPES, ExtractOptions, Resources
 from mixmim_serve.service.jobs.runner import FORMATS, MAX_BATCH, MAX_IMAGES
 from mixmim_serve.service.jobs.store import STATES
 from mixmim_serve.service.openapi_parts import CLOSED, INTEGER, STRING, Json, object_of, option, ref, refusals_of
@@ -56,9 +56,9 @@ def job_schemas() -> Json:
     number = {"type": "number"}
     options = {
         "features": {"type": "array", "items": STRING, "default": []},
-        "format": {"enum": list(FORMATS), "default": Options.format},
-        "dtype": {"enum": list(DTYPES), "default": Options.dtype},
-        "batch": {"type": "integer", "minimum": 1, "maximum": MAX_BATCH, "default": Options.batch},
+        "format": {"enum": list(FORMATS), "default": ExtractOptions.format},
+        "dtype": {"enum": list(DTYPES), "default": ExtractOptions.dtype},
+        "batch": {"type": "integer", "minimum": 1, "maximum": MAX_BATCH, "default": ExtractOptions.batch},
         "images": {"type": "integer", "minimum": 0, "maximum": MAX_IMAGES, "default": 0, "description": "Of a shard."},
         "fast_jpeg": {"type": "boolean", "default": False},
         "max_failures": {"type": "number", "minimum": 0, "maximum": 1, "default": Resources.max_failures},

@@ -26,7 +26,7 @@ from mixmim_serve.bundle import Bundle
 from mixmim_serve.config import unknown
 from mixmim_serve.errors import ConfigError, DataError, InUseError, OutputError
 from mixmim_serve.extract.folder import ERRORS, MANIFEST
-from mixmim_serve.extract.options import Options, Resources
+from mixmim_serve.extract.options import ExtractOptions, Resources
 from mixmim_serve.locks import lock_folder
 from mixmim_serve.service.jobs.roots import Roots
 from mixmim_serve.service.jobs.store import ENDED, SERVER_FAILED, Record, Store
@@ -38,7 +38,7 @@ FORMATS = ("parquet", "npy")  # Lance's files are read by its library only, and 
 MAX_BATCH = 256  # images a call of the engine
 MAX_IMAGES = 1_000_000  # a shard
 # Types of what may be asked for, besides a list of features.
-SIMPLE = {each.name: type(each.default) for each in dataclasses.fields(Options) if each.name != "features"}
+SIMPLE = {each.name: type(each.default) for each in dataclasses.fields(ExtractOptions) if each.name != "features"}
 SIMPLE["max_failures"] = float
 DIED = (
     "the process that did it ended with {code}: what it wrote is whole, resume the job (the log may have the reason)."
@@ -136,7 +136,7 @@ class Jobs:
         return self.folder / id_
 
     def progress(self, record: Record) -> dict[str, Any]:
-        """How far a job is, by the names of `extract.progress.Progress`; empty before its first batch."""
+        """How far a job is, by the names of `extract.progress.ExtractProgress`; empty before its first batch."""
         id_, progress = self._progress
         return progress if id_ == record.id else record.progress
 
@@ -299,7 +299,7 @@ def parse_options(given: object, bundle: Bundle) -> dict[str, Any]:
             raise ConfigError(f"{name} must be of type {SIMPLE[name].__name__}, got {value!r}.")
     values = dict(given)
     effort = Resources(values.pop("max_failures", Resources.max_failures))
-    options = Options(**values)
+    options = ExtractOptions(**values)
     if options.format not in FORMATS:
         raise ConfigError(f"jobs write {' or '.join(FORMATS)}, not {options.format}.")
     if options.batch > MAX_BATCH or options.images > MAX_IMAGES:

@@ -23,10 +23,10 @@ from typing import IO, Any
 from mixmim_serve.engines import open_engine
 from mixmim_serve.errors import InUseError, MixMIMError
 from mixmim_serve.extract import lead
-from mixmim_serve.extract.job import Executor, Job, Summary
+from mixmim_serve.extract.job import Executor, ExtractJob, Summary
 from mixmim_serve.extract.local import LocalExecutor
-from mixmim_serve.extract.options import Options, Resources
-from mixmim_serve.extract.progress import Progress
+from mixmim_serve.extract.options import ExtractOptions, Resources
+from mixmim_serve.extract.progress import ExtractProgress
 from mixmim_serve.service.access_log import log_config
 from mixmim_serve.service.jobs.roots import Roots
 from mixmim_serve.service.jobs.store import SERVER_FAILED
@@ -66,7 +66,7 @@ def main() -> None:
         tell(failed=SERVER_FAILED)
 
 
-def do(task: Mapping[str, Any], report: Callable[[Progress], None], stop: threading.Event) -> Summary:
+def do(task: Mapping[str, Any], report: Callable[[ExtractProgress], None], stop: threading.Event) -> Summary:
     """What `mixmim extract` does, from below the root of the source, so that its messages name nothing above.
 
     Raises:
@@ -77,10 +77,10 @@ def do(task: Mapping[str, Any], report: Callable[[Progress], None], stop: thread
     os.chdir(root or task["out"].rpartition(os.sep)[0])
     options = dict(task["options"])
     effort = Resources(options.pop("max_failures"))
-    job = Job(Path(task["bundle"]), source, task["out"], options=Options(**options), effort=effort)
+    job = ExtractJob(Path(task["bundle"]), source, task["out"], options=ExtractOptions(**options), effort=effort)
     engine = open_engine(job.bundle, task["engine"])
 
-    def executor(job: Job, opened: Source) -> Executor:
+    def executor(job: ExtractJob, opened: Source) -> Executor:
         roots.check(opened)
         return LocalExecutor(job, opened, engine)
 
@@ -125,10 +125,10 @@ def _watch_stdin(stop: threading.Event) -> None:
     os._exit(1)
 
 
-def _now_and_then(report: Callable[[Progress], None]) -> Callable[[Progress], None]:
+def _now_and_then(report: Callable[[ExtractProgress], None]) -> Callable[[ExtractProgress], None]:
     last = -REPORT_EVERY
 
-    def told(progress: Progress) -> None:
+    def told(progress: ExtractProgress) -> None:
         nonlocal last
         if time.monotonic() - last >= REPORT_EVERY:
             last = time.monotonic()

@@ -163,7 +163,7 @@ def _view(jobs: Jobs, record: Record, *, with_files: bool = True) -> dict[str, A
 
 
 def _progress(found: dict[str, Any]) -> dict[str, Any]:
-    """`extract.progress.Progress` with names that say their units."""
+    """`extract.progress.ExtractProgress` with names that say their units."""
     return {
         "images": found["total"],
         "done": found["done"],
