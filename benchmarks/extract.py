@@ -43,7 +43,7 @@ from benchmarks.provenance import about, heading
 from mixmim_serve.bundle import DEFAULT_BUNDLE
 from mixmim_serve.cores import usable_cores
 from mixmim_serve.engines import Engine, open_engine
-from mixmim_serve.extract.job import Job
+from mixmim_serve.extract.job import ExtractJob
 from mixmim_serve.extract.lead import run
 from mixmim_serve.extract.local import LocalExecutor
 from mixmim_serve.extract.pipeline import BATCH, decode_small
@@ -188,7 +188,7 @@ def decoding_rate(engine: Engine, jpeg: Path) -> float:
 def extracting(engine: Engine, source: Source) -> float:
     """Images/s of a complete run."""
     with tempfile.TemporaryDirectory(dir=os.environ.get("SCRATCH")) as out:
-        job = Job(engine.bundle.path, source.name, out)
+        job = ExtractJob(engine.bundle.path, source.name, out)
         began = time.perf_counter()
         summary = run(job, executor=partial(LocalExecutor, engine=engine))
         assert summary.rows == len(source.keys)
@@ -236,9 +236,9 @@ def memory(folder: Path, bundle: Path, images: int) -> dict[str, object]:
     root.mkdir()
     _tar(root, make_jpeg(folder, "16 kB"), images)
     code = (
-        "import json, resource, sys, time; from pathlib import Path; from mixmim_serve.extract.job import Job\n"
+        "import json, resource, sys, time; from pathlib import Path; from mixmim_serve.extract.job import ExtractJob\n"
         "from mixmim_serve.extract.lead import run\n"
-        "began = time.perf_counter(); done = run(Job(Path(sys.argv[1]), sys.argv[2], sys.argv[3]))\n"
+        "began = time.perf_counter(); done = run(ExtractJob(Path(sys.argv[1]), sys.argv[2], sys.argv[3]))\n"
         "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000\n"
         "print(json.dumps({'rows': done.rows, 'peak MB': round(peak), 'seconds': round(time.perf_counter() - began)}))"
     )

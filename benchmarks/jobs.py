@@ -129,8 +129,8 @@ def process(bundle: Path, folder: Path) -> Iterator[Callable[[], int]]:
     """`mixmim extract` on the same images as an ordinary process; returns its finished images as `job` does."""
     code = (
         "import sys; from pathlib import Path; "
-        "from mixmim_serve.extract.job import Job; from mixmim_serve.extract.lead import run; "
-        "run(Job(Path(sys.argv[1]), *sys.argv[2:]), progress=lambda now: print(now.done, flush=True))"
+        "from mixmim_serve.extract.job import ExtractJob; from mixmim_serve.extract.lead import run; "
+        "run(ExtractJob(Path(sys.argv[1]), *sys.argv[2:]), progress=lambda now: print(now.done, flush=True))"
     )
     out = folder / "out"
     with (folder / "progress").open("w+") as progress:

@@ -2,7 +2,7 @@
 
     bytes --decode--> upright RGB image --resize_and_crop--> uint8 HWC (--normalize--> float32 CHW)
 
-Exported graphs take the uint8 array and normalise it themselves, bit-identically; torch takes the output of `normalize`.
+Exported graphs take the uint8 array and normalise it themselves, bit-identically; torch takes what `normalize` returns.
 
 How `decode` converts each pixel mode (of the first frame of an animation, the first page of a TIFF):
 

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from mixmim_serve.bench import Report, Row, _best, _share, bench, encoder_flops, matrix_rate
+from mixmim_serve.bench import Report, Row, _best, _with_share, bench, encoder_flops, matrix_rate
 from mixmim_serve.cli import app
 from mixmim_serve.cli.bench import _table
 from mixmim_serve.config import architecture
@@ -57,7 +57,7 @@ def test_a_report_has_a_row_for_each_engine_precision_and_batch(exported_bundle:
 
 
 def test_a_bundle_that_nothing_runs_is_refused(exported_bundle: Path) -> None:
-    with pytest.raises(EngineError, match=r"no engine runs this bundle here\. .*has no fp16 graphs"):
+    with pytest.raises(EngineError, match=r"no installed engine can run this bundle\. .*has no fp16 graphs"):
         bench(exported_bundle, (("onnx", "fp16"),), seconds=0.01, rounds=1)
 
 
@@ -84,9 +84,9 @@ def test_the_command_writes_a_table_json_and_a_picture(exported_bundle: Path, tm
 def test_rows_of_a_gpu_are_held_to_its_own_rate_and_show_its_memory() -> None:
     row = Row("tensorrt-rtx-cuda", "fp16", 8, 1000.0, 8.0, 9.0, 500.0, 1.0, 1.0, 0.0, None, 750.4)
     rates = {"cuda fp16": 10.0, "cpu fp16": 1.0}
-    assert _share(row, 1e9, rates).share == pytest.approx(0.1)
-    assert _share(dataclasses.replace(row, engine="onnx-cpu"), 1e9, rates).share == pytest.approx(1.0)
-    assert _share(dataclasses.replace(row, precision="bf16"), 1e9, rates).share is None
+    assert _with_share(row, 1e9, rates).share == pytest.approx(0.1)
+    assert _with_share(dataclasses.replace(row, engine="onnx-cpu"), 1e9, rates).share == pytest.approx(1.0)
+    assert _with_share(dataclasses.replace(row, precision="bf16"), 1e9, rates).share is None
     slower = dataclasses.replace(row, images_per_second=500.0, gpu_memory=800.0)
     assert _best([slower, row]) == dataclasses.replace(row, gpu_memory=800.0)
     about = {"bundle": "tiny", "gflop_an_image": 1.0}

@@ -26,10 +26,10 @@ from test_server import STOP, Server, serve
 from mixmim_serve.bundle import DEFAULT_BUNDLE, Bundle, open_bundle
 from mixmim_serve.engines import Engine, open_engine
 from mixmim_serve.errors import ConfigError, DataError
-from mixmim_serve.extract.job import Job
+from mixmim_serve.extract.job import ExtractJob
 from mixmim_serve.extract.lead import run
 from mixmim_serve.extract.local import LocalExecutor
-from mixmim_serve.extract.options import Options
+from mixmim_serve.extract.options import ExtractOptions
 from mixmim_serve.service.app import ENDPOINTS
 from mixmim_serve.service.jobs import runner, worker
 from mixmim_serve.service.jobs.options import parse_options
@@ -148,7 +148,7 @@ def undisturbed(exported_bundle: Path, root: Path, tmp_path: Path) -> Callable[.
 
     def undisturbed(source: str, **options: Any) -> dict[str, bytes]:
         out = tmp_path / "undisturbed"
-        job = Job(exported_bundle, str(root / source), str(out), "onnx", options=Options(**options))
+        job = ExtractJob(exported_bundle, str(root / source), str(out), "onnx", options=ExtractOptions(**options))
         assert run(job, executor=functools.partial(LocalExecutor, engine=open_engine(exported_bundle, "onnx"))).complete
         return features_of(out)
 
@@ -268,7 +268,7 @@ def test_options_that_cannot_be(engine: Engine, options: object, message: str) -
 
 
 def test_options_are_complete_and_equal_to_those_of_the_command(engine: Engine) -> None:
-    assert parse_options({}, engine.bundle) == Options().to_dict() | {"max_failures": 0.1}
+    assert parse_options({}, engine.bundle) == ExtractOptions().to_dict() | {"max_failures": 0.1}
     given = {"features": ["stage4"], "dtype": "float16", "max_failures": 1}
     assert parse_options(given, engine.bundle)["features"] == ["stage4"]
 

@@ -148,7 +148,7 @@ def test_a_profile_that_starts_above_one_is_padded_up_to(trt: FakeTensorRt, bund
 def test_a_batch_above_the_profile_is_refused(trt: FakeTensorRt, bundle: Bundle, engine: Engine) -> None:
     ours = TensorRtEngine(bundle)
     assert ours.max_batch == 8
-    with pytest.raises(EngineError, match="was built for batches of at most 8, got 9: send fewer at a time, or export"):
+    with pytest.raises(EngineError, match="was compiled for batches of at most 8, got 9: pass fewer rows, or export"):
         ours.run("encoder", {"pixels": images(engine, 9)}, ["embedding"])
 
 
@@ -244,14 +244,17 @@ def engines(*plans: CompiledEngine) -> dict[str, dict[str, CompiledEngine]]:
     [
         (
             {"version": "9.8.6"},
-            r"encoder\.fp16\.tensorrt-rtx\.engine was built by tensorrt-rtx 9\.8\.6, and 9\.8\.7 is ",
+            r"encoder\.fp16\.tensorrt-rtx\.engine was compiled by tensorrt-rtx 9\.8\.6, but 9\.8\.7 is ",
         ),
-        ({"hardware": "sm80+sm86"}, r"built for sm80 and sm86, and this GPU is sm89: .* --compute-capability 8\.9\."),
-        ({"hardware": "sm120"}, "built for sm120, and this GPU is sm89"),
-        ({"hardware": "sm890"}, "built for sm890, and this GPU is sm89"),
+        (
+            {"hardware": "sm80+sm86"},
+            r"compiled for sm80 and sm86, but this GPU is sm89: .* --compute-capability 8\.9\.",
+        ),
+        ({"hardware": "sm120"}, "compiled for sm120, but this GPU is sm89"),
+        ({"hardware": "sm890"}, "compiled for sm890, but this GPU is sm89"),
         (
             {"hardware": "sm90", "runtime": "tensorrt"},
-            "built for sm90, and this GPU is sm89: export the bundle again here",
+            "compiled for sm90, but this GPU is sm89: export the bundle again here",
         ),
     ],
 )
@@ -271,7 +274,7 @@ def test_the_fastest_precision_that_is_for_this_machine_is_taken() -> None:
 def test_no_gpu_is_said_before_anything_is_loaded(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx")
     monkeypatch.setattr("mixmim_serve.engines.hardware.gpu", lambda: "")
-    with pytest.raises(EngineError, match="tensorrt-rtx needs an NVIDIA GPU, and the CUDA driver finds none"):
+    with pytest.raises(EngineError, match="tensorrt-rtx needs an NVIDIA GPU, but the CUDA driver finds none"):
         TensorRtRtxEngine(bundle)
 
 
@@ -322,5 +325,5 @@ def test_a_real_plan_that_is_damaged_is_refused_in_tensorrts_words(real: Bundle,
 
 def test_a_real_bundle_is_refused_on_another_gpu(real: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mixmim_serve.engines.hardware.gpu", lambda: "sm90")
-    with pytest.raises(EngineError, match=r"was built for sm80 and sm89, and this GPU is sm90: .*capability 9\.0"):
+    with pytest.raises(EngineError, match=r"was compiled for sm80 and sm89, but this GPU is sm90: .*capability 9\.0"):
         open_engine(real, "tensorrt-rtx")

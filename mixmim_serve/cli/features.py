@@ -15,7 +15,7 @@ import typer
 from mixmim_serve.cli.common import BundleArgument, EngineOption, app, bundle_path, progress_console
 
 if TYPE_CHECKING:
-    from mixmim_serve.extract.progress import Progress
+    from mixmim_serve.extract.progress import ExtractProgress
 
 PLAIN_EVERY = 10.0  # seconds between lines of progress without a terminal
 GROUPS_SHOWN, IMAGES_SHOWN = 100, 24  # on a page: groups, and images of each
@@ -43,17 +43,17 @@ def extract(
     Example: mixmim extract tiny photos features
     """
     from mixmim_serve.errors import ConfigError
-    from mixmim_serve.extract.job import Job
+    from mixmim_serve.extract.job import ExtractJob
     from mixmim_serve.extract.lead import run
     from mixmim_serve.extract.local import LocalExecutor
-    from mixmim_serve.extract.options import Options, Resources
+    from mixmim_serve.extract.options import ExtractOptions, Resources
     from mixmim_serve.settings import override
     from mixmim_serve.signals import stop_signals
 
-    options = Options(
+    options = ExtractOptions(
         tuple(features or ()), format=format, dtype="float16" if float16 else "float32", fast_jpeg=fast_jpeg
     )
-    job = Job(
+    job = ExtractJob(
         bundle_path(bundle),
         source,
         out,
@@ -82,7 +82,7 @@ def extract(
 
 
 @contextlib.contextmanager
-def _progress_display() -> Iterator[Callable[[Progress], None]]:
+def _progress_display() -> Iterator[Callable[[ExtractProgress], None]]:
     """A progress bar in a terminal, otherwise a line every few seconds."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as Bar
@@ -103,7 +103,7 @@ class _ProgressLines:
     def __init__(self, write: Callable[[str], None]) -> None:
         self.write, self.last = write, time.monotonic()
 
-    def __call__(self, now: Progress) -> None:
+    def __call__(self, now: ExtractProgress) -> None:
         if time.monotonic() - self.last >= PLAIN_EVERY:
             self.last = time.monotonic()
             self.write(f"{now.done:,} of {now.total:,}  {now}")
@@ -125,10 +125,10 @@ def neighbours(
 
     from mixmim_serve.explore import neighbours as nearest
     from mixmim_serve.explore import pages
-    from mixmim_serve.extract.features import Features, embed_query
+    from mixmim_serve.extract.features import FeatureFolder, embed_query
     from mixmim_serve.preprocess import decode, read_limited
 
-    opened = Features(features)
+    opened = FeatureFolder(features)
     data = read_limited(query)
     vector = embed_query(opened.manifest, data, bundle and bundle_path(bundle))
     with _progress_bar("rows", len(opened)) as progress:
@@ -155,9 +155,9 @@ def duplicates(
 
     from mixmim_serve.explore import pages
     from mixmim_serve.explore.duplicates import duplicates as find
-    from mixmim_serve.extract.features import Features
+    from mixmim_serve.extract.features import FeatureFolder
 
-    opened = Features(features)
+    opened = FeatureFolder(features)
     with _progress_bar("pairs", len(opened) ** 2 // 2) as progress:
         groups = find(opened, threshold, progress)
     if html and groups:
@@ -183,9 +183,9 @@ def draw_map(
     """
     from mixmim_serve.explore import pages
     from mixmim_serve.explore.map import layout
-    from mixmim_serve.extract.features import Features
+    from mixmim_serve.extract.features import FeatureFolder
 
-    opened = Features(features)
+    opened = FeatureFolder(features)
     with progress_console().status("t-SNE"):
         positions = layout(opened, images)
     thumbnails = pages.thumbnails(opened, positions.keys, pages.ON_MAP)

@@ -24,14 +24,14 @@ Vectors = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Block:
+class VectorBlock:
     """Rows `start` to `start + len(vectors)` of all."""
 
     start: int
     vectors: Vectors  # (rows, D), each divided by its length
 
 
-class Features:
+class FeatureFolder:
     """A folder of features; of shards that are whole only."""
 
     def __init__(self, place: str | Path) -> None:
@@ -51,12 +51,12 @@ class Features:
         """Rows."""
         return int(self.ends[-1])
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self) -> Iterator[VectorBlock]:
         """All vectors, a shard at a time; local files are mapped into memory, so each pass is cheap."""
         for number in range(len(self.shards)):
             yield self.block(number)
 
-    def block(self, number: int) -> Block:
+    def block(self, number: int) -> VectorBlock:
         """The vectors of one shard.
 
         Raises:
@@ -67,7 +67,7 @@ class Features:
             raise OutputError(f"{self.folder.place} was altered: run the same mixmim extract again.")
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
         vectors /= np.maximum(lengths, np.finfo(np.float32).tiny)
-        return Block(self.ends[number] - len(vectors), vectors)
+        return VectorBlock(self.ends[number] - len(vectors), vectors)
 
     def keys(self, rows: Sequence[int]) -> list[str]:
         """The keys of some rows; only their shards are opened."""

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Protocol
 
 from mixmim_serve.extract.folder import Folder
-from mixmim_serve.extract.options import Options, Resources
-from mixmim_serve.extract.plan import Outcome, Shard
-from mixmim_serve.extract.progress import Meter, Progress
+from mixmim_serve.extract.options import ExtractOptions, Resources
+from mixmim_serve.extract.plan import Shard, ShardResult
+from mixmim_serve.extract.progress import ExtractProgress, Meter
 
 
 @dataclass(frozen=True)
-class Job:
+class ExtractJob:
     """What to do; plain values, so that it can be sent and stored."""
 
     bundle: Path
@@ -22,7 +22,7 @@ class Job:
     out: str
     engine: str = "auto"
     precision: str = ""
-    options: Options = field(default_factory=Options)
+    options: ExtractOptions = field(default_factory=ExtractOptions)
     effort: Resources = field(default_factory=Resources)
     retry_failed: bool = False  # only the images that could not be read before
 
@@ -35,7 +35,7 @@ class Summary:
     errors: int
     images: int  # of the source
     complete: bool  # False when it was cancelled
-    progress: Progress
+    progress: ExtractProgress
     examples: tuple[tuple[str, str], ...]  # key and reason of some that could not be read
 
 
@@ -46,8 +46,8 @@ class Executor(Protocol):
         """What the engine says of itself, as `table.about`; and refuses options that it cannot do."""
 
     def run(
-        self, shards: Sequence[Shard], known: Mapping[str, Outcome], folder: Folder, meter: Meter
-    ) -> Iterator[Outcome]:
+        self, shards: Sequence[Shard], known: Mapping[str, ShardResult], folder: Folder, meter: Meter
+    ) -> Iterator[ShardResult]:
         """Do the shards, of those in `known` only the errors; each outcome is recorded before it is given."""
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from mixmim_serve.errors import ConfigError
 from mixmim_serve.extract.folder import DATASET, Files, Folder, sha256_and_size
-from mixmim_serve.extract.plan import Outcome
+from mixmim_serve.extract.plan import ShardResult
 from mixmim_serve.extract.table import Table
 
 os.environ.setdefault("LANCE_LOG", "error")  # it warns of each data set that does not exist yet
@@ -63,7 +63,7 @@ def read(folder: Folder, name: str, columns: list[str] | None = None) -> pa.Tabl
     return LanceFileReader(folder.path(name), columns=columns).read_all().to_table()
 
 
-def commit(folder: Folder, whole: Mapping[str, Outcome]) -> None:
+def commit(folder: Folder, whole: Mapping[str, ShardResult]) -> None:
     """Make a version of the data set that holds exactly these shards, in order, and delete all files of others."""
     files = {name: about for _, each in sorted(whole.items()) for name, about in each.files.items()}
     if not files:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from mixmim_serve.errors import MixMIMError
 from mixmim_serve.extract.folder import Folder
-from mixmim_serve.extract.job import Executor, Job, Summary
+from mixmim_serve.extract.job import Executor, ExtractJob, Summary
 from mixmim_serve.extract.local import LocalExecutor
 from mixmim_serve.extract.lock import locked
 from mixmim_serve.extract.manifest import Ledger, Origin
 from mixmim_serve.extract.plan import images_a_shard, plan
-from mixmim_serve.extract.progress import FEW_AT_LAST, Meter, Progress
+from mixmim_serve.extract.progress import FEW_AT_LAST, ExtractProgress, Meter
 from mixmim_serve.extract.shard import CancelledError
 from mixmim_serve.sources import Source, open_source, storage
 
@@ -23,10 +23,10 @@ EXAMPLES = 5  # of images that could not be read, for a person to see at once
 
 
 def run(
-    job: Job,
+    job: ExtractJob,
     *,
-    executor: Callable[[Job, Source], Executor] | None = None,
-    progress: Callable[[Progress], None] = lambda _: None,
+    executor: Callable[[ExtractJob, Source], Executor] | None = None,
+    progress: Callable[[ExtractProgress], None] = lambda _: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Summary:
     """Do a job, or what is left of it. `progress` hears of every batch, from any thread; `cancelled` is asked then.
@@ -49,7 +49,7 @@ def run(
             folder.clean()
 
 
-def _lead(job: Job, source: Source, folder: Folder, executor: Executor, meter: Meter) -> Summary:
+def _lead(job: ExtractJob, source: Source, folder: Folder, executor: Executor, meter: Meter) -> Summary:
     ledger = Ledger(folder, _origin(job, source, executor))
     shards = plan(source, job.options.images)
     whole = dict(ledger.whole)
@@ -72,7 +72,7 @@ def _lead(job: Job, source: Source, folder: Folder, executor: Executor, meter: M
     return Summary(ledger.rows, ledger.errors, len(source.keys), complete, meter.state(), examples)
 
 
-def _origin(job: Job, source: Source, executor: Executor) -> Origin:
+def _origin(job: ExtractJob, source: Source, executor: Executor) -> Origin:
     names = _absolute(str(job.bundle)), _absolute(job.source)
     return Origin(*names, executor.about(), job.options.to_dict(), len(source.keys), source.digest())
 

@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 from mixmim_serve.engines import Engine, open_engine
 from mixmim_serve.extract.folder import Folder
-from mixmim_serve.extract.job import Job
+from mixmim_serve.extract.job import ExtractJob
 from mixmim_serve.extract.manifest import record
 from mixmim_serve.extract.pipeline import map_ahead
-from mixmim_serve.extract.plan import Outcome, Shard
+from mixmim_serve.extract.plan import Shard, ShardResult
 from mixmim_serve.extract.progress import Meter
 from mixmim_serve.extract.shard import CancelledError, Worker, extract_shard
 from mixmim_serve.extract.table import about
@@ -23,7 +23,7 @@ AT_ONCE = 2  # shards
 class LocalExecutor:
     """One engine in this process: `engine`, or the one that the job names; see `mixmim_serve.extract.job.Executor`."""
 
-    def __init__(self, job: Job, source: Source, engine: Engine | None = None) -> None:
+    def __init__(self, job: ExtractJob, source: Source, engine: Engine | None = None) -> None:
         self.engine = engine or open_engine(job.bundle, job.engine, job.precision)
         job.options.check(self.engine.bundle)
         self.job, self.source = job, source
@@ -33,8 +33,8 @@ class LocalExecutor:
         return about(self.engine)
 
     def run(
-        self, shards: Sequence[Shard], known: Mapping[str, Outcome], folder: Folder, meter: Meter
-    ) -> Iterator[Outcome]:
+        self, shards: Sequence[Shard], known: Mapping[str, ShardResult], folder: Folder, meter: Meter
+    ) -> Iterator[ShardResult]:
         """See `Executor.run`."""
 
         def watch(images: int, errors: Sequence[tuple[str, str]]) -> None:
@@ -45,7 +45,7 @@ class LocalExecutor:
         worker = Worker(self.engine, self.source, folder, self.job.options, self.job.effort.threads, watch)
         meter.busy = lambda: worker.runner.busy
 
-        def do(shard: Shard) -> Outcome:
+        def do(shard: Shard) -> ShardResult:
             outcome = extract_shard(worker, shard, known.get(shard.name))
             record(folder, outcome)
             return outcome

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from mixmim_serve.errors import OutputError
 from mixmim_serve.extract.folder import DATASET, ERRORS, FEATURES, LEDGER, MANIFEST, Folder
-from mixmim_serve.extract.plan import Outcome
+from mixmim_serve.extract.plan import ShardResult
 
 FORMAT = 1  # of a manifest; raised when an older reader would misread the folder
 SAVE_EVERY = 30.0  # seconds between two manifests of a run
@@ -75,7 +75,7 @@ class Ledger:
             OutputError: the folder holds something else, or cannot be written to.
         """
         self.folder, self.origin = folder, origin
-        self.whole: dict[str, Outcome] = {}
+        self.whole: dict[str, ShardResult] = {}
         self.saved = 0.0
         found = folder.read_bytes(MANIFEST)
         if found is not None:
@@ -85,7 +85,7 @@ class Ledger:
             raise OutputError(f"{folder.place} holds features that no {MANIFEST} describes: choose another folder.")
         self.save(complete=False)
 
-    def note(self, outcome: Outcome) -> None:
+    def note(self, outcome: ShardResult) -> None:
         """A shard that was recorded, by whatever worker."""
         self.whole[outcome.shard] = outcome
         if time.monotonic() - self.saved > SAVE_EVERY:
@@ -141,12 +141,12 @@ class Ledger:
                 if all(sizes.get(file) == about["bytes"] for file, about in outcome.files.items()):
                     self.whole[outcome.shard] = outcome
 
-    def _recorded(self, name: str) -> Outcome:
+    def _recorded(self, name: str) -> ShardResult:
         values = json.loads(self.folder.read_bytes(name) or b"{}")
-        return Outcome(**values | {"errors": tuple((key, why) for key, why in values["errors"])})
+        return ShardResult(**values | {"errors": tuple((key, why) for key, why in values["errors"])})
 
 
-def record(folder: Folder, outcome: Outcome) -> None:
+def record(folder: Folder, outcome: ShardResult) -> None:
     """Write a shard's own file, after its features."""
     values = dataclasses.asdict(outcome)
     del values["busy"]

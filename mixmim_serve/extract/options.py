@@ -15,7 +15,7 @@ DTYPES = ("float32", "float16")
 
 
 @dataclass(frozen=True)
-class Options:
+class ExtractOptions:
     """Two runs with equal options, source and fingerprint write the same bytes."""
 
     features: tuple[str, ...] = ()  # outputs of the encoder besides the embedding: stage1..stage4, logits

@@ -143,7 +143,7 @@ class Runner:
 
 
 @dataclass(frozen=True)
-class Result:
+class FileResult:
     """The outputs for one file, or why there are none."""
 
     path: Path
@@ -151,7 +151,9 @@ class Result:
     error: ImageError | None = None
 
 
-def run_files(engine: Engine, paths: Sequence[Path], outputs: Sequence[str], batch: int = BATCH) -> Iterator[Result]:
+def run_files(
+    engine: Engine, paths: Sequence[Path], outputs: Sequence[str], batch: int = BATCH
+) -> Iterator[FileResult]:
     """The encoder's chosen outputs for each file, in order; an unreadable image is a result with an error.
 
     The last batch is as small as it is, so one file alone gives what `/embed` gives for it, to the last bit.
@@ -173,7 +175,7 @@ def run_files(engine: Engine, paths: Sequence[Path], outputs: Sequence[str], bat
             for each in group:
                 row = None if each.error else next(rows)
                 found = {} if row is None else {name: array[row] for name, array in arrays.items()}
-                yield Result(each.item, found, each.error)
+                yield FileResult(each.item, found, each.error)
 
 
 def _stacked(pixels: Sequence[Pixels], rows: int) -> Pixels | None:

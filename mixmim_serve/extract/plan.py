@@ -27,7 +27,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ShardResult:
     """A shard that is whole."""
 
     shard: str

@@ -13,7 +13,7 @@ FEW_NOW, FEW_AT_LAST = 1000, 100  # images by which failures are judged at least
 
 
 @dataclass(frozen=True)
-class Progress:
+class ExtractProgress:
     """Where a run stands."""
 
     total: int  # images of the source
@@ -32,7 +32,11 @@ class Meter:
     """Counts batches from any thread, tells `progress` of them, and stops the run for `cancelled` or many failures."""
 
     def __init__(
-        self, total: int, progress: Callable[[Progress], None], cancelled: Callable[[], bool], max_failures: float
+        self,
+        total: int,
+        progress: Callable[[ExtractProgress], None],
+        cancelled: Callable[[], bool],
+        max_failures: float,
     ) -> None:
         self.total, self.progress, self.cancelled, self.max_failures = total, progress, cancelled, max_failures
         self.done = self.errors = self.now = 0
@@ -70,13 +74,13 @@ class Meter:
                 f"{self.max_failures:g} that max_failures allows; {self.last}."
             )
 
-    def state(self) -> Progress:
+    def state(self) -> ExtractProgress:
         """Now."""
         elapsed = max(time.perf_counter() - self.began, 1e-9)
         rate = self.now / elapsed
         waiting = min(max(1 - self.busy() / elapsed, 0.0), 1.0)
         left = (self.total - self.done) / rate if rate else None
-        return Progress(self.total, self.done, self.errors, rate, waiting, left)
+        return ExtractProgress(self.total, self.done, self.errors, rate, waiting, left)
 
 
 def _clock(seconds: float) -> str:

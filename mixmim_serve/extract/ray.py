@@ -17,9 +17,9 @@ from typing import Any
 from mixmim_serve.engines import open_engine
 from mixmim_serve.errors import EngineError, MixMIMError
 from mixmim_serve.extract.folder import Folder
-from mixmim_serve.extract.job import Job
+from mixmim_serve.extract.job import ExtractJob
 from mixmim_serve.extract.manifest import record
-from mixmim_serve.extract.plan import Outcome, Shard
+from mixmim_serve.extract.plan import Shard, ShardResult
 from mixmim_serve.extract.progress import Meter
 from mixmim_serve.extract.shard import CancelledError, Worker, extract_shard
 from mixmim_serve.extract.table import about
@@ -39,7 +39,7 @@ LISTEN = 1.0  # seconds between two looks at whether to stop
 class Actor:
     """One engine, in a process of its own; opened by the first call, whose errors Ray hands on as they are."""
 
-    def __init__(self, job: Job, source: Sequence[Any]) -> None:
+    def __init__(self, job: ExtractJob, source: Sequence[Any]) -> None:
         self.job, self.source, self.folder = job, source, Folder(job.out)
         self._worker: Worker | None = None
         self._opening = threading.Lock()
@@ -48,7 +48,7 @@ class Actor:
         """See `Executor.about`."""
         return about(self._open().runner.engine)
 
-    def do(self, shard: Shard, known: Outcome | None) -> Outcome:
+    def do(self, shard: Shard, known: ShardResult | None) -> ShardResult:
         """A shard, recorded."""
         outcome = extract_shard(self._open(), shard, known)
         record(self.folder, outcome)
@@ -68,7 +68,7 @@ class Actor:
 class RayExecutor:
     """One actor per engine; see `mixmim_serve.extract.job.Executor`."""
 
-    def __init__(self, job: Job, source: Source) -> None:
+    def __init__(self, job: ExtractJob, source: Source) -> None:
         effort = job.effort
         self.started = not ray.is_initialized()
         if self.started:
@@ -95,8 +95,8 @@ class RayExecutor:
         return found
 
     def run(
-        self, shards: Sequence[Shard], known: Mapping[str, Outcome], folder: Folder, meter: Meter
-    ) -> Iterator[Outcome]:
+        self, shards: Sequence[Shard], known: Mapping[str, ShardResult], folder: Folder, meter: Meter
+    ) -> Iterator[ShardResult]:
         """See `Executor.run`."""
         waiting = deque(shards)
         running: dict[Any, Any] = {actor.about.remote(): actor for actor in self.actors}
@@ -108,7 +108,7 @@ class RayExecutor:
                 raise CancelledError
             for reference in done:
                 actor, answer = running.pop(reference), self._ask(reference)
-                if isinstance(answer, Outcome):
+                if isinstance(answer, ShardResult):
                     left, busy = left - 1, busy + answer.busy
                     before = known.get(answer.shard)
                     meter.busy = lambda busy=busy, joined=joined: busy / joined  # type: ignore[misc]
@@ -117,7 +117,7 @@ class RayExecutor:
                 else:
                     joined += 1
                     self._refuse_other(answer)
-                for _ in range(1 if isinstance(answer, Outcome) else AT_ONCE):
+                for _ in range(1 if isinstance(answer, ShardResult) else AT_ONCE):
                     if waiting:
                         shard = waiting.popleft()
                         running[actor.do.remote(shard, known.get(shard.name))] = actor

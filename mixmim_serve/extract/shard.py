@@ -14,9 +14,9 @@ from mixmim_serve.cores import usable_cores
 from mixmim_serve.engines import Engine
 from mixmim_serve.errors import DataError, ImageError
 from mixmim_serve.extract.folder import Folder
-from mixmim_serve.extract.options import Options
+from mixmim_serve.extract.options import ExtractOptions
 from mixmim_serve.extract.pipeline import AHEAD, Ready, Runner, decode_small, map_ahead
-from mixmim_serve.extract.plan import Outcome, Shard
+from mixmim_serve.extract.plan import Shard, ShardResult
 from mixmim_serve.extract.sinks import open_sink
 from mixmim_serve.extract.table import Row, Table
 from mixmim_serve.sources import Source
@@ -41,7 +41,7 @@ class Worker:
         engine: Engine,
         source: Source,
         folder: Folder,
-        options: Options,
+        options: ExtractOptions,
         threads: int = 0,
         watch: Callable[[int, Sequence[tuple[str, str]]], None] = lambda images, errors: None,
     ) -> None:
@@ -84,7 +84,7 @@ class Worker:
         self.runner.close()
 
 
-def extract_shard(worker: Worker, shard: Shard, known: Outcome | None = None) -> Outcome:
+def extract_shard(worker: Worker, shard: Shard, known: ShardResult | None = None) -> ShardResult:
     """Make a shard whole: read, decode, run, write.
 
     `known`: the shard as it is; then only its errors are tried again, and what they give joins its rows in order.
@@ -105,7 +105,7 @@ def extract_shard(worker: Worker, shard: Shard, known: Outcome | None = None) ->
         else:
             files = worker.sink.write(shard.name, rows)
     done = len(shard.indices) - len(errors)
-    return Outcome(shard.name, len(shard.indices), done, tuple(errors), files, sum(spent))
+    return ShardResult(shard.name, len(shard.indices), done, tuple(errors), files, sum(spent))
 
 
 def _rows(
@@ -139,7 +139,7 @@ def _count_unreachable(worker: Worker, group: Iterable[Ready[Row]]) -> None:
             )
 
 
-def _merged(worker: Worker, shard: Shard, known: Outcome, new: list[pa.Table]) -> pa.Table:
+def _merged(worker: Worker, shard: Shard, known: ShardResult, new: list[pa.Table]) -> pa.Table:
     """Old and new rows in the order of the source."""
     old = worker.sink.read(known.files).replace_schema_metadata(worker.table.schema.metadata)
     table = pa.concat_tables([old, *new])

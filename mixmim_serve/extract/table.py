@@ -23,7 +23,7 @@ from mixmim_serve.config import size_name
 from mixmim_serve.engines import Engine, engine_fingerprint
 from mixmim_serve.engines.base import Arrays
 from mixmim_serve.errors import DataError
-from mixmim_serve.extract.options import Options
+from mixmim_serve.extract.options import ExtractOptions
 from mixmim_serve.tasks import top_classes
 
 try:
@@ -48,7 +48,7 @@ class Row:
 class Table:
     """The schema for one engine and its options, and how arrays become rows of it."""
 
-    def __init__(self, engine: Engine, options: Options) -> None:
+    def __init__(self, engine: Engine, options: ExtractOptions) -> None:
         options.check(engine.bundle)
         self.bundle, self.options = engine.bundle, options
         self.has_head = "logits" in engine.bundle.graphs["encoder"]
@@ -118,7 +118,7 @@ def _fields(lists: dict[str, int], dtype: str, has_head: bool) -> list[Any]:
     return [pa.field("key", pa.string()), features[0], *head, *features[1:], *image]
 
 
-def _shapes(bundle: Bundle, options: Options) -> dict[str, list[int]]:
+def _shapes(bundle: Bundle, options: ExtractOptions) -> dict[str, list[int]]:
     """Of the embedding and each feature, for one image."""
     arch = bundle.arch
     shapes = {"embedding": [arch.embedding_size]}
