@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from filelock import FileLock
+
+from mixmim_serve.files import atomic_folder
 
 if TYPE_CHECKING:
     from serving import TestClient
@@ -32,6 +35,26 @@ def golden_sets() -> list[pytest.param]:
     return sets
 
 
+BuildOnce = Callable[[str, Callable[[Path], object]], Path]
+
+
+@pytest.fixture(scope="session")
+def build_once(tmp_path_factory: pytest.TempPathFactory) -> BuildOnce:
+    """Builds a named folder once for all processes of the suite; each process gets a copy of its own."""
+    root = tmp_path_factory.getbasetemp()
+    shared = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "shared"
+    shared.mkdir(exist_ok=True)
+
+    def build_once(name: str, build: Callable[[Path], object]) -> Path:
+        with FileLock(shared / f"{name}.lock"):
+            if not (shared / name).exists():
+                with atomic_folder(shared / name) as folder:
+                    build(folder)
+        return Path(shutil.copytree(shared / name, tmp_path_factory.mktemp("copy") / name))
+
+    return build_once
+
+
 @pytest.fixture(scope="session")
 def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a very small random network at 64 px, with a decoder and a head of three classes."""
@@ -51,13 +74,15 @@ def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def exported_bundle(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported_bundle(small_checkpoint: Path, build_once: BuildOnce) -> Path:
     """The bundle of `small_checkpoint`; read-only, `bundle_copy` gives one to break."""
-    from export.build import export_bundle
 
-    target = tmp_path_factory.mktemp("bundle") / "small"
-    export_bundle(small_checkpoint, target)
-    return target
+    def export(folder: Path) -> None:
+        from export.build import export_bundle
+
+        export_bundle(small_checkpoint, folder / "small")
+
+    return build_once("exported", export) / "small"
 
 
 @pytest.fixture

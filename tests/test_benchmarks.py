@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY
+from exporting import ENCODER_ONLY, write_checkpoint
 
 from mixmim_serve.config import Architecture, DecoderConfig
 from mixmim_serve.model import MixMIM
@@ -80,9 +81,10 @@ def test_data_loading_runs(tmp_path: Path) -> None:
 
 
 def test_the_gpu_benchmark_makes_its_bundles_where_no_engine_can_be_built(
-    small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mixmim_serve.engines.hardware.gpu", lambda: "")
     assert runtimes_here() == []
-    bundle = full_bundle(small_checkpoint, tmp_path / "bundle", [])
+    checkpoint = write_checkpoint(tmp_path / "small.safetensors", ENCODER_ONLY)
+    bundle = full_bundle(checkpoint, tmp_path / "bundle", [])
     assert (bundle.precisions, bundle.built) == (("fp32", "fp16"), ())

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import onnx
 import pytest
 import torch
 from conftest import REPOSITORY
+from exporting import ENCODER_ONLY, WITH_DECODER, graphs_from, write_checkpoint
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
@@ -23,7 +24,7 @@ from export.build import GOLDEN_ROWS, Exported, Options, export_bundle, seal
 from export.onnx import build_graphs
 from export.verify import photos
 from mixmim_serve.bundle import FORMAT, STAGE_OUTPUTS, Bundle, open_bundle
-from mixmim_serve.config import Architecture, DecoderConfig, Preprocessing, architecture
+from mixmim_serve.config import Preprocessing, architecture
 from mixmim_serve.description import Description
 from mixmim_serve.engines import Engine, open_engine
 from mixmim_serve.engines.base import Arrays, graph_inputs
@@ -39,19 +40,7 @@ FILES = {"config.json", "weights.safetensors", "encoder.onnx", "reconstruct.onnx
 ENCODER_OUTPUTS = ("embedding", *STAGE_OUTPUTS)
 RECONSTRUCT_OUTPUTS = ("mixed", "reconstruction_a", "reconstruction_b")
 INLINE_LIMIT = 4096  # bytes of a tensor that a graph may contain: indices and shapes, never weights
-ENCODER_ONLY = Architecture(8, (1, 1, 1, 1), (1, 1, 2, 2), 64)
-WITH_DECODER = dataclasses.replace(ENCODER_ONLY, decoder=DecoderConfig(16, 1, 2))
 EXAMPLES = sorted((REPOSITORY / "examples").glob("*.jpg"))
-
-
-def write_checkpoint(path: Path, arch: Architecture, noise: float = 0.1) -> Path:
-    """Random weights, including biases and norms, so that a lost one shows."""
-    torch.manual_seed(1)
-    model = build_model(arch)
-    for parameter in model.parameters():
-        parameter.data.add_(torch.randn_like(parameter), alpha=noise)
-    save_checkpoint(path, model.state_dict(), Description(arch, Preprocessing.evaluation(arch.image_size)))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -77,14 +66,10 @@ def engines(exported_bundle: Path) -> tuple[Engine, Engine]:
 
 
 @pytest.fixture
-def reuse_graph(encoder_only: tuple[Path, Exported], monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
-    """Makes `export_bundle` reuse an exported encoder graph, to save the seconds of tracing."""
-
-    def reuse(graph: Path) -> None:
-        monkeypatch.setattr("export.build.export_graph", lambda *arguments: shutil.copyfile(graph, arguments[-1]))
-
-    reuse(encoder_only[1].bundle.path / "encoder.onnx")
-    return reuse
+def reuse_graph(encoder_only: tuple[Path, Exported]) -> Iterator[None]:
+    """Makes `export_bundle` take the graph of `encoder_only`."""
+    with graphs_from(encoder_only[1].bundle.path):
+        yield
 
 
 def random_inputs(bundle: Bundle, graph: str, batch: int) -> Arrays:
@@ -252,10 +237,13 @@ def test_weights_are_stored_once(exported_bundle: Path, half: tuple[Path, Export
     assert {str(weight.dtype) for weight in weights.values()} == {precision}
 
 
-def test_nothing_of_this_machine_is_in_the_bundle(exported_bundle: Path) -> None:
+def test_nothing_of_this_machine_is_in_the_bundle(
+    exported_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    temporary = tmp_path_factory.getbasetemp().parent  # above the folders of all processes of the suite
     for path in (file for file in exported_bundle.iterdir() if file.is_file()):
         content = path.read_bytes()
-        for text in (str(REPOSITORY), str(exported_bundle.parent.parent), "site-packages", ".py"):
+        for text in (str(REPOSITORY), str(temporary), "site-packages", ".py"):
             assert text.encode() not in content, f"{text} in {path.name}"
 
 
@@ -402,18 +390,15 @@ def test_an_export_that_disagrees_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_tampered_graph_is_refused(
-    encoder_only: tuple[Path, Exported], tmp_path: Path, reuse_graph: Callable[[Path], None]
-) -> None:
+def test_a_tampered_graph_is_refused(encoder_only: tuple[Path, Exported], tmp_path: Path) -> None:
     """A real case: ONNX Runtime runs a graph in which one LayerNormalization has another epsilon."""
     model = load_graph(encoder_only[1].bundle.path, "encoder")
     norm = next(node for node in model.graph.node if node.op_type == "LayerNormalization")
     next(attribute for attribute in norm.attribute if attribute.name == "epsilon").f = 0.1
-    onnx.save(model, tmp_path / "tampered.onnx")
-    reuse_graph(tmp_path / "tampered.onnx")
-    with pytest.raises(BundleError, match=r"differs from torch .* in encoder"):
+    onnx.save(model, tmp_path / "encoder.onnx")
+    with graphs_from(tmp_path), pytest.raises(BundleError, match=r"differs from torch .* in encoder"):
         export_bundle(encoder_only[0], tmp_path / "bundle")
-    assert [path.name for path in tmp_path.iterdir()] == ["tampered.onnx"]
+    assert [path.name for path in tmp_path.iterdir()] == ["encoder.onnx"]
 
 
 @pytest.mark.usefixtures("reuse_graph")

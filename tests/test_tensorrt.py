@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import REPOSITORY
+from exporting import ENCODER_ONLY, assert_engines_are_whole, write_checkpoint
 from fake_cuda import FakeCuda, FakeTensorRt, is_pinned
 from numpy.typing import NDArray
-from test_export import ENCODER_ONLY, write_checkpoint
 
 from export.build import Options, export_bundle
 from export.tensorrt import EngineOptions
@@ -26,7 +27,7 @@ from mixmim_serve.engines import Engine, open_engine
 from mixmim_serve.engines import tensorrt as tensorrt_engine
 from mixmim_serve.engines.certificate import certify
 from mixmim_serve.engines.tensorrt import TensorRtEngine, TensorRtRtxEngine, choose
-from mixmim_serve.errors import EngineError
+from mixmim_serve.errors import BundleError, EngineError
 from mixmim_serve.extract.pipeline import run_files
 from mixmim_serve.service.batcher import Batcher
 from mixmim_serve.service.runtime import Runtime
@@ -307,11 +308,31 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A bundle with engines that TensorRT-RTX built; read-only."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no package for this platform")
     folder = tmp_path_factory.mktemp("real")
-    engine = EngineOptions(capabilities=("8.0", "8.9"), batches=(1, 2, 4))
+    cache = folder / "timing.cache"
+    engine = EngineOptions(capabilities=("8.0", "8.9"), batches=(1, 2, 4), timing_cache=cache)
     options = Options(("fp16",), ("tensorrt-rtx",), engine=engine)
-    return export_bundle(
-        write_checkpoint(folder / "small.safetensors", ENCODER_ONLY), folder / "bundle", options
-    ).bundle
+    phases: list[str] = []
+    checkpoint = write_checkpoint(folder / "small.safetensors", ENCODER_ONLY)
+    exported = export_bundle(checkpoint, folder / "bundle", options, phases.append)
+    assert "fp16 encoder engine for tensorrt-rtx" in phases
+    assert any(" of " in phase for phase in phases)  # TensorRT's own steps
+    assert cache.stat().st_size > 0
+    return exported.bundle
+
+
+def test_a_real_engine_is_described_and_stored(real: Bundle) -> None:
+    assert [(each.graph, each.precision) for each in real.built] == [("encoder", "fp16")]
+    assert_engines_are_whole(real, "sm80+sm89", (1, 2, 4))
+
+
+def test_an_engine_with_a_changed_byte_is_refused(real: Bundle, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(real.path, tmp_path / "copy"))
+    path = copy / real.built[0].file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BundleError, match=rf"{path.name} was altered after the export"):
+        open_bundle(copy).verify()
 
 
 @pytest.mark.usefixtures("cuda")

@@ -1,4 +1,4 @@
-"""ExtractOptions of a job, each declared once: `schema` documents them, `parse_options` reads them from a request."""
+"""Options of a job, each declared once: `schema` documents them, `parse_options` reads them from a request."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def schema() -> dict[str, Any]:
 
 
 def parse_options(values: object, bundle: Bundle) -> dict[str, Any]:
-    """ExtractOptions of a job from JSON, checked and completed with the defaults.
+    """Options of a job from JSON, checked and completed with the defaults.
 
     Raises:
         ConfigError: for an option that is unknown, of another type, out of range or not in this model.

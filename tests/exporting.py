@@ -1,0 +1,65 @@
+"""Checkpoints of random networks and their bundles, for the tests of exporting."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixmim_serve.bundle import Bundle, open_bundle
+from mixmim_serve.config import Architecture, DecoderConfig, Preprocessing
+from mixmim_serve.description import Description
+from mixmim_serve.engines.tensorrt_library import load
+from mixmim_serve.model import build_model
+from mixmim_serve.model.checkpoint import save_checkpoint
+
+ENCODER_ONLY = Architecture(8, (1, 1, 1, 1), (1, 1, 2, 2), 64)
+WITH_DECODER = dataclasses.replace(ENCODER_ONLY, decoder=DecoderConfig(16, 1, 2))
+
+
+def write_checkpoint(path: Path, arch: Architecture, noise: float = 0.1) -> Path:
+    """Random weights, biases and norms too, so that none of them can be lost unseen."""
+    torch.manual_seed(1)
+    model = build_model(arch)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=noise)
+    save_checkpoint(path, model.state_dict(), Description(arch, Preprocessing.evaluation(arch.image_size)))
+    return path
+
+
+@contextmanager
+def graphs_from(bundle: Path) -> Iterator[None]:
+    """Make `export_bundle` take each graph that `bundle` has of the same name, to save the seconds of tracing."""
+    import export.build
+
+    trace = export.build.export_graph
+
+    def reuse(graph: object, images: torch.Tensor, weights: Path, target: Path) -> None:
+        if (bundle / target.name).exists():
+            shutil.copyfile(bundle / target.name, target)
+        else:
+            trace(graph, images, weights, target)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export.build, "export_graph", reuse)
+        yield
+
+
+def assert_engines_are_whole(bundle: Bundle, hardware: str, batches: tuple[int, int, int]) -> None:
+    """Each engine of TensorRT-RTX is described and stored, and nothing else was left behind."""
+    version = load("tensorrt-rtx").__version__
+    for each in bundle.built:
+        assert (each.runtime, each.version, each.hardware, each.batches) == (
+            "tensorrt-rtx", version, hardware, batches
+        )  # fmt: skip
+        plan = (bundle.path / each.file).read_bytes()
+        assert plan[:4] == b"vtrt"  # how plans begin; then they say how long they are
+        assert len(plan) == int.from_bytes(plan[16:24], "little") > 100_000
+    assert not list(bundle.path.glob(".*"))  # graphs that were written for TensorRT alone
+    assert open_bundle(bundle.path) == bundle
+    bundle.verify()
