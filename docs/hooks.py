@@ -40,7 +40,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Fill in what is generated, and let links out of `docs` find the files that `on_files` added."""
     if page.file.src_uri in PAGES.values():
-        markdown = markdown.replace("](docs/", "](").replace("](examples/", "](../examples/")
+        for name, uri in {"docs/": "", **PAGES}.items():
+            markdown = markdown.replace(f"]({name}", f"]({uri}")
     up = "../" * page.file.src_uri.count("/")
     markdown = re.sub(r"(\]\(|\]: )(?:\.\./)+(benchmarks/results/|mixmim_serve/bundles/)", rf"\1{up}\2", markdown)
     for marker, generate in (("<!-- commands -->", commands), ("<!-- routes -->", routes)):
