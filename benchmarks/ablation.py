@@ -26,8 +26,8 @@ from mixmim_serve.files import atomic_path
 from mixmim_serve.model import Encoder, MixMIM
 from mixmim_serve.model.mixmim import PretrainingOutput, to_units
 from mixmim_serve.sources import open_source
+from training.evaluation.probe import probe
 from training.pretraining import Pretraining
-from training.probe import probe
 from training.recipes import tiny_cpu
 from training.start import read_start
 from training.trainer import train
@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="a folder for the runs, one each")
     parser.add_argument("--epochs", type=int, default=5)
     arguments = parser.parse_args()
-    tiny, source = tiny_cpu().lasting(arguments.epochs), open_source(arguments.images)
+    tiny, source = tiny_cpu().with_epochs(arguments.epochs), open_source(arguments.images)
     for variant in VARIANTS:
         config = dataclasses.replace(tiny, mask_ratio=variant.mask_ratio, seed=variant.seed)
         run = folder_of(variant, arguments.out)

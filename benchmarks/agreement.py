@@ -20,8 +20,8 @@ from mixmim_serve.cli.common import bundle_path
 from mixmim_serve.engines import open_engine
 from mixmim_serve.engines.hardware import processor
 from mixmim_serve.errors import MixMIMError
-from mixmim_serve.extract.run import run_files
-from mixmim_serve.images import list_images
+from mixmim_serve.extract.pipeline import run_files
+from mixmim_serve.sources.names import list_images
 from mixmim_serve.tasks import require_head
 
 CONTENDERS = [("torch", "fp32"), ("torch", "bf16")] + [

@@ -41,8 +41,11 @@ import numpy as np
 from benchmarks.data_loading import FILES, make_jpeg
 from benchmarks.provenance import about, heading
 from mixmim_serve.bundle import DEFAULT_BUNDLE
+from mixmim_serve.cores import usable_cores
 from mixmim_serve.engines import Engine, open_engine
-from mixmim_serve.extract import job as jobs
+from mixmim_serve.extract.job import Job
+from mixmim_serve.extract.lead import run
+from mixmim_serve.extract.local import LocalExecutor
 from mixmim_serve.extract.pipeline import BATCH, decode_small
 from mixmim_serve.sources import Source, open_source
 
@@ -161,7 +164,7 @@ def decoding(engine: Engine, source: Source) -> float:
         hashlib.sha256(data).hexdigest()
 
     began = time.perf_counter()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         for _ in pool.map(load, range(len(source.keys))):
             pass
     return len(source.keys) / (time.perf_counter() - began)
@@ -173,15 +176,15 @@ def decoding_rate(engine: Engine, jpeg: Path) -> float:
     began = time.perf_counter()
     for _ in range(repeats):
         decode_small(data, engine.bundle.description.preprocessing)
-    return repeats * (os.cpu_count() or 1) / (time.perf_counter() - began)
+    return repeats * usable_cores() / (time.perf_counter() - began)
 
 
 def extracting(engine: Engine, source: Source) -> float:
     """Images/s of a whole run."""
     with tempfile.TemporaryDirectory(dir=os.environ.get("SCRATCH")) as out:
-        job = jobs.Job(engine.bundle.path, source.name, out)
+        job = Job(engine.bundle.path, source.name, out)
         began = time.perf_counter()
-        summary = jobs.run(job, executor=partial(jobs.local, engine=engine))
+        summary = run(job, executor=partial(LocalExecutor, engine=engine))
         assert summary.rows == len(source.keys)
         return summary.rows / (time.perf_counter() - began)
 
@@ -227,7 +230,8 @@ def memory(folder: Path, bundle: Path, images: int) -> dict[str, object]:
     root.mkdir()
     _tar(root, make_jpeg(folder, "16 kB"), images)
     code = (
-        "import json, resource, sys, time; from pathlib import Path; from mixmim_serve.extract.job import Job, run\n"
+        "import json, resource, sys, time; from pathlib import Path; from mixmim_serve.extract.job import Job\n"
+        "from mixmim_serve.extract.lead import run\n"
         "began = time.perf_counter(); done = run(Job(Path(sys.argv[1]), sys.argv[2], sys.argv[3]))\n"
         "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000\n"
         "print(json.dumps({'rows': done.rows, 'peak MB': round(peak), 'seconds': round(time.perf_counter() - began)}))"

@@ -21,8 +21,8 @@ from PIL import Image
 
 from mixmim_serve.bundle import DEFAULT_BUNDLE
 from mixmim_serve.engines import Engine, open_engine
-from mixmim_serve.images import list_images
 from mixmim_serve.preprocess import Pixels, decode, resize_and_crop
+from mixmim_serve.sources.names import list_images
 
 FACTORS, MARGINS = (2, 4, 8), (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
 TILE, LARGEST = 112, 2400  # pixels: of one photo, and of what is laid out

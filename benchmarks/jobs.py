@@ -128,7 +128,8 @@ def job(server: Running) -> Iterator[Callable[[], int]]:
 def process(bundle: Path, folder: Path) -> Iterator[Callable[[], int]]:
     """`mixmim extract` of the same images, as anybody would start it; it has done what its output says."""
     code = (
-        "import sys; from pathlib import Path; from mixmim_serve.extract.job import Job, run; "
+        "import sys; from pathlib import Path; "
+        "from mixmim_serve.extract.job import Job; from mixmim_serve.extract.lead import run; "
         "run(Job(Path(sys.argv[1]), *sys.argv[2:]), progress=lambda now: print(now.done, flush=True))"
     )
     out = folder / "out"

@@ -22,10 +22,10 @@ import torch
 from mixmim_serve.bundle import WEIGHTS, open_bundle
 from mixmim_serve.engines import Engine, open_engine
 from mixmim_serve.engines.hardware import processor
-from mixmim_serve.extract.run import run_files
-from mixmim_serve.images import list_images
+from mixmim_serve.extract.pipeline import run_files
+from mixmim_serve.sources.names import list_images
 from mixmim_serve.tasks import Floats
-from training.judge.knn import knn_accuracy
+from training.evaluation.knn import knn_accuracy
 
 NEIGHBOURS = (1, 5, 10, 20)
 

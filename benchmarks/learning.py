@@ -27,10 +27,10 @@ from mixmim_serve.files import atomic_path
 from mixmim_serve.sources import open_source
 from training.config import FinetuneConfig
 from training.distributed import World
-from training.evaluate import evaluate
+from training.evaluation.evaluate import evaluate
+from training.evaluation.labelled import Labelled
+from training.evaluation.probe import probe, untrained
 from training.finetuning import Finetuning
-from training.judging import Labelled
-from training.probe import probe, untrained
 from training.recipes import tiny_finetune_cpu
 from training.start import Start, read_start
 from training.trainer import train
@@ -120,7 +120,7 @@ def tuned(
 
 def settings(origin: Start | None, epochs: int, seed: int) -> FinetuneConfig:
     """The recipe, shortened; from scratch every layer learns at the full rate, after a longer warm-up."""
-    config = replace(tiny_finetune_cpu().lasting(epochs), seed=seed)
+    config = replace(tiny_finetune_cpu().with_epochs(epochs), seed=seed)
     return config if origin else replace(config, size="tiny", layer_decay=1.0, warmup_epochs=0.2 * epochs)
 
 

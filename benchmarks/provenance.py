@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from mixmim_serve.cores import usable_cores
 from mixmim_serve.engines.hardware import processor
 
 
@@ -20,7 +20,7 @@ def about(script: str, arguments: Sequence[str] | None, packages: Iterable[str])
         "date": date.today().isoformat(),
         "command": command(script, arguments),
         "commit": commit(),
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "hardware": processor(),
         "versions": {name: version(name) for name in packages},
     }

@@ -43,7 +43,7 @@ from benchmarks.provenance import about
 from benchmarks.serving_peers.common import BUNDLE, ENGINE, PORT
 from benchmarks.serving_report import markdown, picture
 from mixmim_serve.bundle import DEFAULT_BUNDLE
-from mixmim_serve.images import list_images
+from mixmim_serve.sources.names import list_images
 
 SIZES = {"16 kB": (256, 192), "75 kB": (640, 480), "2 MB": (3000, 2250)}
 PICTURES = 8  # of each size, in turn

@@ -39,7 +39,7 @@ from mixmim_serve.config import Preprocessing
 from mixmim_serve.engines.hardware import processor
 from mixmim_serve.model import MixMIM
 from mixmim_serve.model.mixmim import random_units
-from training.augment import Normalize
+from mixmim_serve.model.normalize import Normalize
 from training.config import PretrainConfig
 from training.optim import build_optimizer, parameter_groups
 from training.pretraining import Pretraining
@@ -177,7 +177,7 @@ def make_inputs(setting: Setting) -> Callable[[], tuple[Tensor, Tensor]]:
     """A function that gives each step its pixels and its mask on the device; the same for all variants."""
     arch, ratio, device = setting.config.arch, setting.config.mask_ratio, torch.device(setting.device)
     masks = torch.Generator().manual_seed(0)
-    normalize = Normalize(Preprocessing.evaluation(arch.image_size), device)
+    normalize = Normalize(Preprocessing.evaluation(arch.image_size)).to(device)
     shape = (setting.batch_size, arch.image_size, arch.image_size, 3)
     pixels_BHWC = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     if device.type == "cuda":

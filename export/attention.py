@@ -1,4 +1,4 @@
-"""Attention and norms as exported graphs write them, so that runtimes run each as one kernel (docs/engines.md)."""
+"""Attention and norms for exported graphs, written so that runtimes run each as one kernel (docs/engines.md)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ FLOAT = 1  # ONNX's number for float32
 
 
 class ExportedAttention(nn.Module):
-    """What an `Attention`, which it takes apart, becomes in a graph; shape suffixes as in encoder.py.
+    """An `Attention` as a graph computes it; it takes over the layers of the original. Shape suffixes as in encoder.py.
 
-    Queries, keys and values are three products, with the rows of one stored matrix: a single product would have to be
-    sliced, squeezed and transposed, which costs more than it saves. `written_out` chooses plain products and a softmax,
-    which TensorRT fuses by itself, instead of ONNX's Attention operator, which it runs for few shapes only.
+    Queries, keys and values are three products with rows of one stored matrix: slicing, squeezing and transposing a
+    single product costs more than it saves. `written_out` chooses plain products and a softmax, which TensorRT fuses by
+    itself, instead of ONNX's Attention operator, which it supports for few shapes only.
     """
 
     def __init__(self, attention: Attention, *, written_out: bool) -> None:
@@ -26,10 +26,10 @@ class ExportedAttention(nn.Module):
         self.q, self.k, self.v = (linear(weight, bias) for weight, bias in zip(weights, biases, strict=True))
         self.proj = attention.proj
         del attention.qkv, attention.proj
-        self.position = attention  # what is left of it: the learned bias
+        self.position = attention  # now without its layers: it computes the learned bias
 
     def forward(self, x: Tensor, blocked_MKNN: Tensor | None = None) -> Tensor:
-        """As `Attention.forward`, also with all images' windows in one dimension, (G, N, D); with a mask, M is B."""
+        """As `Attention.forward`, also for (G, N, D): all images' windows in one dimension. A mask needs M = B."""
         tokens = x.shape[-2]
         x_GND = grouped(x)
         bias = self.position.bias(blocked_MKNN)
@@ -40,14 +40,14 @@ class ExportedAttention(nn.Module):
         return projected if x.dim() == 3 else projected.reshape(-1, *x.shape[1:])
 
     def attend(self, q_GND: Tensor, k_GND: Tensor, v_GND: Tensor, bias: Tensor | None) -> Tensor:
-        """One Attention operator, its softmax in float32."""
+        """Attention as one ONNX operator, its softmax in float32."""
         attended, *_ = torch.onnx.ops.attention(
             q_GND, k_GND, v_GND, bias, q_num_heads=self.heads, kv_num_heads=self.heads, softmax_precision=FLOAT
         )
         return attended
 
     def attend_written_out(self, q_GND: Tensor, k_GND: Tensor, v_GND: Tensor, bias: Tensor | None) -> Tensor:
-        """The same in single operators, its softmax in float32."""
+        """Attention in basic operators, its softmax in float32."""
         tokens, dim = q_GND.shape[1:]
         split = (-1, tokens, self.heads, dim // self.heads)
         q_GAND, k_GAND, v_GAND = (x.reshape(split).transpose(1, 2) for x in (q_GND, k_GND, v_GND))
@@ -59,7 +59,7 @@ class ExportedAttention(nn.Module):
 
 
 class ExportedNorm(nn.LayerNorm):
-    """A norm over three-dimensional tokens: with four, OpenVINO takes it apart into five operators."""
+    """A norm over three-dimensional tokens: with four dimensions OpenVINO decomposes it into five operators."""
 
     def __init__(self, norm: nn.LayerNorm) -> None:
         super().__init__(norm.normalized_shape, norm.eps, device="meta")
@@ -72,24 +72,24 @@ class ExportedNorm(nn.LayerNorm):
 
 
 def grouped(x: Tensor) -> Tensor:
-    """(..., N, D) to (G, N, D); without a reshape where none is needed, since each is a node."""
+    """(..., N, D) to (G, N, D), without a reshape where none is needed: each would be a node."""
     return x if x.dim() == 3 else x.reshape(-1, *x.shape[-2:])
 
 
 def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-    """A layer with these values, shared and not copied."""
+    """A linear layer that shares these values."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta", dtype=weight.dtype)
     layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(bias)
     return layer
 
 
-def for_export(model: nn.Module, *, written_out: bool = False) -> None:
-    """Replace every attention and norm of a model, in place, and have blocks see (G, N, D)."""
+def rewrite_for_export(model: nn.Module, *, written_out: bool = False) -> None:
+    """Replace every attention and norm of a model, in place, and give blocks (G, N, D) tokens."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, Attention):
                 setattr(parent, name, ExportedAttention(child, written_out=written_out))
             elif isinstance(child, nn.LayerNorm):
                 setattr(parent, name, ExportedNorm(child))
-        if isinstance(parent, Stage):  # one reshape a stage instead of four a block
-            parent.blocks[0].register_forward_pre_hook(lambda _, given: (given[0].flatten(0, 1), *given[1:]))
+        if isinstance(parent, Stage):  # one reshape per stage instead of four per block
+            parent.blocks[0].register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1), *args[1:]))

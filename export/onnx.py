@@ -1,8 +1,8 @@
 """Two ONNX graphs over one weights file.
 
-The weights stay in the checkpoint's own safetensors file: each large initializer of a graph is an external tensor
-that points at its bytes there. So encoder and reconstruction share them, nothing is stored twice, and no protobuf
-limit (2 GB) is near.
+The weights stay in the checkpoint's safetensors file: each large initializer of a graph is an external tensor that
+points at its bytes there. Encoder and reconstruction share them, nothing is stored twice, and graphs stay far below
+protobuf's limit of 2 GB.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from onnxscript.optimizer import optimize_ir
 from torch import Tensor, nn
 
-from export.attention import for_export
+from export.attention import rewrite_for_export
 from mixmim_serve.bundle import encoder_outputs
 from mixmim_serve.config import Preprocessing
 from mixmim_serve.errors import BundleError
@@ -33,7 +33,7 @@ from mixmim_serve.model.normalize import Normalize
 OPSET = 23  # LayerNormalization is one operator from 17 on (fp16 stays safe: Triton issue 4105), Attention from 23
 MAX_BATCH = 65536
 
-# Folding stops at this many elements, and never touches a weight: index arithmetic goes, weights stay where they are.
+# Constants of at most so many elements are folded, and never a weight: index arithmetic goes, weights stay in the file.
 # Runtimes fold the rest (transposed weights, gathered bias tables) when they load the graph.
 FOLD_LIMIT = 1024
 
@@ -52,13 +52,13 @@ class EncoderGraph(nn.Module):
         self.outputs = encoder_outputs(model.arch)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """(B, size, size, 3) uint8; all outputs are float32, whatever the precision inside."""
+        """uint8 (B, size, size, 3) to float32 outputs, whatever the precision inside."""
         output = self.model(self.normalize(pixels))
-        found = (output.embedding_BD, *output.stages_BDHW, output.logits_BC)
-        return tuple(tensor.float() for tensor in found if tensor is not None)
+        outputs = (output.embedding_BD, *output.stages_BDHW, output.logits_BC)
+        return tuple(tensor.float() for tensor in outputs if tensor is not None)
 
     def examples(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Inputs for tracing and for checks, from real images."""
+        """Inputs for tracing and verification: the images."""
         return (images,)
 
 
@@ -74,12 +74,12 @@ class ReconstructGraph(nn.Module):
         self.normalize = Normalize(preprocessing)
 
     def forward(self, image_a: Tensor, image_b: Tensor, from_partner: Tensor) -> tuple[Tensor, ...]:
-        """(B, size, size, 3) uint8 twice, (B, U) bool; images come out normalised, float32 (B, 3, size, size)."""
+        """uint8 (B, size, size, 3) twice and bool (B, U) to three normalised images, float32 (B, 3, size, size)."""
         output = self.model.reconstruct(self.normalize(image_a), self.normalize(image_b), from_partner)
         return output.mixed.float(), output.image_a.float(), output.image_b.float()
 
     def examples(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Inputs for tracing and for checks: each image paired with the next, masks of half the units."""
+        """Inputs for tracing and verification: each image paired with the next, masks of half the units."""
         units = self.model.arch.units
         generator = torch.Generator().manual_seed(0)
         masks = torch.stack([torch.randperm(units, generator=generator) < units // 2 for _ in images])
@@ -89,8 +89,8 @@ class ReconstructGraph(nn.Module):
 Graph = EncoderGraph | ReconstructGraph
 
 
-def graphs_of(model: Encoder, preprocessing: Preprocessing) -> dict[str, Graph]:
-    """The graphs that a model has, by name."""
+def build_graphs(model: Encoder, preprocessing: Preprocessing) -> dict[str, Graph]:
+    """A model's graphs by name: encoder, and reconstruct if it has a decoder."""
     graphs: dict[str, Graph] = {"encoder": EncoderGraph(model, preprocessing)}
     if isinstance(model, MixMIM) and model.arch.units > 1:  # a single unit cannot be mixed
         graphs["reconstruct"] = ReconstructGraph(model, preprocessing)
@@ -98,27 +98,30 @@ def graphs_of(model: Encoder, preprocessing: Preprocessing) -> dict[str, Graph]:
 
 
 def prepare(model: Encoder, precision: str, *, written_out: bool = False) -> Encoder:
-    """Give a model, in place, the precision and the attention of an exported graph.
+    """Convert a model, in place, to the precision and attention of an exported graph.
 
-    Norms and softmax compute in float32 in every precision: the operator's own rule for LayerNormalization
-    (`stash_type`), an attribute of Attention.
+    Norms and softmax compute in float32 in every precision: by default for LayerNormalization (`stash_type`), by an
+    attribute for Attention.
     """
     dtype = DTYPES[precision]
     model.to(dtype)
-    for_export(model, written_out=written_out)
-    if dtype != torch.float32:  # pixels come in float32, so that reconstruction keeps their statistics exact
+    rewrite_for_export(model, written_out=written_out)
+    if dtype != torch.float32:  # pixels arrive in float32: reconstruction needs their exact statistics
         model.patch_embed.register_forward_pre_hook(lambda _, pixels: (pixels[0].to(dtype),))
     return model
 
 
 def export_graph(graph: Graph, images: Tensor, weights: Path, target: Path) -> None:
-    """Write `target`, an ONNX graph with a dynamic batch whose weights lie in `weights` beside it.
+    """Write `target`, an ONNX graph with a dynamic batch that refers to `weights` in the same folder.
 
     The graph's model comes from `prepare`.
+
+    Raises:
+        BundleError: when torch exports no graph.
     """
-    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)  # one object: every input has the same batch
+    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)  # one object, so all inputs share the batch size
     with _quiet():
-        # Exported here and not inside torch.onnx, which falls back to other ways, fixed batch included, without a word.
+        # Not left to torch.onnx, which silently falls back to other exporters, even with a fixed batch.
         traced = torch.export.export(
             graph.eval(), graph.examples(images), dynamic_shapes=tuple({0: batch} for _ in graph.inputs)
         )
@@ -132,9 +135,9 @@ def export_graph(graph: Graph, images: Tensor, weights: Path, target: Path) -> N
             verbose=False,
         )
     if program is None:
-        raise BundleError("torch gave no graph: this is a bug, please report it.")
+        raise BundleError("torch exported no graph: this is a bug, please report it.")
     model = program.model
-    stored = {f"model.{name}": entry for name, entry in as_in_graph(stored_tensors(weights)).items()}
+    stored = {f"model.{name}": entry for name, entry in graph_names(stored_tensors(weights)).items()}
     optimize_ir(
         model,
         input_size_limit=FOLD_LIMIT,
@@ -142,14 +145,14 @@ def export_graph(graph: Graph, images: Tensor, weights: Path, target: Path) -> N
         should_fold=lambda node: False if any(v is not None and v.name in stored for v in node.inputs) else None,
     )
     _point_at_weights(model, weights, stored)
-    ClearMetadataAndDocStringPass()(model)  # torch notes the source line of each node, with paths of this machine
+    ClearMetadataAndDocStringPass()(model)  # torch records each node's source line, with local paths
     model.producer_name = "mixmim-serve"
     ir.save(model, target)
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Where one tensor lies in a safetensors file."""
+    """The location of one tensor in a safetensors file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -171,8 +174,8 @@ def stored_tensors(path: Path) -> dict[str, Stored]:
     return tensors
 
 
-def as_in_graph(stored: Mapping[str, Stored]) -> dict[str, Stored]:
-    """Stored tensors under the names that `prepare` gives them; queries, keys and values are thirds of one."""
+def graph_names(stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Stored tensors under the names that `prepare` gives them; queries, keys and values are thirds of one tensor."""
     tensors = {}
     for name, entry in stored.items():
         module, _, parameter = name.rpartition(".")
@@ -190,7 +193,7 @@ def as_in_graph(stored: Mapping[str, Stored]) -> dict[str, Stored]:
 
 
 def _point_at_weights(model: ir.Model, weights: Path, stored: Mapping[str, Stored]) -> None:
-    """Replace the initializers that are weights by references into the file."""
+    """Replace the initializers that are weights with references into the file."""
     for name, value in list(model.graph.initializers.items()):
         entry = stored.get(name)
         if entry is None:
@@ -211,7 +214,7 @@ def _point_at_weights(model: ir.Model, weights: Path, stored: Mapping[str, Store
 
 
 def _insert_cast(model: ir.Model, value: ir.Value, external: ir.ExternalTensor) -> None:
-    """Store a weight in half precision and compute with it in single: runtimes fold the cast when they load."""
+    """Refer to a weight stored in half precision and cast it to float32: runtimes fold the cast at load time."""
     name = str(value.name)
     del model.graph.initializers[name]
     half = ir.Value(name=name, shape=value.shape, type=ir.TensorType(external.dtype), const_value=external)
@@ -225,7 +228,7 @@ def _insert_cast(model: ir.Model, value: ir.Value, external: ir.ExternalTensor) 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No warnings about torch's own internals."""
+    """Silence warnings about torch's internals."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,7 +1,7 @@
-"""TensorRT engines, built ahead of time from a bundle's weights.
+"""TensorRT engines, compiled ahead of time from a bundle's weights.
 
-TensorRT-RTX compiles for named compute capabilities on machines that have no GPU. Networks are strongly typed
-(TensorRT 11 knows nothing else): the precision is the graph's own.
+TensorRT-RTX compiles for named compute capabilities, even on machines without a GPU. Networks are strongly typed (the
+only kind in TensorRT 11): the precision is the graph's.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from mixmim_serve.engines.tensorrt_library import MODULES, load, logger
 from mixmim_serve.errors import BundleError, ConfigError
 from mixmim_serve.files import atomic_path
 
-Progress = Callable[[str], None]
+OnStep = Callable[[str], None]  # called with the name of each step
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How engines are built."""
+    """How engines are compiled."""
 
     runtime: str = "tensorrt"  # or tensorrt-rtx
-    batches: tuple[int, int, int] = (1, 8, 32)  # smallest, the one to tune for, largest
-    capabilities: tuple[str, ...] = ()  # such as "8.9", for TensorRT-RTX; () builds for the GPU of this machine
-    timing_cache: Path | None = None  # read if it is there, and written: the next build is faster
+    batches: tuple[int, int, int] = (1, 8, 32)  # smallest, tuned for, largest
+    capabilities: tuple[str, ...] = ()  # such as "8.9", for TensorRT-RTX; () for the GPU of this machine
+    timing_cache: Path | None = None  # read if it exists, and written: makes the next build faster
 
     def __post_init__(self) -> None:
         if self.runtime not in MODULES:
@@ -39,20 +39,20 @@ class EngineOptions:
 
 
 @dataclass(frozen=True)
-class BuiltEngine:
-    """A serialised engine, and what it is for."""
+class EnginePlan:
+    """A serialised engine, and where it runs."""
 
     plan: bytes
-    version: str
-    hardware: str  # "sm89", several joined by "+", or the GPU's own
+    version: str  # of TensorRT
+    hardware: str  # "sm89", several joined by "+", or the GPU of this machine
 
 
-def build_engine(graph: Path, options: EngineOptions, progress: Progress = lambda _: None) -> BuiltEngine:
-    """Compile an ONNX graph with a dynamic batch; `progress` is told the phases in TensorRT's words.
+def build_engine(graph: Path, options: EngineOptions, progress: OnStep = lambda _: None) -> EnginePlan:
+    """Compile an ONNX graph with a dynamic batch; `progress` receives TensorRT's names of the phases.
 
     Raises:
         EngineError: when the runtime is not installed.
-        BundleError: when it does not know the hardware, or refuses the graph.
+        BundleError: when it does not support the hardware or the graph.
     """
     trt = load(options.runtime)
     capabilities = capability_values(trt, options)
@@ -62,13 +62,13 @@ def build_engine(graph: Path, options: EngineOptions, progress: Progress = lambd
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(graph)):
-        raise BundleError(f"{_name(trt, options)} cannot read {graph.name}: {_first(parser, log)}")
+        raise BundleError(f"{_name(trt, options)} cannot read {graph.name}: {_first_error(parser, log)}")
     config = builder.create_builder_config()
     config.add_optimization_profile(_profile(builder, network, options.batches))
     config.progress_monitor = _monitor(trt, progress)
-    config.clear_flag(trt.BuilderFlag.TF32)  # float32 is to be float32: TF32 rounds to 10 bits, as fp16 does
+    config.clear_flag(trt.BuilderFlag.TF32)  # fp32 must stay float32: TF32 rounds to 10 bits, like fp16
     if options.runtime == "tensorrt-rtx":
-        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # or a CUDA graph cannot be captured
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # needed to capture a CUDA graph
     if capabilities:
         config.num_compute_capabilities = len(capabilities)
         for number, value in enumerate(capabilities.values()):
@@ -80,39 +80,42 @@ def build_engine(graph: Path, options: EngineOptions, progress: Progress = lambd
     if cache is not None and options.timing_cache:
         with atomic_path(options.timing_cache) as temporary:
             temporary.write_bytes(bytes(cache.serialize()))
-    return BuiltEngine(bytes(plan), str(trt.__version__), "+".join(capabilities) or hardware.gpu())
+    return EnginePlan(bytes(plan), str(trt.__version__), "+".join(capabilities) or hardware.gpu())
 
 
 def capability_values(trt: ModuleType, options: EngineOptions) -> dict[str, Any]:
-    """TensorRT-RTX's own values by name ("sm89"), for those asked for.
+    """TensorRT-RTX's values of the requested compute capabilities, by name ("sm89"); {} for the GPU of this machine.
 
     Raises:
-        BundleError: for one that it does not know, listing those it does; or for none on a machine without a GPU.
+        BundleError: for an unsupported one, listing those supported; or for none on a machine without a GPU.
     """
     if options.runtime == "tensorrt" and options.capabilities:
         raise BundleError("tensorrt builds for the GPU it runs on: --compute-capability is for tensorrt-rtx only.")
     if not options.capabilities:
         if not hardware.gpu():
             advice = (
-                "name one with --compute-capability" if options.runtime == "tensorrt-rtx" else "run it where one is"
+                "name one with --compute-capability"
+                if options.runtime == "tensorrt-rtx"
+                else "export on a machine with one"
             )
             raise BundleError(f"{options.runtime} found no GPU to build for: {advice}.")
         return {}
-    known = {name.lower(): value for name, value in trt.ComputeCapability.__members__.items() if name.startswith("SM")}
-    found = {}
-    for asked in options.capabilities:
-        name = f"sm{asked.lower().removeprefix('sm').replace('.', '')}"
-        if name not in known:
+    members = trt.ComputeCapability.__members__.items()
+    supported = {name.lower(): value for name, value in members if name.startswith("SM")}
+    values = {}
+    for requested in options.capabilities:
+        name = f"sm{requested.lower().removeprefix('sm').replace('.', '')}"
+        if name not in supported:
             raise BundleError(
-                f"{_name(trt, options)} cannot build for compute capability {asked}: choose of "
-                f"{', '.join(f'{each[2:-1]}.{each[-1]}' for each in known)}."
+                f"{_name(trt, options)} cannot build for compute capability {requested}: choose one of "
+                f"{', '.join(f'{name[2:-1]}.{name[-1]}' for name in supported)}."
             )
-        found[name] = known[name]
-    return found
+        values[name] = supported[name]
+    return values
 
 
 def _profile(builder: Any, network: Any, batches: Sequence[int]) -> Any:
-    """The batch alone is free; every input has the same."""
+    """A profile in which only the batch size varies, the same for every input."""
     profile = builder.create_optimization_profile()
     for number in range(network.num_inputs):
         tensor = network.get_input(number)
@@ -132,9 +135,9 @@ def _timing_cache(config: Any, path: Path | None) -> Any:
     return cache
 
 
-def _monitor(trt: ModuleType, progress: Progress) -> Any:
+def _monitor(trt: ModuleType, progress: OnStep) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
-        """Tells each outermost phase and its steps."""
+        """Reports each outermost phase and its steps."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
@@ -156,7 +159,7 @@ def _monitor(trt: ModuleType, progress: Progress) -> Any:
     return Monitor()
 
 
-def _first(parser: Any, log: Any) -> str:
+def _first_error(parser: Any, log: Any) -> str:
     return hardware.first_line(parser.get_error(0).desc()) if parser.num_errors else str(log.reason())
 
 

@@ -1,4 +1,4 @@
-"""Does a runtime give torch's numbers on real photos? An export that disagrees is never written."""
+"""Verifies that a runtime agrees with torch on real photos; an export that disagrees is never written."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mixmim_serve.preprocess import preprocess
 
 
 def photos(preprocessing: Preprocessing) -> NDArray[np.uint8]:
-    """The CC0 photos that come with this package, preprocessed: uint8 (4, size, size, 3)."""
+    """The CC0 photos shipped with this package, preprocessed: uint8 (4, size, size, 3)."""
     folder = files("export") / "photos"
     paths = sorted((path for path in folder.iterdir() if path.name.endswith(".jpg")), key=lambda path: path.name)
     return np.stack([preprocess(path.read_bytes(), preprocessing) for path in paths])
@@ -31,11 +31,11 @@ def photos(preprocessing: Preprocessing) -> NDArray[np.uint8]:
 def verify_precision(bundle: Bundle, precision: str, golden: Arrays) -> dict[str, Agreement]:
     """Run the graphs of one precision in ONNX Runtime and compare with the golden arrays.
 
-    On a CPU it has no kernels for bf16: such graphs run with every bf16 in them made float32, which shows that graph
-    and weights are right; the rounding of single operations it does not show.
+    On a CPU ONNX Runtime has no bf16 kernels: bf16 graphs are widened to float32, which verifies graph and weights but
+    not the rounding of single operations.
 
     Raises:
-        BundleError: when an output is outside the precision's tolerance.
+        BundleError: when an output exceeds the precision's tolerance.
     """
     if precision != "bf16":
         return compare(golden, OnnxEngine(bundle, precision), precision)
@@ -51,21 +51,21 @@ def compare(golden: Arrays, engine: Engine, precision: str) -> dict[str, Agreeme
     """Agreement of each output with its golden array.
 
     Raises:
-        BundleError: when one of them is outside the tolerance.
+        BundleError: when one of them exceeds the tolerance.
     """
-    found = measure(engine, golden)
-    for name, agreement in found.items():
+    agreements = measure(engine, golden)
+    for name, agreement in agreements.items():
         if not agreement.within(TOLERANCES[precision]):
             raise BundleError(
                 f"{engine.name} differs from torch by {agreement.error:.2g} of the largest value in {name} (cosine "
-                f"{agreement.cosine:.6f}), too much for {precision}: the bundle was not written; try another "
+                f"{agreement.cosine:.6f}), more than {precision} allows: the bundle was not written; try another "
                 "version of torch or of the runtime."
             )
-    return found
+    return agreements
 
 
 def widen(source: Path, target: Path) -> None:
-    """Copy an ONNX graph with float32 for every bfloat16."""
+    """Copy an ONNX graph, replacing bfloat16 with float32 throughout."""
     model = onnx.load(source)
     tensors = list(model.graph.initializer)
     for node in model.graph.node:
@@ -78,5 +78,5 @@ def widen(source: Path, target: Path) -> None:
         if tensor.data_type == TensorProto.BFLOAT16:
             wide = onnx.numpy_helper.to_array(tensor).astype(np.float32)
             tensor.CopyFrom(onnx.numpy_helper.from_array(wide, tensor.name))
-    del model.graph.value_info[:]  # the types that these say are no longer true
+    del model.graph.value_info[:]  # their types are outdated
     onnx.save(model, target, save_as_external_data=True, location=f"{target.stem}.weights")

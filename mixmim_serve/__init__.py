@@ -1,4 +1,4 @@
-"""mixmim-serve: MixMIM backbones, served. The names below need no torch."""
+"""MixMIM backbones: pretrain, export, embed and serve. Importing these names does not load torch."""
 
 from mixmim_serve.config import Architecture, DecoderConfig, Preprocessing, architecture, size_names
 from mixmim_serve.errors import (

@@ -1,18 +1,18 @@
-"""The bundle: a folder that the server runs, with no training code and no torch.
+"""The bundle: a folder with everything that serving needs, free of training code and torch.
 
 config.json            the description (architecture, preprocessing, labels, provenance), precisions, outputs,
-                       built engines, versions, fingerprint, and the sha256 of every other file
-weights.safetensors    the checkpoint itself; the graphs point into it, so nothing is stored twice
-encoder.onnx           pixels -> embedding, stage1..stage4, logits if there is a head
-reconstruct.onnx       image_a, image_b, from_partner -> mixed, reconstruction_a, reconstruction_b (if a decoder)
-golden.safetensors     real photos and torch's answers in float32: `encoder.pixels`, `encoder.embedding`...
+                       compiled engines, versions, fingerprint, and the sha256 of every other file
+weights.safetensors    the checkpoint itself; the graphs refer to it, so weights are stored once
+encoder.onnx           pixels -> embedding, stage1..stage4, and logits with a head
+reconstruct.onnx       image_a, image_b, from_partner -> mixed, reconstruction_a, reconstruction_b; with a decoder
+golden.safetensors     real photos and torch's float32 outputs: `encoder.pixels`, `encoder.embedding`...
 
-Where asked for, also:
-encoder.fp16.onnx, reconstruct.fp16.onnx, weights.fp16.safetensors     the same in half precision (or bf16)
-encoder.fp16.tensorrt-rtx.engine...                                    built for one TensorRT version and kind of GPU
+On request also:
+encoder.fp16.onnx, reconstruct.fp16.onnx, weights.fp16.safetensors     the same in fp16 (or bf16)
+encoder.fp16.tensorrt-rtx.engine...                                    compiled for one TensorRT version and GPU type
 
-`certificates/` holds what `mixmim_serve.engines.certificate` found when engines were opened, `cache/` what runtimes
-compiled then; both may be deleted.
+`certificates/` holds what `mixmim_serve.engines.certificate` measured when engines were opened, `cache/` what runtimes
+compiled then. Both may be deleted.
 """
 
 from __future__ import annotations
@@ -34,17 +34,15 @@ from mixmim_serve.files import atomic_path, sha256
 CONFIG = "config.json"
 WEIGHTS = "weights.safetensors"
 GOLDEN = "golden.safetensors"
-CACHE = "cache"  # what runtimes compiled on machines that opened the bundle
-FORMAT = 2  # raised when an older reader would misread the folder
+CACHE = "cache"  # folder for what runtimes compile when they open the bundle
+FORMAT = 2  # increased when an older reader would misread the folder
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 
 DEFAULT_BUNDLE = Path(__file__).parent / "bundles" / "tiny"
 
 STAGE_OUTPUTS = tuple(f"stage{number}" for number in range(1, STAGES + 1))
-
-
-POOLED = ("embedding", "logits")  # the encoder's outputs that most callers are content with
+POOLED = ("embedding", "logits")  # the encoder outputs that most requests need
 
 
 def encoder_outputs(arch: Architecture) -> tuple[str, ...]:
@@ -53,8 +51,8 @@ def encoder_outputs(arch: Architecture) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Built:
-    """An engine that a compiler made ahead of time; of use only to the same compiler and hardware."""
+class CompiledEngine:
+    """An engine compiled ahead of time; it runs only on the same runtime version and hardware."""
 
     file: str
     graph: str
@@ -62,7 +60,7 @@ class Built:
     runtime: str  # tensorrt or tensorrt-rtx
     version: str  # of the runtime
     hardware: str  # compute capabilities such as "sm89", or the GPU's name
-    batches: tuple[int, int, int]  # smallest, the one it is tuned for, largest
+    batches: tuple[int, int, int]  # smallest, tuned for, largest
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "batches", tuple(self.batches))
@@ -70,28 +68,28 @@ class Built:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle folder that has been read; `verify` compares its files with their checksums."""
+    """An opened bundle folder; `verify` compares its files with their checksums."""
 
     path: Path
     description: Description
     graphs: Mapping[str, tuple[str, ...]]  # outputs of each graph
-    weights: str  # type of the stored weights, float32 or float16
-    precisions: tuple[str, ...]  # that there are graphs for
-    built: tuple[Built, ...]
+    weights: str  # dtype of the stored weights: float32 or float16
+    precisions: tuple[str, ...]  # of the graphs
+    built: tuple[CompiledEngine, ...]
     fingerprint: str
     versions: Mapping[str, str]
     checksums: Mapping[str, str]  # sha256 of each file
 
     @property
     def arch(self) -> Architecture:
-        """The network."""
+        """The network's architecture."""
         return self.description.arch
 
     def require_graph(self, graph: str) -> None:
-        """Check that the bundle can do what a graph does.
+        """Check that the bundle has a graph.
 
         Raises:
-            BundleError: when it does not have it.
+            BundleError: when it does not.
         """
         if graph not in self.graphs:
             raise BundleError(f"{self.path} has no {graph} graph; it has {', '.join(self.graphs)}.")
@@ -100,7 +98,7 @@ class Bundle:
         """The ONNX file of a graph.
 
         Raises:
-            BundleError: when the bundle does not have it.
+            BundleError: when the bundle lacks the graph or precision.
         """
         self.require_graph(graph)
         if precision not in self.precisions:
@@ -119,35 +117,35 @@ class Bundle:
         for name, expected in self.checksums.items():
             path = self.path / name
             if not path.is_file():
-                raise BundleError(f"{self.path} lacks {name}: export it again.")
+                raise BundleError(f"{self.path} lacks {name}: export the bundle again.")
             if sha256(path) != expected:
-                raise BundleError(f"{path} was altered after the export (its sha256 differs): export it again.")
+                raise BundleError(f"{path} was altered after the export (its sha256 differs): export the bundle again.")
 
     def copy(self, folder: Path) -> Bundle:
-        """Copy the bundle's own files into an existing folder, config.json last, and verify the copy.
+        """Copy the bundle's files into an existing folder, config.json last, and verify the copy.
 
-        Certificates stay: they are of this machine.
+        Certificates are not copied: they belong to this machine.
 
         Raises:
             BundleError: when a file is missing or altered.
         """
         for name in (*self.checksums, CONFIG):
             if not (self.path / name).is_file():
-                raise BundleError(f"{self.path} lacks {name}: export it again.")
+                raise BundleError(f"{self.path} lacks {name}: export the bundle again.")
             shutil.copyfile(self.path / name, folder / name)
         copied = open_bundle(folder)
         copied.verify()
         return copied
 
     def save_config(self) -> None:
-        """Write config.json, last of all: a folder without it is no bundle."""
+        """Write config.json. It comes last: without it a folder is not a bundle."""
         values = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
             **self.description.to_dict(),
             "weights": self.weights,
             "precisions": list(self.precisions),
-            "built": [dataclasses.asdict(each) for each in self.built],
+            "built": [dataclasses.asdict(engine) for engine in self.built],
             "graphs": {name: list(outputs) for name, outputs in self.graphs.items()},
             "versions": dict(self.versions),
             "sha256": dict(self.checksums),
@@ -157,14 +155,14 @@ class Bundle:
 
 
 def open_bundle(path: Path) -> Bundle:
-    """Read a bundle's configuration; the large files are not touched.
+    """Read a bundle's configuration, but none of its large files.
 
     Raises:
-        BundleError: when the folder is no bundle of ours.
+        BundleError: when the folder is not a bundle.
     """
     config = path / CONFIG
     if not config.is_file():
-        raise BundleError(f"{path} is no bundle: expected a folder with {CONFIG}, as `mixmim export` writes it.")
+        raise BundleError(f"{path} is not a bundle: expected a folder with {CONFIG}, as written by `mixmim export`.")
     try:
         values = json.loads(config.read_text())
         _check_format(path, values["format"])
@@ -175,7 +173,7 @@ def open_bundle(path: Path) -> Bundle:
             graphs={name: tuple(outputs) for name, outputs in values["graphs"].items()},
             weights=values["weights"],
             precisions=tuple(values["precisions"]),
-            built=tuple(Built(**each) for each in values["built"]),
+            built=tuple(CompiledEngine(**engine) for engine in values["built"]),
             fingerprint=values["fingerprint"],
             versions=dict(values["versions"]),
             checksums=dict(values["sha256"]),
@@ -184,54 +182,54 @@ def open_bundle(path: Path) -> Bundle:
         raise BundleError(f"{config} is damaged ({error}): export the bundle again.") from error
 
 
-def _check_format(path: Path, found: object) -> None:
-    if found != FORMAT:
-        advice = "update mixmim-serve" if isinstance(found, int) and found > FORMAT else "export it again"
-        raise BundleError(f"{path} is of format {found}, this version reads {FORMAT}: {advice}.")
+def _check_format(path: Path, number: object) -> None:
+    if number != FORMAT:
+        advice = "update mixmim-serve" if isinstance(number, int) and number > FORMAT else "export it again"
+        raise BundleError(f"{path} has format {number}, this version reads {FORMAT}: {advice}.")
 
 
 def _check_names(names: Iterable[str]) -> None:
-    """A bundle's files lie in its folder: what came from elsewhere must not reach others."""
+    """Refuse paths: a downloaded bundle must not reach files outside its folder."""
     for name in names:
         if Path(name).name != name or name == "..":
-            raise ValueError(f"{name!r} is no name of a file")
+            raise ValueError(f"{name!r} is not a file name")
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Whether a bundle may be written here.
+    """Check that a bundle may be written to `target`.
 
     Raises:
-        BundleError: when something is in the way that is no bundle, or a bundle and `overwrite` is not set.
+        BundleError: when `target` is not a bundle and not empty, or is a bundle and `overwrite` is not set.
     """
     if not target.exists():
         return
     if not target.is_dir() or (any(target.iterdir()) and not (target / CONFIG).is_file()):
-        raise BundleError(f"{target} exists and is no bundle: choose another folder, nothing was overwritten.")
+        raise BundleError(f"{target} exists and is not a bundle: choose another folder; nothing was overwritten.")
     if any(target.iterdir()) and not overwrite:
-        raise BundleError(f"{target} is a bundle already: choose another folder, or give --overwrite.")
+        raise BundleError(f"{target} is already a bundle: choose another folder, or pass --overwrite.")
 
 
 def graph_file(graph: str, precision: str) -> str:
-    """Name of a graph's file."""
+    """File name of a graph."""
     return f"{graph}.onnx" if precision == "fp32" else f"{graph}.{precision}.onnx"
 
 
 def fingerprint(description: Description, weights: Mapping[str, bytes | memoryview]) -> str:
-    """128 bits that change with anything that changes the numbers: weights as stored, network, preprocessing.
+    """128 bits, in hex, of everything that changes the outputs: stored weights, architecture, preprocessing.
 
-    Labels and provenance are left out, and so is the order of the weights. An engine adds how it computes:
-    `mixmim_serve.engines.base.engine_fingerprint`.
+    Labels, provenance and the order of the weights do not count. `mixmim_serve.engines.base.engine_fingerprint` adds
+    the engine and its precision.
     """
-    about = {
+    settings = {
         "architecture": dataclasses.asdict(description.arch),
         "preprocessing": dataclasses.asdict(description.preprocessing),
     }
-    digest = hashlib.sha256(canonical_json(about))
+    digest = hashlib.sha256(canonical_json(settings))
     for name in sorted(weights):
         digest.update(name.encode() + b"\0" + hashlib.sha256(weights[name]).digest())
     return digest.hexdigest()[:32]
 
 
 def canonical_json(value: Any) -> bytes:
-    """One spelling of a JSON value."""
+    """A JSON value in its one canonical spelling: sorted keys, no spaces."""
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()

@@ -1,6 +1,6 @@
-"""What a model is: frozen dataclasses, checked when they are built, and the table of named sizes.
+"""Model configuration: frozen dataclasses, validated on construction, and the table of named sizes.
 
-No torch here: the service, the engines and the command line read these too.
+Free of torch, because the service, the engines and the command line read it too.
 Sizes: Table 1 of arXiv 2205.13137; windows at 384 px from the official fine-tuning code.
 """
 
@@ -19,7 +19,7 @@ PATCH_SIZE = 4  # pixels on one side of a patch
 STAGES = 4
 UNIT_SIZE = PATCH_SIZE * 2 ** (STAGES - 1)  # 32 pixels: one token of the last stage, one cell of the mixing mask
 MLP_RATIO = 4
-TARGET_EPS = 1e-6  # added to a unit's variance before its pixels are normalised
+TARGET_EPS = 1e-6  # added to a unit's variance when its pixels are normalised
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -43,13 +43,13 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class Architecture:
-    """All that rebuilds a network; `decoder` is None and `num_classes` 0 where the part is absent."""
+    """Everything needed to rebuild a network; without a decoder `decoder` is None, without a head `num_classes` is 0."""
 
     embed_dim: int  # channels of the first stage; each later stage has twice as many
     depths: tuple[int, ...]  # blocks per stage
     heads: tuple[int, ...]  # attention heads per stage
     image_size: int = 224  # pixels on one side
-    windows: tuple[int, ...] = ()  # tokens on one side of an attention window, per stage; () chooses them
+    windows: tuple[int, ...] = ()  # tokens on one side of an attention window, per stage; () for the default
     decoder: DecoderConfig | None = None
     num_classes: int = 0
 
@@ -64,11 +64,11 @@ class Architecture:
         for name, value in (("depths", self.depths), ("heads", self.heads), ("windows", windows)):
             object.__setattr__(self, name, tuple(value))
             if len(value) != STAGES or min(value) < 1:
-                raise ConfigError(f"{name} must be {STAGES} positive numbers, one a stage, got {list(value)}.")
+                raise ConfigError(f"{name} must be {STAGES} positive numbers, one per stage, got {list(value)}.")
         if self.embed_dim % 4:
             raise ConfigError(f"embed dim {self.embed_dim} must be a multiple of 4 (2-D sine-cosine positions).")
         if self.num_classes < 0:
-            raise ConfigError(f"num_classes must be 0 (no head) or more, got {self.num_classes}.")
+            raise ConfigError(f"num_classes must be 0 (no head) or positive, got {self.num_classes}.")
         self._check_stages()
 
     def _check_stages(self) -> None:
@@ -103,16 +103,16 @@ class Architecture:
         return self.grids[-1] ** 2
 
     def at(self, image_size: int, windows: tuple[int, ...] = ()) -> Architecture:
-        """The same network at another input size, with windows chosen for it unless given."""
+        """The same network for another input size, with the default windows of that size unless given."""
         return dataclasses.replace(self, image_size=image_size, windows=windows)
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes the network's input, kept in checkpoint and bundle."""
+    """How an image becomes network input; stored in checkpoint and bundle."""
 
     image_size: int = 224  # pixels on one side after the centre crop
-    resize_size: int = 256  # pixels of the shorter side before it
+    resize_size: int = 256  # pixels on the shorter side before the crop
     mean: tuple[float, ...] = IMAGENET_MEAN  # of pixels in [0, 1], RGB
     std: tuple[float, ...] = IMAGENET_STD
 
@@ -121,22 +121,24 @@ class Preprocessing:
         object.__setattr__(self, "std", tuple(self.std))
         _require_positive(self, "image_size", "resize_size")
         if self.resize_size < self.image_size:
-            raise ConfigError(f"resize size {self.resize_size} is below the crop of {self.image_size}: enlarge it.")
+            raise ConfigError(
+                f"resize size {self.resize_size} is smaller than the crop of {self.image_size}: increase it."
+            )
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ConfigError("mean and std must be three numbers each, std above 0.")
+            raise ConfigError("mean and std must be three numbers each, with std above 0.")
 
     @classmethod
     def evaluation(cls, image_size: int) -> Preprocessing:
-        """The evaluation rule of the official code: crop ratio 224/256 up to 224 px, 1.0 above."""
+        """The official code's evaluation rule: crop ratio 224/256 up to 224 px, 1.0 above."""
         resize = int(image_size * 256 / 224) if image_size <= 224 else image_size
         return cls(image_size=image_size, resize_size=resize)
 
 
 def units_from_partner(units: int, ratio: float, advice: str = "choose one between 0 and 1") -> int:
-    """How many of the mask's units a ratio takes: `int(units * ratio)`, as the official code does.
+    """Number of mask units that come from the partner image: `int(units * ratio)`, as in the official code.
 
     Raises:
-        ConfigError: when that is none of them, or all.
+        ConfigError: when that is no unit, or all of them.
     """
     count = int(units * ratio)
     if not 0 < count < units:
@@ -157,7 +159,7 @@ def architecture(name: str, *, num_classes: int = 0, with_decoder: bool = True) 
     """The named size as an `Architecture`.
 
     Raises:
-        ConfigError: for an unknown name, listing the known ones.
+        ConfigError: for an unknown name, listing the valid ones.
     """
     if name not in _SIZES:
         raise unknown("size", name, _SIZES)
@@ -165,11 +167,11 @@ def architecture(name: str, *, num_classes: int = 0, with_decoder: bool = True) 
     return dataclasses.replace(size, num_classes=num_classes, decoder=size.decoder if with_decoder else None)
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
-    """What to raise for a name that is not among the known ones: lists them, and the nearest."""
-    names = list(known)
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
+def unknown(kind: str, name: str, choices: Iterable[str]) -> ConfigError:
+    """The error for a name that is not among `choices`; its message lists them and suggests the closest."""
+    names = list(choices)
+    closest = difflib.get_close_matches(name, names, n=1)
+    hint = f" Did you mean {closest[0]}?" if closest else ""
     return ConfigError(f"unknown {kind} {name!r}: choose one of {', '.join(names)}.{hint}")
 
 
@@ -179,11 +181,11 @@ def size_names() -> tuple[str, ...]:
 
 
 def size_name(arch: Architecture) -> str:
-    """The named size with this encoder, or `custom`; a size at another input reads like `base@320`."""
+    """The name of this encoder's size, such as `base`, at another input size `base@320`; `custom` if it has none."""
     for name, size in _SIZES.items():
         if (size.embed_dim, size.depths, size.heads) == (arch.embed_dim, arch.depths, arch.heads):
-            exact = [n for n in (name, f"{name}-{arch.image_size}") if n in _SIZES]
-            for candidate in exact:
+            candidates = [n for n in (name, f"{name}-{arch.image_size}") if n in _SIZES]
+            for candidate in candidates:
                 if _SIZES[candidate].image_size == arch.image_size:
                     return candidate
             return f"{name}@{arch.image_size}"
@@ -191,21 +193,21 @@ def size_name(arch: Architecture) -> str:
 
 
 def architecture_from_dict(values: Mapping[str, Any]) -> Architecture:
-    """The inverse of `dataclasses.asdict`, refusing unknown keys.
+    """The inverse of `dataclasses.asdict`.
 
     Raises:
         ConfigError: for unknown or missing keys.
     """
-    known = dict(values)
-    decoder = known.pop("decoder", None)
+    fields = dict(values)
+    decoder = fields.pop("decoder", None)
     try:
-        return Architecture(**known, decoder=DecoderConfig(**decoder) if decoder else None)
+        return Architecture(**fields, decoder=DecoderConfig(**decoder) if decoder else None)
     except TypeError as error:
-        raise ConfigError(f"not an architecture: {error}.") from error
+        raise ConfigError(f"invalid architecture: {error}.") from error
 
 
 def preprocessing_from_dict(values: Mapping[str, Any]) -> Preprocessing:
-    """The inverse of `dataclasses.asdict`, refusing unknown keys.
+    """The inverse of `dataclasses.asdict`.
 
     Raises:
         ConfigError: for unknown keys.
@@ -213,7 +215,7 @@ def preprocessing_from_dict(values: Mapping[str, Any]) -> Preprocessing:
     try:
         return Preprocessing(**values)
     except TypeError as error:
-        raise ConfigError(f"not a preprocessing: {error}.") from error
+        raise ConfigError(f"invalid preprocessing: {error}.") from error
 
 
 def _require_positive(config: object, *names: str) -> None:
@@ -231,7 +233,7 @@ def _nearest_divisor(number: int, target: int) -> int:
 
 
 _SIZES = {
-    # Ours, for CPUs: the proportions of base with fewer channels; about 5 M parameters in the encoder.
+    # Our own, for CPUs: the proportions of base with fewer channels; about 5 M encoder parameters.
     "tiny": Architecture(32, (2, 2, 8, 4), (1, 2, 4, 8), 128, decoder=DecoderConfig(128, 4, 4)),
     "base": Architecture(128, (2, 2, 18, 2), (4, 8, 16, 32), decoder=DecoderConfig()),
     "base-384": Architecture(128, (2, 2, 18, 2), (4, 8, 16, 32), 384, decoder=DecoderConfig()),

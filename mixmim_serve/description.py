@@ -1,4 +1,4 @@
-"""What a checkpoint and a bundle say about their model, as plain JSON. No torch here."""
+"""The model description that checkpoints and bundles store, as plain JSON. Free of torch."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from safetensors import SafetensorError, safe_open
 from mixmim_serve.config import Architecture, Preprocessing, architecture_from_dict, preprocessing_from_dict
 from mixmim_serve.errors import CheckpointError, ConfigError
 
-METADATA_KEY = "mixmim"  # of a safetensors checkpoint
-FORMAT = 1  # of a checkpoint; raised when an older reader would misread the file
+METADATA_KEY = "mixmim"  # in the header of a safetensors checkpoint
+FORMAT = 1  # of checkpoints; increased when an older reader would misread the file
 
 
 @dataclass(frozen=True)
 class Description:
-    """All that rebuilds a model and its input, and where the weights come from."""
+    """Everything needed to rebuild a model and its input, and where its weights come from."""
 
     arch: Architecture
     preprocessing: Preprocessing
-    labels: tuple[str, ...] = ()  # one a class, in the order of the logits
+    labels: tuple[str, ...] = ()  # one per class, in the order of the logits
     provenance: Mapping[str, Any] = field(default_factory=dict)  # JSON values: source, command, data, versions
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", tuple(self.labels))
         if self.labels and len(self.labels) != self.arch.num_classes:
-            raise ConfigError(f"{len(self.labels)} labels for {self.arch.num_classes} classes: give one a class.")
+            raise ConfigError(f"{len(self.labels)} labels for {self.arch.num_classes} classes: give one per class.")
         if self.preprocessing.image_size != self.arch.image_size:
             raise ConfigError(
-                f"preprocessing gives {self.preprocessing.image_size} px, the network takes {self.arch.image_size} px."
+                f"preprocessing produces {self.preprocessing.image_size} px, the network expects {self.arch.image_size} px."
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -47,7 +47,7 @@ class Description:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Description:
-        """The inverse of `to_dict`; keys that are not of a description are left alone.
+        """The inverse of `to_dict`; other keys are ignored.
 
         Raises:
             ConfigError: for missing or wrong values.
@@ -64,10 +64,10 @@ class Description:
 
 
 def read_description(path: Path) -> Description:
-    """What a checkpoint of ours says of itself; its weights are not read.
+    """The description in a checkpoint; the weights are not read.
 
     Raises:
-        CheckpointError: when the file is missing, damaged or not written by us.
+        CheckpointError: when the file is missing, damaged or has no description.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; expected a .safetensors checkpoint.")
@@ -76,15 +76,15 @@ def read_description(path: Path) -> Description:
             text = (file.metadata() or {}).get(METADATA_KEY)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is not a whole safetensors file: for other formats use `mixmim import`."
+            f"{path} is not a complete safetensors file: for other formats use `mixmim import`."
         ) from error
     if text is None:
-        raise CheckpointError(f"{path} holds weights without a description of ours: run `mixmim import` on it first.")
+        raise CheckpointError(f"{path} has weights without a model description: run `mixmim import` on it first.")
     try:
         values = json.loads(text)
         if values.get("format") != FORMAT:
             raise CheckpointError(
-                f"{path} is of format {values.get('format')}, this version reads {FORMAT}: update mixmim-serve."
+                f"{path} has format {values.get('format')}, this version reads {FORMAT}: update mixmim-serve."
             )
         return Description.from_dict(values)
     except (ValueError, AttributeError, ConfigError) as error:

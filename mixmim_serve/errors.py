@@ -1,36 +1,35 @@
 """Every error that the project raises on purpose.
 
-    MixMIMError                    the caller can act on it; the message is one sentence: what, expected, what to do
+    MixMIMError                    the caller can act on it; one sentence says what is wrong, what was expected, what to do
     ├── ConfigError                an architecture, recipe or option that cannot work
-    ├── CheckpointError            a file that is no checkpoint of ours, or not one that can be imported
+    ├── CheckpointError            a file that is not a mixmim checkpoint and cannot be imported
     ├── BundleError                a bundle folder that is missing, incomplete or altered
     ├── HubError                   a repository that does not exist or cannot be reached
     ├── EngineError                a runtime that is not installed, or that refuses the bundle
-    ├── DataError                  a data set with nothing usable in it
-    ├── OutputError                a folder of results that cannot be written to, or belongs to another run
-    │   └── InUseError             another run is writing to it now
+    ├── DataError                  a data set without usable images
+    ├── OutputError                an output folder that cannot be written to or belongs to another run
+    │   └── InUseError             another process holds its lock
     ├── NonFiniteError             a training step whose gradients are not finite
-    ├── ResourceError              a machine with too little memory for a run
-    ├── ImageError                 one bad image; never the fault of the images beside it
-    │   ├── UnsupportedImageError  bytes that are no image of an accepted format
+    ├── ResourceError              a training run that needs more memory than there is
+    ├── ImageError                 one bad image; the rest of its batch is unaffected
+    │   ├── UnsupportedImageError  not an image of an accepted format
     │   ├── ImageTooLargeError     more bytes or pixels than the limit
-    │   └── UndecodableImageError  an accepted format, but the content is damaged
-    └── ServerError                what the client of a server met; the server failed on the request
-        ├── RefusedError           the request is wrong: its key, an option, the route, its size
-        ├── UnavailableError       no answer in time, or only "come back later", however often it was asked
-        └── ModelChangedError      another model answers than a moment ago
+    │   └── UndecodableImageError  an accepted format, but empty, truncated or damaged
+    └── ServerError                raised by the client: the server failed on a request
+        ├── RefusedError           the request is wrong: its API key, options, route or size
+        ├── UnavailableError       no answer in time, or only refusals such as 429 and 503
+        └── ModelChangedError      the model changed between two requests
 
-The command line prints the message and exits with 1. The service answers with an `ImageError`'s
-`status` and `code`.
+The command line prints the message and exits with 1. The service responds with an `ImageError`'s `status` and `code`.
 """
 
 
 class MixMIMError(Exception):
-    """Base of all errors below; `str(error)` is one sentence for a person."""
+    """Base class; `str(error)` is one sentence for the user."""
 
 
 class ConfigError(MixMIMError):
-    """A configuration that cannot work, found when it is built."""
+    """An invalid configuration, detected when it is built."""
 
 
 class CheckpointError(MixMIMError):
@@ -42,7 +41,7 @@ class BundleError(MixMIMError):
 
 
 class HubError(MixMIMError):
-    """A repository of models that does not exist, or cannot be read, written or reached."""
+    """A model repository that does not exist, or cannot be read, written or reached."""
 
 
 class EngineError(MixMIMError):
@@ -50,15 +49,15 @@ class EngineError(MixMIMError):
 
 
 class DataError(MixMIMError):
-    """A source of images with nothing usable in it."""
+    """A source without usable images."""
 
 
 class OutputError(MixMIMError):
-    """A folder of results that cannot be written to, is in use, or was made from something else."""
+    """An output folder that cannot be written to, is in use, or was written from other inputs."""
 
 
 class InUseError(OutputError):
-    """A folder of results that another run is writing to at this moment."""
+    """A folder whose lock another process holds."""
 
 
 class NonFiniteError(MixMIMError):
@@ -66,13 +65,13 @@ class NonFiniteError(MixMIMError):
 
 
 class ResourceError(MixMIMError):
-    """A training run that needs more memory than there is."""
+    """A training run that needs more memory than the machine has."""
 
 
 class ImageError(MixMIMError):
-    """One image that is refused; `status` and `code` are the HTTP status and the word that say so.
+    """One rejected image; `status` is the HTTP status and `code` the error code of the response.
 
-    `param` is which image it was, such as `input[3]`, where a request had several.
+    `param` names the image within a request of several, such as `input[3]`.
     """
 
     status = 422
@@ -102,7 +101,7 @@ class UndecodableImageError(ImageError):
 
 
 class ServerError(MixMIMError):
-    """A server's answer that is no result: `status`, `code` and `param` as it gave them, and the request's id."""
+    """An error response: `status`, `code` and `param` as the server sent them, and the ID of the request."""
 
     def __init__(
         self,
@@ -117,12 +116,12 @@ class ServerError(MixMIMError):
 
 
 class RefusedError(ServerError):
-    """A request that no repetition makes right: another key, option, route or size is needed."""
+    """A request that fails however often it is retried: its API key, options, route or size are wrong."""
 
 
 class UnavailableError(ServerError):
-    """A server that cannot be reached, or was busy, starting or too slow, until the time or the tries were used up."""
+    """A server that was unreachable, busy, starting or too slow until time or retries ran out."""
 
 
 class ModelChangedError(ServerError):
-    """An answer of another model than those before it."""
+    """A response from a different model than the responses before it."""

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: written under a temporary name, then renamed."""
+"""Atomic files and folders: written under a temporary name, then renamed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """A temporary path beside `target`, renamed to it when the block ends well, deleted when it does not.
+    """A temporary path that is renamed to `target` when the block succeeds, and deleted when it raises.
 
-    Beside it, because a rename is only atomic within one file system.
+    It lies in the same folder, because a rename is atomic only within one file system.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
@@ -22,7 +22,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o644)  # mkstemp gives 0600, which would lock others out of a shared file
+        temporary.chmod(0o644)  # mkstemp gives 0600, which nobody else could read
         _flush(temporary)
         temporary.replace(target)
     finally:
@@ -31,7 +31,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """An empty folder that takes the place of `target` when the block ends well, and is deleted when it does not."""
+    """An empty folder that replaces `target` when the block succeeds, and is deleted when it raises."""
     target = target.absolute()  # "." has no name
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
@@ -42,7 +42,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def _move(folder: Path, target: Path) -> None:
-    """Put the finished folder in place; an old one is moved aside first, so that one of the two is always whole."""
+    """Replace `target`; the old folder is moved aside first, so that one of the two always exists."""
     old = folder.parent / f"{target.name}.old"
     if target.exists():
         target.rename(old)
@@ -55,12 +55,12 @@ def _move(folder: Path, target: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """To the disk: a file that was only renamed may be empty after a power cut."""
-    with path.open("r+b") as file:  # Windows flushes only what may be written
+    """Flush to disk: a file that was only renamed may be empty after a power failure."""
+    with path.open("r+b") as file:  # Windows flushes only writable files
         os.fsync(file.fileno())
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
+    """Hex digest of a file, read in chunks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

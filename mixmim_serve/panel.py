@@ -1,4 +1,4 @@
-"""A picture of one reconstruction: both originals, their mixture, and both images as the network completes them."""
+"""A panel of one reconstruction: both originals, the mixed image, and both images as the network completes them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from PIL import Image, ImageDraw, ImageFont
 from mixmim_serve.config import Preprocessing
 from mixmim_serve.preprocess import denormalize
 
-TILE = 256  # pixels, at least
+TILE = 256  # pixels on one side, at least
 GAP = 8
 CAPTION = 28
-TILES = {  # array of the reconstruct graph, and what a person reads above it
+TILES = {  # array of the reconstruct graph -> caption
     "image_a": "image A",
     "image_b": "image B",
     "mixed": "mixed, as the network sees it",
@@ -27,7 +27,7 @@ TILES = {  # array of the reconstruct graph, and what a person reads above it
 def draw_panel(arrays: Mapping[str, NDArray[Any]], preprocessing: Preprocessing) -> Image.Image:
     """Five captioned tiles in a row, from arrays (3, size, size) in normalised pixel units.
 
-    Covered parts are predictions with the patch normalisation undone by the original's own mean and deviation.
+    Covered units are predictions, denormalised by the mean and deviation of the original's own units.
     """
     scale = max(1, TILE // preprocessing.image_size)
     side = preprocessing.image_size * scale
@@ -43,7 +43,7 @@ def draw_panel(arrays: Mapping[str, NDArray[Any]], preprocessing: Preprocessing)
 
 
 def png(image: Image.Image) -> bytes:
-    """The image as PNG bytes."""
+    """The image encoded as PNG."""
     buffer = BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()

@@ -1,20 +1,20 @@
-"""Image bytes to network input, the only evaluation preprocessing of the project.
+"""Image bytes to network input: the project's only evaluation preprocessing.
 
     bytes --decode--> upright RGB image --resize_and_crop--> uint8 HWC (--normalize--> float32 CHW)
 
-Exported graphs take the uint8 array and normalise it themselves, to the same bits; torch takes what `normalize` gives.
+Exported graphs take the uint8 array and normalise it themselves, bit-identically; torch takes the output of `normalize`.
 
-What `decode` makes of each kind of pixel (the first frame of an animation, the first page of a TIFF):
+How `decode` converts each pixel mode (of the first frame of an animation, the first page of a TIFF):
 
-    1, L, P, YCbCr, LAB     as Pillow converts them to RGB
+    1, L, P, YCbCr, LAB     Pillow's conversion to RGB
     CMYK                    Pillow's plain formula, Adobe's inversion undone; ICC profiles are ignored
     alpha, transparency     dropped, not blended: the stored colour stays, as in torchvision's `convert("RGB")`
-    16 bits a channel       the high byte, also of grey, which Pillow alone would clip to white; of 12 bits the top 8
-    32-bit integer, float   no white is agreed on: the lowest finite value becomes 0, the highest 255
+    16 bits per channel     the high byte; for grey too, which Pillow alone clips to white; of 12 bits the top 8
+    32-bit integer, float   no white point is defined: the lowest finite value becomes 0, the highest 255
 
-The orientation in EXIF is applied when it can be read and ignored otherwise. Every refusal is an `ImageError`.
-Nothing here changes Pillow's global settings, so any number of threads may decode at once. A decoding of `MAX_PIXELS`
-holds 4 bytes a pixel (256 MB) at least, up to four times that for WebP.
+EXIF orientation is applied when it can be read and ignored otherwise. Every rejected image raises an `ImageError`.
+Pillow's global settings stay untouched, so any number of threads may decode at once. Decoding `MAX_PIXELS` takes at
+least 4 bytes per pixel (256 MB), and up to four times as much for WebP.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from mixmim_serve.config import Preprocessing
 from mixmim_serve.errors import ImageError, ImageTooLargeError, UndecodableImageError, UnsupportedImageError
 
 MAX_IMAGE_BYTES = 20_000_000
-MAX_PIXELS = 64_000_000  # below the 89 megapixels from which Pillow itself warns
+MAX_PIXELS = 64_000_000  # Pillow itself warns above 89 megapixels
 
-# Pillow's name of an accepted format: how its files begin. MPO (two JPEGs of a stereo camera) begins and opens as JPEG.
+# Pillow's format name: the first bytes of its files. MPO (two JPEGs of a stereo camera) starts and opens as JPEG.
 # HEIC shares AVIF's container; the brands at its start tell them apart.
 _SIGNATURES = {
     "JPEG": rb"\xff\xd8\xff",
@@ -51,7 +51,7 @@ _SIGNATURES = {
 ACCEPTED_FORMATS = tuple(_SIGNATURES)
 _ACCEPTED = f"{', '.join(ACCEPTED_FORMATS[:-1])} or {ACCEPTED_FORMATS[-1]}"
 
-_TRANSPOSE = {  # EXIF 2.3, tag 0x0112: what makes each orientation upright; 1 is upright, others are invalid
+_TRANSPOSE = {  # EXIF 2.3, tag 0x0112: the transposition to upright; 1 is upright, others are invalid
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -60,25 +60,25 @@ _TRANSPOSE = {  # EXIF 2.3, tag 0x0112: what makes each orientation upright; 1 i
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_SWAPPING = tuple(_TRANSPOSE[orientation] for orientation in (5, 6, 7, 8))  # width and height change places
+_SWAPPING = tuple(_TRANSPOSE[orientation] for orientation in (5, 6, 7, 8))  # swap width and height
 
-# Two attacks that pixel limits miss. Cameras write 1 to 20 scans; 20 MB of random bytes after a JPEG hold about 305
-# start-of-scan marks by chance. A TIFF of 64 megapixels in the smallest tiles (16 x 16) has 250,000 of them.
-_MAX_JPEG_SCANS = 500  # each costs a pass over all pixels: 12 s for 500 at 64 megapixels
-_MAX_TIFF_VALUES = 300_000  # numbers in one tag; Pillow makes objects of each: 20 MB of offsets took 1.2 GB and 20 s
-_TIFF_BYTE_TYPES = (1, 2, 7)  # BYTE, ASCII, UNDEFINED: stay one bytes object
+# Two attacks that pixel limits miss. Cameras write 1 to 20 scans; 20 MB of random bytes after a JPEG contain about 305
+# start-of-scan markers by chance. A TIFF of 64 megapixels in the smallest tiles (16 x 16) has 250,000 of them.
+_MAX_JPEG_SCANS = 500  # each is a pass over all pixels: 12 s for 500 at 64 megapixels
+_MAX_TIFF_VALUES = 300_000  # in one tag; Pillow makes an object of each: 20 MB of offsets took 1.2 GB and 20 s
+_TIFF_BYTE_TYPES = (1, 2, 7)  # BYTE, ASCII, UNDEFINED: kept as one bytes object
 
-_MAX_RESIZED_SIDE = 8192  # pixels; above it only the part that the crop keeps is computed
+_MAX_RESIZED_SIDE = 8192  # pixels; above it only the crop is resized
 
 Pixels = NDArray[np.uint8]
 Values = NDArray[np.float32]
 
 
 def preprocess(data: bytes, preprocessing: Preprocessing) -> Pixels:
-    """Encoded image -> what an engine takes, uint8 RGB (size, size, 3).
+    """Encoded image -> engine input, uint8 RGB (size, size, 3).
 
     Raises:
-        ImageError: the image is refused; see `decode`.
+        ImageError: the image is rejected; see `decode`.
     """
     return resize_and_crop(decode(data), preprocessing)
 
@@ -90,15 +90,15 @@ def decode(
     max_pixels: int = MAX_PIXELS,
     reduction: Callable[[int, int], int] | None = None,
 ) -> Image.Image:
-    """Encoded image -> upright RGB image of 8 bits a channel, without metadata; see the module for each pixel mode.
+    """Encoded image -> upright RGB image, 8 bits per channel, without metadata; see the module for each pixel mode.
 
-    `reduction` is told the upright width and height of a JPEG and answers by how much (1, 2, 4 or 8) the decoder may
-    shrink it, which is several times faster than decoding all of it; other formats come whole.
+    `reduction` takes the upright width and height of a JPEG and returns the factor (1, 2, 4 or 8) by which the decoder
+    may shrink it, several times faster than decoding it in full. Other formats are decoded in full.
 
     Raises:
-        ImageTooLargeError: more bytes, or by its header more pixels, than the limits (Pillow's own of 178 megapixels
-            holds besides).
-        UnsupportedImageError: no image, or none of `ACCEPTED_FORMATS`.
+        ImageTooLargeError: more bytes, or according to its header more pixels, than the limits (Pillow's own limit of
+            178 megapixels applies as well).
+        UnsupportedImageError: not an image of `ACCEPTED_FORMATS`.
         UndecodableImageError: empty, truncated or damaged.
     """
     name = _identify(data, max_bytes)
@@ -118,9 +118,9 @@ def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Pixels:
     """RGB image -> uint8 (size, size, 3): shorter side to `resize_size`, then the centre.
 
     Bit-equal to torchvision's `Resize(resize_size, BICUBIC)` (antialiased) and `CenterCrop(image_size)` on PIL images.
-    An image so elongated that its longer side would pass `_MAX_RESIZED_SIDE` is resized only where the crop lies:
-    the same filter at the same places, in memory independent of the length. Pillow may then
-    filter columns before rows, so its rounding (2 of 255) and the clipping of overshoot between the passes differ.
+    Of an image so elongated that its longer side would exceed `_MAX_RESIZED_SIDE` only the crop is resized: the same
+    filter at the same positions, in memory independent of the length. Pillow may then filter columns before rows, so
+    rounding (2 of 255) and the clipping of overshoot between the passes differ.
     """
     short = min(image.size)
     width, height = (int(preprocessing.resize_size * side / short) for side in image.size)
@@ -130,13 +130,18 @@ def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Pixels:
     if max(width, height) <= _MAX_RESIZED_SIDE:
         resized = image.resize((width, height), Image.Resampling.BICUBIC)
         return np.array(resized.crop((left, top, right, bottom)))
-    across, down = image.width, image.height
-    box = (left * across / width, top * down / height, right * across / width, bottom * down / height)
+    full_width, full_height = image.size
+    box = (
+        left * full_width / width,
+        top * full_height / height,
+        right * full_width / width,
+        bottom * full_height / height,
+    )
     return np.array(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
 def normalize(pixels: Pixels, preprocessing: Preprocessing) -> Values:
-    """uint8 (H, W, 3) -> contiguous float32 (3, H, W): scaled to [0, 1], less the mean, over the deviation."""
+    """uint8 (H, W, 3) -> contiguous float32 (3, H, W): scaled to [0, 1], minus mean, divided by std."""
     values = np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
     values /= 255
     values -= _per_channel(preprocessing.mean)
@@ -145,7 +150,7 @@ def normalize(pixels: Pixels, preprocessing: Preprocessing) -> Values:
 
 
 def denormalize(values: Values, preprocessing: Preprocessing) -> Pixels:
-    """float32 (3, H, W) -> uint8 (H, W, 3), rounded and clipped: a picture of network input or reconstruction."""
+    """float32 (3, H, W) -> uint8 (H, W, 3), rounded and clipped: network input or output as a picture."""
     scaled = (values * _per_channel(preprocessing.std) + _per_channel(preprocessing.mean)) * 255
     return np.ascontiguousarray(scaled.round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
 
@@ -154,8 +159,8 @@ def read_limited(path: str | os.PathLike[str], max_bytes: int = MAX_IMAGE_BYTES)
     """The bytes of an image file.
 
     Raises:
-        ImageTooLargeError: more than `max_bytes`; no more than that is read.
-        ImageError: no file, not a regular one (a pipe would block), or not readable.
+        ImageTooLargeError: larger than `max_bytes`; at most one more byte is read.
+        ImageError: missing, not a regular file (a pipe would block), or not readable.
     """
     file = Path(path)
     try:
@@ -163,11 +168,11 @@ def read_limited(path: str | os.PathLike[str], max_bytes: int = MAX_IMAGE_BYTES)
             raise ImageError(f"cannot read {path}: it is not a file.")
         with file.open("rb") as opened:
             data = opened.read(max_bytes + 1)
-    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         reason = getattr(error, "strerror", None) or "not a file name"
         raise ImageError(f"cannot read {path}: {reason.lower()}.") from error
     if len(data) > max_bytes:
-        raise ImageTooLargeError(f"{path} has more than the limit of {max_bytes:,} bytes: make it smaller.")
+        raise ImageTooLargeError(f"{path} is larger than the limit of {max_bytes:,} bytes: make it smaller.")
     return data
 
 
@@ -183,14 +188,14 @@ def _identify(data: bytes, max_bytes: int) -> str:
 
 
 def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
-    """The header only; all limits are checked here, before any pixel is decoded."""
+    """Read the header and check all limits, before any pixel is decoded."""
     if name == "TIFF":
         _check_tiff_directory(data)
     if name == "JPEG" and data.count(b"\xff\xda") > _MAX_JPEG_SCANS:
         raise UndecodableImageError(f"the JPEG image has more than {_MAX_JPEG_SCANS} scans: save it again.")
     image = Image.open(BytesIO(data), formats=(name,))
     _check_pixels("the image", *image.size, max_pixels)
-    if isinstance(image, TiffImageFile):  # libtiff decodes whole tiles, which may be larger than the image
+    if isinstance(image, TiffImageFile):  # libtiff decodes complete tiles, which may be larger than the image
         tags = image.tag_v2
         _check_pixels("a tile of the image", int(tags.get(TILEWIDTH, 1)), int(tags.get(TILELENGTH, 1)), max_pixels)
     return image
@@ -204,7 +209,7 @@ def _check_pixels(what: str, width: int, height: int, max_pixels: int) -> None:
 
 
 def _check_tiff_directory(data: bytes) -> None:
-    """Refuse absurdly long tags before Pillow expands them. Layout: TIFF 6.0, section 2; BigTIFF has wider fields."""
+    """Reject absurdly long tags before Pillow expands them. Layout: TIFF 6.0, section 2; BigTIFF has wider fields."""
     order = "<" if data.startswith(b"II") else ">"
     start_at, start, count, entry = (8, "Q", "Q", "HHQQ") if b"+" in data[:4] else (4, "I", "H", "HHII")
     (offset,) = struct.unpack_from(order + start, data, start_at)
@@ -217,12 +222,12 @@ def _check_tiff_directory(data: bytes) -> None:
 
 
 def jpeg_reduction(short: int, least: float) -> int:
-    """By how much the decoder may shrink a JPEG of which a part of `short` pixels must keep `least` of them."""
+    """The largest factor by which the decoder may shrink a JPEG so that `short` pixels keep at least `least`."""
     return max(factor for factor in (1, 2, 4, 8) if factor == 1 or short >= factor * least)
 
 
 def _shrink(image: Image.Image, reduction: Callable[[int, int], int]) -> None:
-    """Have a JPEG decoded at a fraction of its size."""
+    """Decode a JPEG at a fraction of its size."""
     width, height = image.size
     swapped = _orientation(image) in _SWAPPING
     factor = reduction(*((height, width) if swapped else (width, height)))
@@ -233,13 +238,13 @@ def _shrink(image: Image.Image, reduction: Callable[[int, int], int]) -> None:
 def _orientation(image: Image.Image) -> Image.Transpose | None:
     try:
         return _TRANSPOSE.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # damaged EXIF, in as many ways as a damaged image
+    except Exception:  # damaged EXIF raises as many classes as a damaged image
         return None
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    method = _orientation(image)  # after load(): PNG keeps EXIF behind the pixels, and TIFF turns itself
-    image.info.clear()  # used or ignored by policy; convert() would warn about transparency and metadata stay alive
+    method = _orientation(image)  # after load(): PNG stores EXIF behind the pixels, and TIFF transposes itself
+    image.info.clear()  # else convert() warns about transparency, and metadata stays in memory
     return image if method is None else image.transpose(method)
 
 
@@ -247,7 +252,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I;16"):
-        # Pillow leaves 12-bit TIFF values at 0..4095; such an image is still the TIFF object, for TIFF turns itself.
+        # Pillow leaves 12-bit TIFF values at 0..4095; the image is still a TiffImageFile, since TIFF transposes itself.
         twelve = isinstance(image, TiffImageFile) and image.tag_v2.get(BITSPERSAMPLE) == (12,)
         image = Image.fromarray((np.asarray(image) >> (4 if twelve else 8)).astype(np.uint8))
     elif image.mode in ("I", "F"):
@@ -256,10 +261,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _stretch(values: Values) -> Pixels:
-    """float32 (H, W), altered in place -> uint8 with the lowest finite value at 0 and the highest at 255; NaN is 0."""
+    """float32 (H, W), altered in place -> uint8: lowest finite value to 0, highest to 255, NaN to 0."""
     finite = np.isfinite(values)
     low, high = values.min(where=finite, initial=np.inf), values.max(where=finite, initial=-np.inf)
-    with np.errstate(all="ignore"):  # no spread, or one beyond float32: all become 0
+    with np.errstate(all="ignore"):  # no range, or one beyond float32: all become 0
         np.subtract(values, low, out=values)
         np.multiply(values, 255 / (high - low), out=values)
         np.nan_to_num(values, copy=False, posinf=255, neginf=0)
@@ -267,12 +272,14 @@ def _stretch(values: Values) -> Pixels:
 
 
 def _refusal(error: Exception, name: str, max_pixels: int) -> ImageError:
-    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):  # a warning may be an error
+    if isinstance(
+        error, (Image.DecompressionBombError, Image.DecompressionBombWarning)
+    ):  # a warning may be raised as an error
         return ImageTooLargeError(
             f"the {name} image has more than the limit of {max_pixels:,} pixels: send a smaller one."
         )
     if isinstance(error, MemoryError):
-        return ImageTooLargeError(f"the {name} image needs more memory than there is: send a smaller one.")
+        return ImageTooLargeError(f"the {name} image needs more memory than is available: send a smaller one.")
     if "truncated" in str(error).lower():
         return UndecodableImageError(f"the {name} image is truncated: send the complete file.")
     return UndecodableImageError(f"the {name} image is damaged, incomplete or of a rare variant: save it again as PNG.")

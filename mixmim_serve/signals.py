@@ -1,4 +1,4 @@
-"""Signals that ask long work to end: the work ends well, and its helpers wait for it."""
+"""Signal handling for long runs: finish cleanly, and keep worker processes alive until then."""
 
 from __future__ import annotations
 
@@ -13,36 +13,37 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def stop_signals(*numbers: signal.Signals) -> Iterator[threading.Event]:
-    """An event that these signals set instead of ending the process; only the main thread may ask for signals.
+    """An event that these signals set instead of ending the process; outside the main thread it is never set.
 
-    Ctrl-C again, a second later or more, ends it at once: `torchrun` hands on the first one, which comes twice then.
+    A second Ctrl-C, at least a second later, raises KeyboardInterrupt. (`torchrun` forwards the first, which then
+    arrives twice.)
     """
     stopping = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stopping
         return
-    since = 0.0
+    first = 0.0
 
     def stop(number: int, _frame: object) -> None:
-        nonlocal since
-        if number == signal.SIGINT and stopping.is_set() and time.monotonic() - since > 1:
+        nonlocal first
+        if number == signal.SIGINT and stopping.is_set() and time.monotonic() - first > 1:
             raise KeyboardInterrupt
-        since = since or time.monotonic()
+        first = first or time.monotonic()
         stopping.set()
 
-    before = {number: signal.signal(number, stop) for number in numbers}
+    previous = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield stopping
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def outlive_signals(_worker: int) -> None:
-    """Let a loader's worker end with its own process only; for `worker_init_fn`.
+    """Make a data loader's worker ignore SIGINT, and SIGTERM unless its parent sends it; for `worker_init_fn`.
 
-    systemd, Slurm, `timeout` and a terminal signal every process of a run. torch stops a run one of whose workers died,
-    in the middle of a step: nothing could be saved any more.
+    systemd, Slurm, `timeout` and terminals signal every process of a run. When a worker dies, torch aborts the run in
+    the middle of a step, before a checkpoint can be saved.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform != "linux":  # no sigwaitinfo

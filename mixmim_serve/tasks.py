@@ -1,4 +1,4 @@
-"""What people ask of an engine: embeddings, classes, reconstructions. Shared by the service and the command line."""
+"""Tasks on an engine: classification, reconstruction, scoring. Shared by the service and the command line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RECONSTRUCT_OUTPUTS = ("mixed", "reconstruction_a", "reconstruction_b")
 
 @dataclass(frozen=True)
 class Class:
-    """One guess of a classification."""
+    """One predicted class."""
 
     index: int
     label: str
@@ -53,10 +53,10 @@ def require_decoder(bundle: Bundle) -> None:
 
 def top_classes(bundle: Bundle, logits: Floats, count: int = 5) -> list[Class]:
     """The most probable classes of one image, best first; `logits` is (classes,)."""
-    likely = probabilities(logits)
-    order = np.argsort(-likely, kind="stable")[:count]
+    likelihood = probabilities(logits)
+    order = np.argsort(-likelihood, kind="stable")[:count]
     labels = bundle.description.labels
-    return [Class(int(index), labels[index] if labels else str(index), float(likely[index])) for index in order]
+    return [Class(int(index), labels[index] if labels else str(index), float(likelihood[index])) for index in order]
 
 
 def probabilities(logits: Floats) -> NDArray[np.float64]:
@@ -66,10 +66,10 @@ def probabilities(logits: Floats) -> NDArray[np.float64]:
 
 
 def random_mask(units: int, ratio: float = 0.5, seed: int = 0) -> NDArray[np.bool_]:
-    """Which units come from the partner, (units,), `int(units * ratio)` of them; the same for the same seed.
+    """Mask (units,), True for the `int(units * ratio)` units that come from the partner; a function of the seed.
 
     Raises:
-        ConfigError: when that is none of the units, or all.
+        ConfigError: when that is no unit, or all of them.
     """
     count = units_from_partner(units, ratio)
     mask = np.zeros(units, np.bool_)
@@ -78,39 +78,39 @@ def random_mask(units: int, ratio: float = 0.5, seed: int = 0) -> NDArray[np.boo
 
 
 def scoring_masks(units: int, count: int) -> NDArray[np.bool_]:
-    """(2 * count, units): masks of the seeds from 0 on, each followed by its complement, so each unit counts alike."""
+    """Masks (2 * count, units) of seeds 0, 1, ..., each followed by its complement, so that all units count equally."""
     masks = np.stack([random_mask(units, 0.5, seed) for seed in range(count)])
     return np.stack([masks, ~masks], axis=1).reshape(2 * count, units)
 
 
 def unit_errors(image: Floats, reconstruction: Floats, normalize_targets: bool) -> Floats:
-    """How wrong each unit of a reconstruction is, (rows, columns): the mean squared error that pretraining minimises.
+    """Mean squared error of each unit, (rows, columns), as pretraining minimises it; see `MixMIM.reconstruction_loss`.
 
-    Both images are normalised, (3, size, size); see `MixMIM.reconstruction_loss`. Units that were not hidden have none.
+    Both images are normalised, (3, size, size). Units that were not covered have an error of 0.
     """
     side = image.shape[-1] // UNIT_SIZE
-    original, found = (
+    original, predicted = (
         array.astype(np.float64).reshape(3, side, UNIT_SIZE, side, UNIT_SIZE) for array in (image, reconstruction)
     )
-    errors = np.square(found - original).mean(axis=(0, 2, 4))
+    errors = np.square(predicted - original).mean(axis=(0, 2, 4))
     if normalize_targets:
         errors /= original.var(axis=(0, 2, 4), ddof=1) + TARGET_EPS
     return np.asarray(errors, np.float32)
 
 
 def reconstruct_inputs(image_a: Pixels, image_b: Pixels, mask: NDArray[np.bool_]) -> dict[str, NDArray[Any]]:
-    """Inputs of the reconstruct graph for one pair, the batch left out."""
+    """Inputs of the reconstruct graph for one pair, without the batch dimension."""
     return {"image_a": image_a, "image_b": image_b, "from_partner": mask}
 
 
 def reconstruct_pair(
     engine: Engine, image_a: Pixels, image_b: Pixels, ratio: float = 0.5, seed: int = 0
 ) -> dict[str, NDArray[Any]]:
-    """A pair of preprocessed images (size, size, 3) with their reconstructions, as `reconstructed` gives them.
+    """Reconstruct a pair of preprocessed images (size, size, 3); returns the arrays of `reconstructed`.
 
     Raises:
         BundleError: when the bundle cannot reconstruct.
-        ConfigError: for a ratio that covers nothing, or all.
+        ConfigError: for a ratio that covers no unit, or all.
     """
     require_decoder(engine.bundle)
     inputs = reconstruct_inputs(image_a, image_b, random_mask(engine.bundle.arch.units, ratio, seed))
@@ -121,6 +121,6 @@ def reconstruct_pair(
 def reconstructed(
     bundle: Bundle, inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]]
 ) -> dict[str, NDArray[Any]]:
-    """Inputs and outputs of the reconstruct graph for one pair, all images normalised, float32 (3, size, size)."""
+    """Inputs and outputs of the reconstruct graph for one pair; images are float32 (3, size, size), normalised."""
     images = {name: normalize(inputs[name], bundle.description.preprocessing) for name in ("image_a", "image_b")}
     return {**inputs, **images, **outputs}

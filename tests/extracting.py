@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from mixmim_serve.engines import Engine
-from mixmim_serve.extract.job import Job, Summary, local, run
-from mixmim_serve.extract.options import Effort, Options
+from mixmim_serve.extract.job import Job, Summary
+from mixmim_serve.extract.lead import run
+from mixmim_serve.extract.local import LocalExecutor
+from mixmim_serve.extract.options import Options, Resources
 
 
 def small(
@@ -25,12 +27,12 @@ def small(
     """A job in batches of 4."""
     options = options or Options(batch=4)
     options = dataclasses.replace(options, images=images, batch=min(options.batch, 4))
-    return Job(engine.bundle.path, str(source), str(out), options=options, effort=Effort(threads=threads, **effort))
+    return Job(engine.bundle.path, str(source), str(out), options=options, effort=Resources(threads=threads, **effort))
 
 
 def features(job: Job, engine: Engine, **options: Any) -> Summary:
     """Run the job with this engine."""
-    return run(job, executor=partial(local, engine=engine), **options)
+    return run(job, executor=partial(LocalExecutor, engine=engine), **options)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -78,10 +78,10 @@ def app_of(engine: Engine, **settings: Any) -> Starlette:
 def client_of(engine: Engine, **settings: Any) -> Iterator[TestClient]:
     """A client of the app with this engine; nothing may be left inside."""
     app = app_of(engine, **settings)
-    runtime = app.state.runtime
+    runtime, admission = app.state.runtime, app.state.admission
     with TestClient(app) as client:
         yield client
-    assert (runtime.admission.images, runtime.admission.bytes) == (0, 0)
+    assert (admission.images, admission.bytes) == (0, 0)
     runtime.close()
 
 
@@ -104,8 +104,8 @@ def url_of(engine: Engine, **settings: Any) -> Iterator[tuple[str, Starlette]]:
         finally:
             server.should_exit = True
             thread.join(PATIENCE)
-    runtime = app.state.runtime
-    assert (runtime.admission.images, runtime.admission.bytes) == (0, 0)
+    runtime, admission = app.state.runtime, app.state.admission
+    assert (admission.images, admission.bytes) == (0, 0)
     runtime.close()
 
 

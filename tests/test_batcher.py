@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mixmim_serve.engines.base import Arrays
 from mixmim_serve.errors import EngineError
-from mixmim_serve.service.batcher import Batcher, Coming, Ran
+from mixmim_serve.service.batcher import Batcher, BatchResult, PendingDecodes
 
 PATIENCE = 20  # seconds until a test that would hang fails
 FACTORS = {"double": 2, "triple": 3}  # outputs of the engine, as multiples of its input
@@ -65,7 +65,7 @@ async def behind_another(
     batcher: Batcher,
     engine: Multiplier,
     requests: Sequence[tuple[int, Sequence[str]]],
-    meanwhile: Callable[[list[asyncio.Task[Ran]]], None] = lambda _: None,
+    meanwhile: Callable[[list[asyncio.Task[BatchResult]]], None] = lambda _: None,
 ) -> list[Arrays | BaseException]:
     """Results of requests that all waited while the engine ran another one, the value 0."""
     first = asyncio.create_task(batcher.run(pixels(0), ["double"]))
@@ -77,7 +77,7 @@ async def behind_another(
     engine.release.set()
     results = await asyncio.gather(first, *tasks, return_exceptions=True)
     assert results[0].outputs["double"].tolist() == [0, 0, 0]
-    return [result.outputs if isinstance(result, Ran) else result for result in results[1:]]
+    return [result.outputs if isinstance(result, BatchResult) else result for result in results[1:]]
 
 
 def test_requests_that_wait_share_a_batch_and_get_their_own_row(thread: ThreadPoolExecutor) -> None:
@@ -157,7 +157,7 @@ def test_another_number_of_results_is_an_error_and_no_answer(thread: ThreadPoolE
 
     results = finish(together())
     assert [type(result) for result in results] == [EngineError] * 3
-    assert "multiplier gave another number of results" in str(results[0])
+    assert "results for 1 inputs" in str(results[0])
     assert engine.batches[0] == [1, 2, 3]
 
 
@@ -165,7 +165,7 @@ def test_cancelled_requests_never_reach_the_engine(thread: ThreadPoolExecutor) -
     engine = Multiplier(sizes=[1, 2])
     batcher = Batcher(engine, "encoder", thread)
 
-    def leave(tasks: list[asyncio.Task[Ran]]) -> None:
+    def leave(tasks: list[asyncio.Task[BatchResult]]) -> None:
         tasks[0].cancel()
         tasks[2].cancel()
 
@@ -179,7 +179,7 @@ def test_a_queue_of_cancelled_requests_runs_nothing(thread: ThreadPoolExecutor) 
     engine = Multiplier(sizes=[1])
     batcher = Batcher(engine, "encoder", thread)
 
-    def leave(tasks: list[asyncio.Task[Ran]]) -> None:
+    def leave(tasks: list[asyncio.Task[BatchResult]]) -> None:
         for task in tasks:
             task.cancel()
 
@@ -193,8 +193,8 @@ def test_a_full_batch_is_put_together_while_the_engine_is_busy(thread: ThreadPoo
     batcher = Batcher(engine, "encoder", thread, max_batch=2)
     prepared = []
 
-    def look(_: list[asyncio.Task[Ran]]) -> None:
-        prepared.append([int(item.inputs["pixels"][0]) for item in batcher.next])
+    def look(_: list[asyncio.Task[BatchResult]]) -> None:
+        prepared.append([int(item.inputs["pixels"][0]) for item in batcher.next_batch])
 
     finish(behind_another(batcher, engine, [(value, ["double"]) for value in (1, 2, 3, 4)], look))
     assert prepared == [[1, 2]]
@@ -216,7 +216,7 @@ def test_an_urgent_item_goes_first_and_all_are_told_their_times(thread: ThreadPo
     observed = []
     batcher = Batcher(engine, "encoder", thread, 1, lambda size, seconds: observed.append((size, seconds)))
 
-    async def urgent_last() -> list[Ran]:
+    async def urgent_last() -> list[BatchResult]:
         first = asyncio.create_task(batcher.run(pixels(0), ["double"]))
         assert await asyncio.to_thread(engine.started.wait, PATIENCE)
         batcher.max_batch = 4  # so that nothing is prepared yet
@@ -248,12 +248,12 @@ def test_an_engine_on_the_same_cores_waits_for_what_is_being_decoded(
 ) -> None:
     engine = Multiplier()
     engine.release.set()
-    coming = Coming(least, most)
-    coming.last = last
-    batcher = Batcher(engine, "encoder", thread, coming=coming)
+    pending = PendingDecodes(least, most)
+    pending.last_batch = last
+    batcher = Batcher(engine, "encoder", thread, pending_decodes=pending)
 
     async def decoded_later() -> None:
-        with coming:
+        with pending:
             await asyncio.sleep(0.1)
         await batcher.run(pixels(2), ["double"])
 
@@ -262,20 +262,20 @@ def test_an_engine_on_the_same_cores_waits_for_what_is_being_decoded(
 
     finish(both())
     assert engine.batches == batches
-    assert 0 < coming.last != last  # of its own last batch
+    assert 0 < pending.last_batch != last  # of its own last batch
 
 
 def test_a_full_batch_and_an_image_that_is_refused_are_not_waited_for(thread: ThreadPoolExecutor) -> None:
     engine = Multiplier()
     engine.release.set()
-    coming = Coming(10 * PATIENCE, 10 * PATIENCE)
-    batcher = Batcher(engine, "encoder", thread, max_batch=2, coming=coming)
+    pending = PendingDecodes(10 * PATIENCE, 10 * PATIENCE)
+    batcher = Batcher(engine, "encoder", thread, max_batch=2, pending_decodes=pending)
 
     async def all_of_them() -> None:
-        with coming:  # for ever, as far as these two can see
+        with pending:  # for ever, as far as these two can see
             await asyncio.gather(*(batcher.run(pixels(value), ["double"]) for value in (1, 2)))
         job = asyncio.create_task(batcher.run(pixels(3), ["double"]))
-        with coming:  # refused: it leaves and does not join
+        with pending:  # refused: it leaves and does not join
             await asyncio.sleep(0)
         await job
 

@@ -56,9 +56,9 @@ def test_a_bundle_reads_what_was_written(bundle_copy: Path) -> None:
 def test_what_is_no_bundle_is_refused(tmp_path: Path, bundle_copy: Path) -> None:
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "missing", tmp_path / "empty", bundle_copy / "config.json"):
-        with pytest.raises(BundleError, match=r"is no bundle: expected a folder with config\.json"):
+        with pytest.raises(BundleError, match=r"is not a bundle: expected a folder with config\.json"):
             open_bundle(path)
-        with pytest.raises(BundleError, match="is no bundle"):
+        with pytest.raises(BundleError, match="is not a bundle"):
             open_engine(path, "onnx")
 
 
@@ -82,7 +82,7 @@ def test_a_config_that_is_not_text_is_refused(bundle_copy: Path) -> None:
 )  # fmt: skip
 def test_another_format_is_refused(bundle_copy: Path, number: object, advice: str) -> None:
     alter_config(bundle_copy, lambda values: values.update(format=number))
-    with pytest.raises(BundleError, match=f"is of format {number}, this version reads 2: {advice}"):
+    with pytest.raises(BundleError, match=f"has format {number}, this version reads 2: {advice}"):
         open_bundle(bundle_copy)
 
 
@@ -110,8 +110,11 @@ def test_a_missing_key_is_named(bundle_copy: Path, key: str) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"architecture": {"embed_dim": 8}}, "not an architecture"),
-        ({"preprocessing": {"image_size": 32, "resize_size": 32}}, "preprocessing gives 32 px, the network takes 64"),
+        ({"architecture": {"embed_dim": 8}}, "invalid architecture"),
+        (
+            {"preprocessing": {"image_size": 32, "resize_size": 32}},
+            "preprocessing produces 32 px, the network expects 64",
+        ),
         ({"labels": ["cat"]}, "1 labels for 3 classes"),
         ({"graphs": ["encoder"]}, "is damaged"),
         ({"graphs": {"encoder": 3}}, "is damaged"),
@@ -133,7 +136,7 @@ FILES = ("encoder.onnx", "golden.safetensors", "reconstruct.onnx", "weights.safe
 def test_verify_names_a_missing_file(bundle_copy: Path, name: str) -> None:
     open_bundle(bundle_copy).verify()
     (bundle_copy / name).unlink()
-    with pytest.raises(BundleError, match=f"lacks {name}: export it again"):
+    with pytest.raises(BundleError, match=f"lacks {name}: export the bundle again"):
         open_bundle(bundle_copy).verify()
 
 

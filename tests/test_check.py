@@ -15,7 +15,7 @@ from PIL import Image
 
 from mixmim_serve.errors import DataError, ImageError
 from mixmim_serve.sources import fingerprint, open_source
-from training.check import AHEAD, SHOWN, Report, Side, check
+from training.check import AHEAD, SHOWN, Report, ShorterSide, check
 
 PHOTOS = {path.stem: path.read_bytes() for path in sorted((REPOSITORY / "examples").glob("*.jpg"))}
 HAT, SHOES = PHOTOS["hat"], PHOTOS["shoes"]  # 144 x 144 pixels
@@ -99,7 +99,7 @@ def test_the_facts_of_each_part(faulty: Report) -> None:
     assert part.images == 12
     assert part.classes == {"hats": 5, "shoes": 3, "skirts": 4}
     assert part.formats == {"JPEG": 8, "PNG": 1}
-    assert part.shorter_side == Side(smallest=144, median=144, largest=300, below_image_size=7)
+    assert part.shorter_side == ShorterSide(smallest=144, median=144, largest=300, below_image_size=7)
     assert part.greyscale == pytest.approx(2 / 9)
     assert part.bytes == sum(len(data) for name, data in TRAIN.items() if name not in UNREADABLE)
     assert part.fingerprint == fingerprint(open_source(part.name))
@@ -127,12 +127,13 @@ def test_images_of_equal_content_are_found(faulty: Report) -> None:
 def test_the_warnings_are_sentences(faulty: Report) -> None:
     assert faulty.warnings == (
         "3 images of train cannot be read, such as hats/cut.jpg: the JPEG image is truncated: send the complete file.",
-        "3 images too many in train: the same content again, such as shoes/2.jpg (as hats/shoes.jpg).",
-        "3 images of train under several labels, such as hats/shoes.jpg and shoes/2.jpg: keep the right ones.",
+        "3 images of train duplicate others, such as shoes/2.jpg (same content as hats/shoes.jpg).",
+        "3 images of train with equal content have different labels, such as hats/shoes.jpg and shoes/2.jpg: "
+        "keep those with the right label.",
         "1 image of val cannot be read, such as hats/cut.jpg: the JPEG image is truncated: send the complete file.",
         "2 images of val also in train, such as shoes/8.jpg (in train: hats/shoes.jpg).",
-        "no image in val of class skirts: nothing will tell how well that is learned.",
-        "no image in train of class coats: what is only in val cannot be learned.",
+        "val has no image of class skirts: add some to evaluate those too.",
+        "train has no image of class coats: a class only in val cannot be learned.",
     )
 
 
@@ -144,7 +145,7 @@ def test_the_report_for_people(faulty: Report) -> None:
         "  formats: JPEG 8, PNG 1",
         "  shorter side: 144 to 300 pixels, median 144; 7 below 200",
         "  greyscale: about 22%",
-        "  cannot be read: 3",
+        "  unreadable: 3",
         "    hats/cut.jpg: the JPEG image is truncated: send the complete file.",
         "    skirts/cut.jpg: the JPEG image is truncated: send the complete file.",
         f"    skirts/empty.jpg: {faulty.train.unreadable['skirts/empty.jpg']}",
@@ -167,7 +168,7 @@ def test_a_good_data_set_has_no_warnings(tmp_path: Path) -> None:
     assert report.val is None
     assert report.train.classes is None
     assert list(report.lines())[1].endswith(" kB, no labels")
-    assert list(report.lines())[-1] == "nothing wrong found"
+    assert list(report.lines())[-1] == "no problems found"
 
 
 def test_nothing_readable_at_all() -> None:
@@ -191,8 +192,8 @@ def test_many_classes_are_not_all_named() -> None:
     images = [HAT + bytes([number]) for number in range(SHOWN + 3)]  # bytes behind the end change the content alone
     report = check(Memory(images, [f"c{number:02}" for number in range(SHOWN + 3)]), Memory([SHOES], ["c00"]))
     assert report.warnings == (
-        "no image in val of 12 classes (c01, c02, c03, c04, c05, c06, c07, c08, c09, c10 and 2 more): "
-        "nothing will tell how well that is learned.",
+        "val has no image of 12 classes (c01, c02, c03, c04, c05, c06, c07, c08, c09, c10 and 2 more): "
+        "add some to evaluate those too.",
     )
 
 

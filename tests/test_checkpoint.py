@@ -72,8 +72,8 @@ def test_a_failed_write_leaves_the_old_file(checkpoint: Path, monkeypatch: pytes
 def test_unusable_files_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     cases = {
         "no such file": tmp_path / "missing.safetensors",
-        "not a whole safetensors file": tmp_path / "cut.safetensors",
-        "without a description": tmp_path / "bare.safetensors",
+        "not a complete safetensors file": tmp_path / "cut.safetensors",
+        "without a model description": tmp_path / "bare.safetensors",
         "lacks weights: norm.weight": tmp_path / "lacking.safetensors",
         "has unknown weights: extra": tmp_path / "extra.safetensors",
         r"norm.weight is \[3\] instead of \[64\]": tmp_path / "misshapen.safetensors",
@@ -104,7 +104,7 @@ def test_import_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
     official = torch.load(GOLDEN / "official_finetune_mini.pth", weights_only=False)["model"]
     names = list(official)
     cases: dict[str, object] = {
-        "was refused unread|holds more than weights": {"model": official, "hook": Exploit(tmp_path / "hacked")},
+        "was not loaded|contains more than weights": {"model": official, "hook": Exploit(tmp_path / "hacked")},
         "holds no MixMIM weights": {"conv1.weight": torch.zeros(3)},
         "lacks weights: layers.2.blocks.0.attn.proj.bias": {
             k: v for k, v in official.items() if k != "layers.2.blocks.0.attn.proj.bias"

@@ -23,7 +23,7 @@ from mixmim_serve.bundle import open_bundle
 from mixmim_serve.cli import app, main
 from mixmim_serve.description import read_description
 from mixmim_serve.engines import engine_fingerprint, open_engine
-from mixmim_serve.extract.run import run_files
+from mixmim_serve.extract.pipeline import run_files
 from mixmim_serve.panel import draw_panel
 from mixmim_serve.preprocess import preprocess
 from mixmim_serve.tasks import reconstruct_pair
@@ -183,7 +183,7 @@ def test_export_overwrites_only_when_told(
     mixmim: Mixmim, small_checkpoint: Path, exported_bundle: Path, bundle_copy: Path
 ) -> None:
     (bundle_copy / "encoder.onnx").write_bytes(b"old")
-    assert_one_sentence(mixmim("export", small_checkpoint, bundle_copy), "is a bundle already")
+    assert_one_sentence(mixmim("export", small_checkpoint, bundle_copy), "is already a bundle")
     assert (bundle_copy / "encoder.onnx").read_bytes() == b"old"
     outcome = mixmim("export", small_checkpoint, bundle_copy, "--overwrite")
     assert outcome.code == 0
@@ -279,7 +279,7 @@ def test_a_folder_that_is_no_bundle_is_refused(
     (tmp_path / "empty").mkdir()
     monkeypatch.setattr("os.execve", pytest.fail)  # serve would become another program
     names = {"B": tmp_path / damage, "HAT": HAT, "DIR": EXAMPLES, "OUT": tmp_path / "out"}
-    assert_one_sentence(mixmim(*(names.get(word, word) for word in command.split())), f"{damage} is no bundle")
+    assert_one_sentence(mixmim(*(names.get(word, word) for word in command.split())), f"{damage} is not a bundle")
     assert not (tmp_path / "out").exists()
 
 
@@ -303,8 +303,8 @@ def test_paths_that_cannot_be_used_are_refused(mixmim: Mixmim, exported_bundle: 
         "cannot read": ("reconstruct", exported_bundle, HAT, tmp_path / "missing.jpg"),
         "/dev/null: ": ("embed", exported_bundle, HAT, "--output", "/dev/null/out.npy"),
         "choose one between 0 and 1": ("reconstruct", exported_bundle, HAT, SHOES, "--ratio", "1"),
-        "is no bundle": ("info", tmp_path / "missing"),
-        "hat.jpg is not a whole safetensors file": ("info", HAT),
+        "is not a bundle": ("info", tmp_path / "missing"),
+        "hat.jpg is not a complete safetensors file": ("info", HAT),
         "no such file": ("export", tmp_path / "missing.safetensors", tmp_path / "out"),
     }
     for sentence, arguments in cases.items():
@@ -330,7 +330,7 @@ def test_import_of_a_text_file_writes_nothing(mixmim: Mixmim, tmp_path: Path) ->
 
 def test_export_leaves_other_folders_alone(mixmim: Mixmim, small_checkpoint: Path, photos: Path) -> None:
     outcome = mixmim("export", small_checkpoint, photos, "--overwrite")
-    assert_one_sentence(outcome, "exists and is no bundle")
+    assert_one_sentence(outcome, "exists and is not a bundle")
     assert (photos / "b.jpg").exists()
 
 

@@ -57,7 +57,7 @@ def test_pretrain(photos: Path, labelled: Path, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["knn20_top1"] == 100
     result = mixmim("pretrain", photos, "--out", run, *options, "--set", "seed=3", "--set", "bf16=false", "--resume")
-    assert "is finished already" in " ".join(result.output.split())  # lines wrap
+    assert "is already finished" in " ".join(result.output.split())  # lines wrap
 
 
 def test_pretrain_refuses_what_cannot_work(photos: Path, labelled: Path, tmp_path: Path) -> None:

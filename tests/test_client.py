@@ -32,7 +32,7 @@ from mixmim_serve.errors import (
     UndecodableImageError,
     UnsupportedImageError,
 )
-from mixmim_serve.extract.run import run_files
+from mixmim_serve.extract.pipeline import run_files
 from mixmim_serve.preprocess import decode, preprocess
 from mixmim_serve.tasks import reconstruct_pair
 

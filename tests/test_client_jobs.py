@@ -19,7 +19,7 @@ from mixmim_serve.client import jobs as module
 from mixmim_serve.engines import Engine
 from mixmim_serve.errors import RefusedError, ServerError
 from mixmim_serve.extract.features import Features
-from mixmim_serve.service.jobs.runner import Jobs
+from mixmim_serve.service.jobs.runner import JobRunner
 
 QUICK = Policy(first_wait=0.01, longest_wait=0.05, total=PATIENCE)
 
@@ -29,7 +29,7 @@ def jobs_url(engine: Engine, photos: Path, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("jobs")
     shutil.copytree(photos, folder / "root" / "photos")
     with url_of(engine, jobs_roots=(str(folder / "root"),), jobs_dir=str(folder / "jobs")) as (url, app):
-        app.state.jobs = Jobs(app.state.settings, engine.bundle, "onnx")
+        app.state.jobs = JobRunner(app.state.settings, engine.bundle, "onnx")
         app.state.jobs.start(app.state.metrics)
         yield url
         app.state.jobs.close()
@@ -93,12 +93,12 @@ def test_cancel_resume_list_delete(client: Client) -> None:
     client.jobs.resume(job.id, retry_failed=True)
     assert client.jobs.wait(job.id, every=0.05).state == "done"
     client.jobs.delete(job.id)
-    with pytest.raises(RefusedError, match="404: no job"):
+    with pytest.raises(RefusedError, match="404: unknown job"):
         client.jobs.get(job.id)
 
 
 def test_what_is_refused(client: Client) -> None:
-    with pytest.raises(RefusedError, match="400: no source 'elsewhere' here"):
+    with pytest.raises(RefusedError, match="400: unknown source 'elsewhere'"):
         client.jobs.start("elsewhere")
     with pytest.raises(RefusedError, match=r"Did you mean batch\?"):
         client.jobs.start("photos", bach=3)

@@ -64,7 +64,7 @@ def test_impossible_architectures_are_refused(changes: dict[str, object], senten
 def test_unknown_names_and_keys_are_refused() -> None:
     with pytest.raises(ConfigError, match="Did you mean large"):
         architecture("larg")
-    with pytest.raises(ConfigError, match="not an architecture"):
+    with pytest.raises(ConfigError, match="invalid architecture"):
         architecture_from_dict({"embed_dim": 8, "depth": 3})
     with pytest.raises(ConfigError, match="32 heads"):
         DecoderConfig(dim=100, heads=32)
@@ -74,7 +74,7 @@ def test_evaluation_preprocessing_is_the_official_rule() -> None:
     assert Preprocessing.evaluation(224).resize_size == 256
     assert Preprocessing.evaluation(128).resize_size == 146
     assert Preprocessing.evaluation(384).resize_size == 384
-    with pytest.raises(ConfigError, match="below the crop"):
+    with pytest.raises(ConfigError, match="smaller than the crop"):
         Preprocessing(image_size=224, resize_size=200)
 
 
@@ -84,7 +84,7 @@ def test_a_description_holds_together() -> None:
     assert Description.from_dict(json.loads(json.dumps(description.to_dict()))) == description
     with pytest.raises(ConfigError, match="1 labels for 2 classes"):
         dataclasses.replace(description, labels=("cat",))
-    with pytest.raises(ConfigError, match="preprocessing gives 224 px"):
+    with pytest.raises(ConfigError, match="preprocessing produces 224 px"):
         dataclasses.replace(description, preprocessing=Preprocessing())
     with pytest.raises(ConfigError, match="incomplete"):
         Description.from_dict({"preprocessing": {}})

@@ -19,9 +19,11 @@ from mixmim_serve.config import Preprocessing
 from mixmim_serve.errors import ConfigError, DataError, ResourceError
 from mixmim_serve.preprocess import decode, normalize
 from mixmim_serve.sources import open_source
-from training.augment import ASPECT_RATIOS, Normalize, RandomCrop, flip, random_crop_box, step_seed
-from training.config import FinetuneConfig, PretrainConfig
-from training.data import Batch, Item, StepSampler, TrainingImages, build_loader, collate, mirrored, shuffled
+from training.augment import ASPECT_RATIOS, RandomCrop, flip, random_crop_box, step_seed
+from training.config import AugmentConfig, FinetuneConfig, PretrainConfig
+from training.data import Batch, StepSampler, TrainingImage, TrainingImages, build_loader, collate, mirrored, shuffled
+from training.device_augment import DeviceAugment
+from training.pretraining import Pretraining
 
 
 def images_of(folder: Path, config: PretrainConfig = SMALL, size: int = 32) -> TrainingImages:
@@ -47,12 +49,12 @@ def test_too_little_shared_memory_is_refused_at_the_start(photos: Path, monkeypa
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free[0]))
     build_loader(images_of(photos, config), config)
     free[0] -= 1
-    with pytest.raises(ResourceError, match=r"^the 2 processes .* 0 MB free: give the container more .*--workers"):
+    with pytest.raises(ResourceError, match=r"^the 2 decoding processes .* 0 MB free: give the .*--workers"):
         build_loader(images_of(photos, config), config)
     build_loader(images_of(photos, config), dataclasses.replace(config, workers=0))
     free[0] = 2 * needed
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    with pytest.raises(ResourceError, match=r"^the 6 processes"):
+    with pytest.raises(ResourceError, match=r"^the 6 decoding processes"):
         build_loader(images_of(photos, config), config)
 
 
@@ -218,10 +220,10 @@ def test_odd_parts_hold_every_image_once() -> None:
 
 def test_a_batch_that_cannot_be_split_is_refused() -> None:
     with pytest.raises(ConfigError, match="a batch of 8 cannot be split over 3 processes times 1"):
-        SMALL.part(3)
-    with pytest.raises(ConfigError, match="1 images at once cannot be mixed in pairs"):
-        SMALL.part(8)
-    assert FinetuneConfig(batch_size=8).part(8) == 1
+        SMALL.part_size(3)
+    with pytest.raises(ConfigError, match="a part of 1 images cannot be mixed in pairs"):
+        SMALL.part_size(8)
+    assert FinetuneConfig(batch_size=8).part_size(8) == 1
 
 
 def test_an_item_depends_on_seed_epoch_and_index_alone(photos: Path) -> None:
@@ -261,13 +263,13 @@ def test_another_image_takes_the_place_of_an_unreadable_one(spoilt: Path) -> Non
 
 
 def test_collate_gives_no_batch_where_an_image_is_missing() -> None:
-    good = Item(np.full((4, 4, 3), 7, np.uint8), 2, True, ())
+    good = TrainingImage(np.full((4, 4, 3), 7, np.uint8), 2, True, ())
     batch = collate([good, good])
     assert batch.pixels_BHWC.shape == (2, 4, 4, 3)
     assert batch.pixels_BHWC.dtype == torch.uint8
     assert batch.labels_B.tolist() == [2, 2]
     assert batch.flipped_B.tolist() == [True, True]
-    batch = collate([good, Item(None, 0, False, ("a.jpg: damaged",))])
+    batch = collate([good, TrainingImage(None, 0, False, ("a.jpg: damaged",))])
     assert len(batch.pixels_BHWC) == 0
     assert batch.unreadable == ("a.jpg: damaged",)
 
@@ -282,11 +284,14 @@ def test_labels_are_numbered_as_the_classes_are_given(tmp_path: Path) -> None:
 
 
 def test_pixels_are_normalised_as_for_evaluation(photos: Path) -> None:
-    pixels_BHWC = batches(photos, SMALL)[0].pixels_BHWC
-    preprocessing = Preprocessing.evaluation(64)
-    expected = [normalize(pixels.numpy(), preprocessing) for pixels in pixels_BHWC]
-    actual = Normalize(preprocessing, torch.device("cpu"))(pixels_BHWC)
-    np.testing.assert_allclose(actual.numpy(), np.stack(expected), atol=1e-5, rtol=0)
+    batch = batches(photos, SMALL)[0]
+    expected = [normalize(p.numpy(), Preprocessing.evaluation(64)) for p in batch.pixels_on(torch.device("cpu"))]
+    pixels_BCHW, _ = Pretraining(SMALL, None).inputs(batch, mask_seed=0, seed=0)
+    np.testing.assert_array_equal(pixels_BCHW.numpy(), np.stack(expected))
+    off = AugmentConfig(rand_augment_ops=0, erase=0, mixup=0, cutmix=0)
+    augment = DeviceAugment(off, Preprocessing.evaluation(64), 2, torch.device("cpu"))
+    pixels_BCHW, _ = augment(batch.pixels_on(torch.device("cpu")), batch.labels_B, seed=0)
+    np.testing.assert_array_equal(pixels_BCHW.numpy(), np.stack(expected))
 
 
 def test_too_few_images_are_refused(photos: Path) -> None:

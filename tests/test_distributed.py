@@ -22,7 +22,7 @@ import training.trainer
 from mixmim_serve.sources import open_source
 from training.distributed import World, join_world
 from training.pretraining import Pretraining
-from training.run import RunFolder
+from training.run_folder import RunFolder
 from training.trainer import Trainer
 
 # The same mask in each process, so that both halves make one batch; what is done is chosen by the first argument.
@@ -37,7 +37,7 @@ from mixmim_serve.sources import open_source
 from training.augment import step_seed
 from training.distributed import join_world
 from training.pretraining import Pretraining
-from training.run import RunFolder
+from training.run_folder import RunFolder
 from training.trainer import Trainer, train
 from training_data import SMALL
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -20,11 +19,11 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from mixmim_serve.bundle import open_bundle
-from mixmim_serve.engines import Engine, base, engine_fingerprint, open_engine
+from mixmim_serve.engines import Engine, engine_fingerprint, open_engine, opening
 from mixmim_serve.engines import onnx as onnx_engine
 from mixmim_serve.engines.base import Arrays, graph_inputs
 from mixmim_serve.engines.certificate import FOLDER, TOLERANCES, Agreement, agreement, certificates, certify, measure
-from mixmim_serve.engines.hardware import cores, processor
+from mixmim_serve.engines.hardware import processor
 from mixmim_serve.engines.onnx import cache_options
 from mixmim_serve.engines.openvino import OpenVinoEngine, core, read_graph
 from mixmim_serve.errors import EngineError
@@ -203,16 +202,16 @@ def test_wrong_numbers_are_refused_with_the_numbers(plain: Engine, by: float) ->
 def test_auto_passes_over_what_is_not_installed_and_what_is_wrong(
     bundle_copy: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    opened = base._open
+    opened = opening._open
 
     def openvino_is_wrong(bundle: Any, kind: str, precision: str, threads: int) -> Engine:
         engine = opened(bundle, kind, precision, threads)
         return Altered(engine, 0.5) if kind == "openvino" else engine
 
-    monkeypatch.setattr(base, "has_cuda_device", lambda: False)
+    monkeypatch.setattr(opening, "has_cuda_device", lambda: False)
     assert open_engine(bundle_copy).name == "openvino-cpu"
     shutil.rmtree(bundle_copy / FOLDER)
-    monkeypatch.setattr(base, "_open", openvino_is_wrong)
+    monkeypatch.setattr(opening, "_open", openvino_is_wrong)
     with caplog.at_level(logging.WARNING):
         assert open_engine(bundle_copy).name == "onnx-cpu"
     assert "openvino-cpu" in caplog.text
@@ -223,9 +222,9 @@ def test_auto_passes_over_what_is_not_installed_and_what_is_wrong(
             raise EngineError(f"{kind} is not installed.")
         return opened(bundle, kind, precision, threads)
 
-    monkeypatch.setattr(base, "_open", only_torch)
+    monkeypatch.setattr(opening, "_open", only_torch)
     assert open_engine(bundle_copy).name == "torch-cpu"
-    monkeypatch.setattr(base, "_ON_CPU", ("openvino", "onnx"))
+    monkeypatch.setattr(opening, "_ON_CPU", ("openvino", "onnx"))
     with pytest.raises(EngineError, match=r"no engine can run this bundle here\. openvino is not installed\. onnx is"):
         open_engine(bundle_copy)
 
@@ -234,7 +233,7 @@ def test_auto_asks_for_the_gpu_first(
     bundle_copy: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A bundle without TensorRT engines, and packages of which only torch can use the GPU."""
-    opened, asked = base._open, []
+    opened, asked = opening._open, []
 
     def torch_uses_it(bundle: Any, kind: str, precision: str, threads: int) -> Engine:
         asked.append(kind)
@@ -243,8 +242,8 @@ def test_auto_asks_for_the_gpu_first(
             engine.name = "torch-cuda"
         return engine
 
-    monkeypatch.setattr(base, "has_cuda_device", lambda: True)
-    monkeypatch.setattr(base, "_open", torch_uses_it)
+    monkeypatch.setattr(opening, "has_cuda_device", lambda: True)
+    monkeypatch.setattr(opening, "_open", torch_uses_it)
     with caplog.at_level(logging.INFO):
         assert open_engine(bundle_copy).name == "torch-cuda"
     assert asked == ["tensorrt", "tensorrt-rtx", "onnx", "torch"]
@@ -254,7 +253,7 @@ def test_auto_asks_for_the_gpu_first(
 def test_auto_on_a_gpu_that_no_package_can_use_is_auto_on_a_cpu(
     bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base, "has_cuda_device", lambda: True)
+    monkeypatch.setattr(opening, "has_cuda_device", lambda: True)
     assert open_engine(bundle_copy, "auto", "fp32").name == "openvino-cpu"
 
 
@@ -297,19 +296,6 @@ def test_golden_rows_run_alone_and_together(plain: Engine) -> None:
 
 def test_the_processor_has_a_name() -> None:
     assert len(processor()) > 2
-
-
-def test_cores_are_those_that_a_container_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    files = {"cpu.max": "150000 100000\n", "thread_siblings_list": "0-1\n"}
-    monkeypatch.setattr(Path, "read_text", lambda path: files[path.name])
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    assert cores() == 2  # of four, with two threads each
-    files["cpu.max"] = "max 100000\n"
-    assert cores() == 4
-    files["thread_siblings_list"] = "0,64\n"
-    assert cores() == 4
-    files["thread_siblings_list"] = "0\n"
-    assert cores() == 8
 
 
 def test_tensorrt_inside_onnx_runtime_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:

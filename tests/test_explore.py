@@ -24,10 +24,9 @@ from mixmim_serve.explore import pages
 from mixmim_serve.explore.duplicates import duplicates
 from mixmim_serve.explore.map import layout
 from mixmim_serve.explore.neighbours import neighbours
-from mixmim_serve.extract.features import Features
+from mixmim_serve.extract.features import Features, embed_query
 from mixmim_serve.extract.options import Options
-from mixmim_serve.extract.query import embed_query
-from mixmim_serve.extract.run import run_files
+from mixmim_serve.extract.pipeline import run_files
 
 
 @pytest.fixture(scope="module")

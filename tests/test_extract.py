@@ -26,11 +26,11 @@ from serving import files as form
 from mixmim_serve.engines import Engine, engine_fingerprint, open_engine
 from mixmim_serve.errors import ConfigError, DataError, ImageError, OutputError, UndecodableImageError
 from mixmim_serve.extract.folder import Folder
-from mixmim_serve.extract.job import Job, run
+from mixmim_serve.extract.job import Job
+from mixmim_serve.extract.lead import run
 from mixmim_serve.extract.options import Options
-from mixmim_serve.extract.pipeline import AHEAD, decode_small, map_ahead
+from mixmim_serve.extract.pipeline import AHEAD, decode_small, map_ahead, run_files
 from mixmim_serve.extract.plan import images_a_shard, plan
-from mixmim_serve.extract.run import run_files
 from mixmim_serve.preprocess import preprocess
 from mixmim_serve.sources import open_source
 

@@ -11,7 +11,7 @@ from extracting import features, files_of, small
 
 from mixmim_serve.engines import Engine
 from mixmim_serve.errors import BundleError
-from mixmim_serve.extract.job import run
+from mixmim_serve.extract.lead import run
 from mixmim_serve.extract.progress import Progress
 
 pytestmark = pytest.mark.slow  # Ray takes ten seconds to start
@@ -50,5 +50,5 @@ def test_errors_of_workers_are_one_sentence(engine: Engine, bundle_copy: Path, s
 
     (bundle_copy / "encoder.onnx").unlink()
     job = dataclasses.replace(small(engine, spoilt, tmp_path / "out"), bundle=bundle_copy, engine="onnx")
-    with pytest.raises(BundleError, match=r"^\S+ lacks encoder\.onnx: export it again\.$"):
+    with pytest.raises(BundleError, match=r"^\S+ lacks encoder\.onnx: export the bundle again\.$"):
         run(job, executor=RayExecutor)

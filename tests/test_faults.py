@@ -27,7 +27,7 @@ from test_server import STOP, Server, post, serve
 
 from mixmim_serve.client import Client, Embedding, Policy
 from mixmim_serve.engines import Engine
-from mixmim_serve.extract.run import run_files
+from mixmim_serve.extract.pipeline import run_files
 
 IMAGES = [path.read_bytes() for path in PHOTOS.values()]
 
@@ -193,12 +193,12 @@ def test_a_client_that_leaves_never_reaches_the_engine(engine: Engine) -> None:
                 connection = socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0), PATIENCE)
                 stack.enter_context(connection).sendall(post(len(HAT)) + HAT)
             wait_until(lambda: runtime.batchers["encoder"].queued == 20)  # decoded, and waiting
-        wait_until(lambda: runtime.admission.images == 1)  # their places are free at once
+        wait_until(lambda: app.state.admission.images == 1)  # their places are free at once
         gate.release.set()
         assert first.result(PATIENCE).status_code == 200
         assert httpx.post(f"{url}/embed", files=files(HAT)).status_code == 200
         assert seen(app) == 2
-        assert 'mixmim_failures_total{reason="client_left"} 20.0' in app.state.metrics.text().decode()
+        assert 'mixmim_failures_total{reason="client_left"} 20.0' in app.state.metrics.exposition().decode()
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs Linux")
@@ -222,7 +222,7 @@ def test_a_full_disk_stops_no_upload(exported_bundle: Path, tmp_path: Path) -> N
 
 def seen(app: Any) -> float:
     """Images that reached the engine."""
-    found = re.search(rf"^{re.escape(SEEN)} (\S+)$", app.state.metrics.text().decode(), re.MULTILINE)
+    found = re.search(rf"^{re.escape(SEEN)} (\S+)$", app.state.metrics.exposition().decode(), re.MULTILINE)
     return float(found[1]) if found else 0.0
 
 

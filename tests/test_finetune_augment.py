@@ -13,7 +13,7 @@ from conftest import REPOSITORY
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from mixmim_serve.config import IMAGENET_MEAN, IMAGENET_STD
+from mixmim_serve.config import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from mixmim_serve.errors import ConfigError, DataError
 from training.config import AugmentConfig
 from training.device_augment import (
@@ -36,7 +36,7 @@ OPERATIONS = operations(torch.tensor(IMAGENET_MEAN))
 
 def augment(device: torch.device = CPU, **changes: float) -> DeviceAugment:
     """The official recipe, but for `changes`."""
-    return DeviceAugment(AugmentConfig(**changes), IMAGENET_MEAN, IMAGENET_STD, CLASSES, device)
+    return DeviceAugment(AugmentConfig(**changes), Preprocessing.evaluation(64), CLASSES, device)
 
 
 def only(**parts: float) -> DeviceAugment:
@@ -106,8 +106,8 @@ def test_autocast_changes_nothing() -> None:
 def test_everything_off_is_exact_normalisation_and_one_hot_labels() -> None:
     pixels, labels = batch()
     values, targets = only()(pixels, labels, seed=0)
-    mean, std = torch.tensor(IMAGENET_MEAN) * 255, torch.tensor(IMAGENET_STD) * 255
-    assert torch.equal(values, ((pixels.float() - mean) / std).permute(0, 3, 1, 2))
+    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    assert torch.equal(values, ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2))
     assert torch.equal(targets, torch.nn.functional.one_hot(labels, CLASSES).float())
 
 
@@ -125,7 +125,7 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(DataError, match=r"expected square uint8 images"):
             augment()(wrong, labels, seed=0)
     with pytest.raises(ConfigError, match="num_classes"):
-        DeviceAugment(AugmentConfig(), IMAGENET_MEAN, IMAGENET_STD, 0, CPU)
+        DeviceAugment(AugmentConfig(), Preprocessing.evaluation(64), 0, CPU)
 
 
 @pytest.mark.gpu
@@ -296,7 +296,7 @@ def constant_images(count: int = 8) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("part", ["mixup", "cutmix"])
 def test_targets_hold_the_share_that_pixels_truly_have(part: str) -> None:
     pixels, labels = constant_images()
-    transform = DeviceAugment(AugmentConfig(**{**OFF, part: 1.0}), (0.0,) * 3, (1.0,) * 3, 8, CPU)
+    transform = DeviceAugment(AugmentConfig(**{**OFF, part: 1.0}), Preprocessing(mean=(0,) * 3, std=(1,) * 3), 8, CPU)
     shares = []
     for seed in range(50):
         values, targets = transform(pixels, labels, seed)

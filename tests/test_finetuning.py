@@ -26,8 +26,8 @@ from mixmim_serve.model.encoder import Block
 from mixmim_serve.sources import open_source
 from training.config import AugmentConfig, FinetuneConfig
 from training.data import Batch
+from training.evaluation.labelled import Labelled, open_labelled
 from training.finetuning import Finetuning, set_drop_path
-from training.judging import Labelled, open_labelled
 from training.start import Start, read_start
 from training.trainer import Trainer, train
 
@@ -144,7 +144,7 @@ def test_from_scratch(labelled: Path, tmp_path: Path) -> None:
     final = run(labelled, None, tmp_path / "run", config)
     assert final is not None
     assert read_start(final).description.provenance["start"] == "scratch"
-    with pytest.raises(ConfigError, match="an untrained network needs a size: add --set size=tiny"):
+    with pytest.raises(ConfigError, match="training from scratch needs a size: add --set size=tiny"):
         task_of(labelled, None)
 
 
@@ -192,7 +192,7 @@ def test_a_dropped_path_skips_whole_branches_and_keeps_the_mean() -> None:
 
 def test_layer_decay_reaches_the_learning_rates(labelled: Path, pretrained: Path, tmp_path: Path) -> None:
     from training.distributed import World
-    from training.run import RunFolder
+    from training.run_folder import RunFolder
 
     task, images = task_of(labelled, pretrained)
     trainer = Trainer(task, images.source, RunFolder(tmp_path), World(0, 1, torch.device("cpu")))
@@ -234,7 +234,7 @@ def test_one_class_or_none_is_refused(labelled: Path, photos: Path, tmp_path: Pa
     with pytest.raises(DataError, match="has no labels: put the images of each class into a folder"):
         open_labelled(str(photos))
     shutil.copytree(labelled / "train" / "red", tmp_path / "one" / "red")
-    with pytest.raises(DataError, match=r"has one class only \(red\): at least two are needed"):
+    with pytest.raises(DataError, match=r"has only one class \(red\): at least two are needed"):
         open_labelled(str(tmp_path / "one"))
 
 
@@ -248,7 +248,7 @@ def test_val_may_lie_elsewhere_or_nowhere(labelled: Path) -> None:
 
 
 def test_a_checkpoint_of_another_size_is_refused(labelled: Path, pretrained: Path) -> None:
-    with pytest.raises(ConfigError, match=r"small.safetensors is of size custom, not base: leave size out"):
+    with pytest.raises(ConfigError, match=r"small.safetensors has size custom, not base: omit size"):
         task_of(labelled, pretrained, dataclasses.replace(SMALL, size="base"))
 
 

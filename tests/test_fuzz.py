@@ -28,11 +28,11 @@ from hypothesis import strategies as st
 from mixmim_serve.config import Preprocessing
 from mixmim_serve.errors import ImageError
 from mixmim_serve.preprocess import decode, resize_and_crop
-from mixmim_serve.service.encoding import json_bytes
-from mixmim_serve.service.intake import inputs_of, parse_json
-from mixmim_serve.service.multipart import Part, parts
-from mixmim_serve.service.problems import RequestError
-from mixmim_serve.service.routes.stream import _lines, _parse
+from mixmim_serve.service.body import Part, split_form
+from mixmim_serve.service.errors import RequestError
+from mixmim_serve.service.responses import json_bytes
+from mixmim_serve.service.routes.stream import parse_line, split_lines
+from mixmim_serve.service.uploads import decode_inputs, parse_json
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 
@@ -173,7 +173,7 @@ def read_form(content_type: str, pieces: Sequence[bytes], most: int) -> list[Par
     """The parts, or the code of the refusal."""
 
     async def read() -> list[Part]:
-        return [part async for part in parts(_arriving(pieces), content_type, most)]
+        return [part async for part in split_form(_arriving(pieces), content_type, most)]
 
     try:
         return asyncio.run(read())
@@ -226,11 +226,11 @@ def test_a_broken_form_is_refused_or_read_alike_in_any_pieces(data: bytes, cuts:
 # Lines
 
 
-def read_lines(pieces: Sequence[bytes], longest: int) -> list[bytes] | str:
+def readsplit_lines(pieces: Sequence[bytes], longest: int) -> list[bytes] | str:
     """The lines, or the code of the refusal."""
 
     async def read() -> list[bytes]:
-        return [line async for line in _lines(_arriving(pieces), longest)]
+        return [line async for line in split_lines(_arriving(pieces), longest)]
 
     try:
         return asyncio.run(read())
@@ -244,7 +244,7 @@ def read_lines(pieces: Sequence[bytes], longest: int) -> list[bytes] | str:
 def test_lines_in_any_pieces_are_the_lines_of_the_whole(data: bytes, cuts: list[int]) -> None:
     def check(body: bytes) -> None:
         *ended, rest = body.split(b"\n")
-        assert read_lines(in_pieces(body, cuts), len(body)) == ended + [rest] * bool(rest)
+        assert readsplit_lines(in_pieces(body, cuts), len(body)) == ended + [rest] * bool(rest)
 
     kept("ndjson", data, check)
 
@@ -260,7 +260,7 @@ JSON_BYTES = JSON.map(lambda value: json.dumps(value).encode())
 
 def line(data: bytes) -> None:
     """An image or a reason, and an id that can be written back."""
-    given_ = _parse(3, data)
+    given_ = parse_line(3, data)
     assert isinstance(given_.image, bytes) or (given_.image.status, given_.image.param) == (400, "input[3]")
     assert orjson.loads(json_bytes({"id": given_.id}))["id"] == given_.id
 
@@ -268,7 +268,7 @@ def line(data: bytes) -> None:
 def body(data: bytes) -> None:
     """The same of a whole body of JSON."""
     try:
-        sent = inputs_of(parse_json(data).get("input"), 64)
+        sent = decode_inputs(parse_json(data).get("input"), 64)
         assert all(isinstance(image, bytes) or image.status == 400 for image in sent.images)
     except RequestError as error:
         assert error.status in (400, 413)

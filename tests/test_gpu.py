@@ -15,7 +15,7 @@ from mixmim_serve.sources import open_source
 from training.config import PretrainConfig
 from training.distributed import World
 from training.pretraining import Pretraining
-from training.run import RunFolder
+from training.run_folder import RunFolder
 from training.trainer import Trainer
 
 pytestmark = pytest.mark.gpu

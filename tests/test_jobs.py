@@ -20,19 +20,24 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import REPOSITORY
 from extracting import files_of
-from serving import TestClient, app_of, refusal
+from serving import HAT, TestClient, app_of, files, refusal
 from test_server import STOP, Server, serve
 
 from mixmim_serve.bundle import DEFAULT_BUNDLE, Bundle, open_bundle
 from mixmim_serve.engines import Engine, open_engine
 from mixmim_serve.errors import ConfigError, DataError
-from mixmim_serve.extract.job import Job, local, run
+from mixmim_serve.extract.job import Job
+from mixmim_serve.extract.lead import run
+from mixmim_serve.extract.local import LocalExecutor
 from mixmim_serve.extract.options import Options
+from mixmim_serve.service.app import ENDPOINTS
 from mixmim_serve.service.jobs import runner, worker
+from mixmim_serve.service.jobs.options import parse_options
 from mixmim_serve.service.jobs.roots import Roots
-from mixmim_serve.service.jobs.runner import Jobs, parse_options
-from mixmim_serve.service.jobs.store import FORMAT, Store
-from mixmim_serve.service.openapi import document
+from mixmim_serve.service.jobs.runner import JobRunner
+from mixmim_serve.service.jobs.store import FORMAT, JobStore
+from mixmim_serve.service.openapi.document import document
+from mixmim_serve.service.request import Reservation
 from mixmim_serve.service.settings import Settings
 from mixmim_serve.sources import open_source
 
@@ -63,7 +68,7 @@ class Served:
     """A server with jobs, asked without a socket."""
 
     client: TestClient
-    jobs: Jobs
+    jobs: JobRunner
 
     def post(self, source: object, **options: object) -> Any:
         """A new job."""
@@ -123,7 +128,7 @@ def start(engine: Engine, root: Path, tmp_path: Path) -> Iterator[Callable[..., 
 
         def start(bundle: Bundle = engine.bundle, **settings: Any) -> Served:
             app = app_of(engine, **{"jobs_roots": (str(root),), "jobs_dir": str(tmp_path / "jobs")} | settings)
-            app.state.jobs = Jobs(app.state.settings, bundle, "onnx")
+            app.state.jobs = JobRunner(app.state.settings, bundle, "onnx")
             app.state.jobs.start(app.state.metrics)
             stack.callback(app.state.runtime.close)
             stack.callback(app.state.jobs.close)
@@ -144,7 +149,7 @@ def undisturbed(exported_bundle: Path, root: Path, tmp_path: Path) -> Callable[.
     def undisturbed(source: str, **options: Any) -> dict[str, bytes]:
         out = tmp_path / "undisturbed"
         job = Job(exported_bundle, str(root / source), str(out), "onnx", options=Options(**options))
-        assert run(job, executor=functools.partial(local, engine=open_engine(exported_bundle, "onnx"))).complete
+        assert run(job, executor=functools.partial(LocalExecutor, engine=open_engine(exported_bundle, "onnx"))).complete
         return features_of(out)
 
     return undisturbed
@@ -152,7 +157,7 @@ def undisturbed(exported_bundle: Path, root: Path, tmp_path: Path) -> Callable[.
 
 def conforms(schema: str, value: object) -> None:
     """Compare an answer with the OpenAPI document."""
-    reference = {"$ref": f"#/components/schemas/{schema}", "components": document()["components"]}
+    reference = {"$ref": f"#/components/schemas/{schema}", "components": document(ENDPOINTS)["components"]}
     pytest.importorskip("jsonschema_rs").validate(reference, value)
 
 
@@ -187,7 +192,7 @@ def test_what_is_outside_or_missing_is_refused_alike(root: Path, source: str) ->
     secret.mkdir()
     (secret / "a.jpg").write_bytes(b"")
     (root / "out").symlink_to(secret)
-    with pytest.raises(DataError, match=r"^no source .* here: name a folder, file or pattern below the roots"):
+    with pytest.raises(DataError, match=r"^unknown source .*: name a folder, file or pattern below the roots"):
         Roots([str(root), "memory://mine"]).find(source.replace("{root}", str(root)))
 
 
@@ -203,7 +208,7 @@ def test_the_first_root_that_has_it_is_read(root: Path, tmp_path: Path) -> None:
 
 
 def test_a_root_must_be_a_folder(root: Path) -> None:
-    with pytest.raises(ConfigError, match="is no folder: --jobs-root takes one"):
+    with pytest.raises(ConfigError, match="is not a folder: --jobs-root takes a folder"):
         Roots([str(root / "missing")])
 
 
@@ -240,18 +245,18 @@ def test_a_shard_behind_a_link_is_refused(root: Path, monkeypatch: pytest.Monkey
     [
         ([], "options must be a JSON object."),
         ({"bach": 3}, "unknown option 'bach': choose one of features, .* Did you mean batch?"),
-        ({"batch": "3"}, "batch must be of type int, got '3'."),
-        ({"batch": True}, "batch must be of type int, got True."),
-        ({"batch": 0}, "a batch has 1 image at least"),
-        ({"batch": 257}, "a batch has at most 256 images"),
-        ({"images": -1}, "a shard cannot have fewer than none"),
-        ({"images": 10**7}, "and a shard 1,000,000."),
-        ({"fast_jpeg": 1}, "fast_jpeg must be of type bool, got 1."),
-        ({"max_failures": 2}, "max_failures is a share between 0 and 1."),
-        ({"max_failures": "all"}, "max_failures must be of type float"),
-        ({"format": "lance"}, "jobs write parquet or npy, not lance."),
-        ({"format": "csv"}, "unknown format 'csv'"),
-        ({"dtype": "int8"}, "unknown type 'int8'"),
+        ({"batch": "3"}, "batch must be a whole number from 1 to 256, got '3'."),
+        ({"batch": True}, "batch must be a whole number from 1 to 256, got True."),
+        ({"batch": 0}, "batch must be a whole number from 1 to 256, got 0."),
+        ({"batch": 257}, "batch must be a whole number from 1 to 256, got 257."),
+        ({"images": -1}, "images must be a whole number from 0 to 1,000,000, got -1."),
+        ({"images": 10**7}, "images must be a whole number from 0 to 1,000,000, got 10000000."),
+        ({"fast_jpeg": 1}, "fast_jpeg must be true or false, got 1."),
+        ({"max_failures": 2}, "max_failures must be a number from 0 to 1, got 2."),
+        ({"max_failures": "all"}, "max_failures must be a number from 0 to 1, got 'all'."),
+        ({"format": "lance"}, "format must be one of parquet, npy, got 'lance'."),
+        ({"format": "csv"}, "format must be one of parquet, npy, got 'csv'."),
+        ({"dtype": "int8"}, "dtype must be one of float32, float16, got 'int8'."),
         ({"features": "stage4"}, "features must be a list of names"),
         ({"features": ["stage5"]}, "this model has no features named 'stage5'"),
         ({"features": ["stage4", "stage4"]}, "name each of the features once."),
@@ -292,6 +297,18 @@ def test_refusals(served: Served, root: Path) -> None:
         assert refusal(served.client.request(method, f"{path}?id=nobody"))[::2] == (404, "id")
     assert refusal(served.client.get("/jobs?state=lost"))[::2] == (400, "state")
     assert refusal(served.client.get("/jobs?limit=0"))[::2] == (400, "limit")
+
+
+def test_jobs_need_no_place_for_an_image(start: Callable[..., Served]) -> None:
+    served = start(max_waiting=1)
+    with Reservation(served.client.app.state.admission) as full:  # type: ignore[attr-defined]
+        full.reserve(1)
+        assert refusal(served.client.post("/embed", files=files(HAT)))[0] == 429
+        response = served.post("photos")
+        assert response.status_code == 201
+        for path in ("/jobs/cancel", "/jobs/resume"):
+            assert refusal(served.client.post(f"{path}?id=nobody"))[0] == 404
+        assert served.client.post(f"/jobs/cancel?id={response.json()['id']}").status_code == 200
 
 
 def test_a_key_is_asked_for(start: Callable[..., Served], tmp_path: Path) -> None:
@@ -438,9 +455,7 @@ def test_a_process_that_dies_fails_its_job_alone(
     id_ = served.begin(many, **SLOWLY)
     served.under_way(id_).kill()
     job = served.ended(id_)
-    assert job["error"].startswith(
-        "the process that did it ended with signal 9: what it wrote is whole, resume the job"
-    )
+    assert job["error"].startswith("its process ended with signal 9: complete shards are kept, resume the job")
     assert served.ended(served.begin("photos"))["state"] == "done"
     served.client.post(f"/jobs/resume?id={id_}")
     assert served.ended(id_)["state"] == "done"
@@ -561,7 +576,7 @@ def ask_json(server: Server, body: bytes) -> int:
 
 def test_another_server_may_not_do_the_same_jobs(start: Callable[..., Served]) -> None:
     start()
-    with pytest.raises(ConfigError, match=r"another server does the jobs in .*: choose another with --set jobs_dir="):
+    with pytest.raises(ConfigError, match=r"another server uses the jobs folder .*: choose another with --set"):
         start()
 
 
@@ -569,7 +584,7 @@ def test_a_folder_that_cannot_be_written_to(engine: Engine, root: Path) -> None:
     (root / "file").write_text("")
     settings = Settings(jobs_roots=(str(root),), jobs_dir=str(root / "file"))
     with pytest.raises(ConfigError, match=r"cannot write to .*file: File exists."):
-        Jobs(settings, engine.bundle, "onnx")
+        JobRunner(settings, engine.bundle, "onnx")
 
 
 def test_results_lie_outside_of_bentoml(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -584,21 +599,21 @@ def test_results_lie_outside_of_bentoml(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_what_ran_is_queued_again_and_what_was_being_cancelled_is(tmp_path: Path) -> None:
     path = tmp_path / "jobs.sqlite"
-    store = Store(path)
+    store = JobStore(path)
     ids = []
     for number in range(3):
         added = store.add("photos", {"batch": number}, 10)
         assert added is not None
         ids.append(added[0].id)
-    assert [store.begin().id, store.begin().id] == ids[:2]  # type: ignore[union-attr]
+    assert [store.start_next().id, store.start_next().id] == ids[:2]  # type: ignore[union-attr]
     store.cancel(ids[1])
-    again = Store(path)  # the first one was killed, and closed nothing
-    again.take_up()
+    again = JobStore(path)  # the first one was killed, and closed nothing
+    again.recover()
     assert [each.state for each in again.newest(("queued", "cancelled"), 10)] == ["queued", "cancelled", "queued"]
 
 
 def test_a_change_that_fails_changes_nothing(tmp_path: Path) -> None:
-    store = Store(tmp_path / "jobs.sqlite")
+    store = JobStore(tmp_path / "jobs.sqlite")
 
     def half_done() -> None:
         with store._change() as change:
@@ -611,20 +626,20 @@ def test_a_change_that_fails_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_list_of_a_later_version_or_of_something_else_is_refused(tmp_path: Path) -> None:
-    later = Store(tmp_path / "jobs.sqlite")
+    later = JobStore(tmp_path / "jobs.sqlite")
     later._sqlite.execute(f"PRAGMA user_version={FORMAT + 1}")
     later.close()
     with pytest.raises(ConfigError, match="was written by a later version of this server"):
-        Store(tmp_path / "jobs.sqlite")
+        JobStore(tmp_path / "jobs.sqlite")
     (tmp_path / "other").write_bytes(b"no database at all, but a text that is long enough to be read")
-    with pytest.raises(ConfigError, match="cannot be opened"):
-        Store(tmp_path / "other")
+    with pytest.raises(ConfigError, match="cannot open the list of jobs"):
+        JobStore(tmp_path / "other")
 
 
 def test_the_command_says_what_jobs_may_read(exported_bundle: Path, root: Path, tmp_path: Path) -> None:
     with serve(exported_bundle, tmp_path, f"jobs_dir={tmp_path / 'jobs'}", jobs_root=root) as server:
         server.wait_until_ready()
-        assert f"jobs may read below {root}, and write to {tmp_path / 'jobs'}" in server.log.read_text()
+        assert f"jobs may read below {root} and write to {tmp_path / 'jobs'}" in server.log.read_text()
 
 
 def test_paths_in_messages() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mixmim_serve.errors import ConfigError, DataError, MixMIMError
-from training.judge.confusion import (
+from training.evaluation.confusion import (
     ClassResult,
     Confusion,
     accuracy,
@@ -23,8 +23,8 @@ from training.judge.confusion import (
     per_class,
     rank_of_truth,
 )
-from training.judge.knn import knn_accuracy, nearest, vote
-from training.judge.linear import (
+from training.evaluation.knn import knn_accuracy, nearest, vote
+from training.evaluation.linear import (
     LinearProbe,
     ProbeConfig,
     choose,
@@ -178,14 +178,14 @@ LABELS = torch.arange(3)
         (lambda: knn_accuracy(GOOD, LABELS, GOOD, LABELS, 3, temperature=0.0), ConfigError, "temperature"),
         (lambda: knn_accuracy(GOOD, LABELS, GOOD, LABELS, 2), DataError, "0 to 1, got 0 to 2"),
         (lambda: knn_accuracy(GOOD, LABELS, GOOD, LABELS - 1, 3), DataError, "got -1 to 1"),
-        (lambda: knn_accuracy(GOOD, LABELS, GOOD, LABELS[:2], 3), DataError, "3 images need as many labels"),
+        (lambda: knn_accuracy(GOOD, LABELS, GOOD, LABELS[:2], 3), DataError, "expected 3 labels, one per image"),
         (lambda: knn_accuracy(GOOD[:0], LABELS[:0], GOOD, LABELS, 3), DataError, "no images"),
         (lambda: knn_accuracy(GOOD, LABELS, GOOD[:0], LABELS[:0], 3), DataError, "no images"),
         (lambda: knn_accuracy(GOOD / 0, LABELS, GOOD, LABELS, 3), DataError, "not finite"),
         (lambda: knn_accuracy(GOOD, LABELS, GOOD.log(), LABELS, 3), DataError, "not finite"),
         (lambda: accuracy(GOOD, LABELS + 1), DataError, "got 1 to 3"),
         (lambda: confusion_matrix(LABELS, LABELS + 1, 3), DataError, "got 1 to 3"),
-        (lambda: confusion_matrix(LABELS, LABELS[:2], 3), DataError, "as many labels"),
+        (lambda: confusion_matrix(LABELS, LABELS[:2], 3), DataError, "3 labels, one per image"),
         (lambda: linear_probe(GOOD, LABELS, 3, QUICK), DataError, "no class has two"),
         (lambda: linear_probe(GOOD, LABELS, 2, QUICK), DataError, "0 to 1"),
         (lambda: linear_probe(GOOD / 0, LABELS * 0, 3, QUICK), DataError, "not finite"),
@@ -432,7 +432,7 @@ def test_a_large_picture_thins_the_names_and_lists_the_confusions() -> None:
     figure = confusion_figure(matrix, [f"c{number}" for number in range(130)], "A title")
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [f"c{n}" for n in range(0, 130, 2)]
     assert not figure.axes[0].texts
-    assert [text.get_text() for text in figure.texts] == ["Most frequent confusions", "3 of 12 c4 taken for c7", ""]
+    assert [text.get_text() for text in figure.texts] == ["Most frequent confusions", "3 of 12 c4 predicted as c7", ""]
 
 
 def test_names_are_no_formulas_and_stay_short() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 import tomllib
@@ -19,14 +20,16 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "mixmim_serve.errors",
         "mixmim_serve.config",
         "mixmim_serve.version",
+        "mixmim_serve.cores",
         "mixmim_serve.files",
+        "mixmim_serve.locks",
+        "mixmim_serve.settings",
         "mixmim_serve.signals",
     ),
     (
         "mixmim_serve.description",
         "mixmim_serve.preprocess",
         "mixmim_serve.bundle",
-        "mixmim_serve.images",
         "mixmim_serve.sources",
     ),
     ("mixmim_serve.engines", "mixmim_serve.model"),
@@ -91,6 +94,35 @@ def imports(path: Path) -> tuple[set[str], set[str]]:
     return top, inside
 
 
+def graph(files: dict[str, Path]) -> dict[str, set[str]]:
+    """Which of these files each of them imports anywhere: at its top, in functions and for type checkers alone."""
+    edges = {}
+    for module, path in files.items():
+        targets = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                targets |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                members = {f"{node.module}.{alias.name}" for alias in node.names}
+                targets |= members & files.keys() or {str(node.module)}
+        edges[module] = targets & files.keys() - {module}
+    return edges
+
+
+def circles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """One circle of imports after another, each cut at its closing import before the next is looked for."""
+    edges, found = {module: set(targets) for module, targets in edges.items()}, []
+    while True:
+        try:
+            graphlib.TopologicalSorter(edges).prepare()
+        except graphlib.CycleError as error:
+            first, second, *_ = circle = error.args[1]  # each is imported by the next; the last is the first again
+            edges[second].remove(first)
+            found.append(circle)
+        else:
+            return found
+
+
 def layer(module: str) -> int:
     """Position in LAYERS."""
     for position, names in enumerate(LAYERS):
@@ -118,6 +150,25 @@ def test_imports_flow_one_way() -> None:
             if not allowed:
                 broken.append(f"{module} imports {target}")
     assert not broken
+
+
+def test_no_imports_run_in_circles() -> None:
+    assert circles(graph(modules())) == []
+
+
+def test_circles_are_found_whatever_hides_them(tmp_path: Path) -> None:
+    texts = {
+        "package": "from package.plain import x\n",
+        "package.plain": "import os\n",
+        "package.deferred": "def f():\n    from package import typed\n",
+        "package.typed": "if TYPE_CHECKING:\n    import package.deferred\n",
+        "package.third": "from package.typed import a\n",
+    }
+    files = {name: tmp_path / name for name in texts}
+    for name, text in texts.items():
+        files[name].write_text(text)
+    (circle,) = circles(graph(files))
+    assert set(circle) == {"package.deferred", "package.typed"}
 
 
 def test_torch_is_imported_only_where_it_belongs() -> None:

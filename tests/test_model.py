@@ -11,7 +11,7 @@ from torch import Tensor
 from mixmim_serve.config import Architecture, DecoderConfig, architecture
 from mixmim_serve.errors import ConfigError
 from mixmim_serve.model import Encoder, MixMIM, build_model
-from mixmim_serve.model.attention import Apart, WindowAttention
+from mixmim_serve.model.attention import TokenSplit, WindowAttention
 from mixmim_serve.model.encoder import BLOCKED, PatchEmbed, Stage
 from mixmim_serve.model.mixmim import from_units, random_units, to_units
 
@@ -69,7 +69,7 @@ def test_sorted_tokens_attend_as_masked_ones_do() -> None:
     partner = torch.tensor([0, 1, 1, 0, 0, 1, 0, 0, 1], dtype=torch.bool)
     blocked = (partner[:, None] != partner[None, :]).double()[None, None] * BLOCKED
     order = partner.to(torch.uint8).argsort(stable=True)
-    found = attention(x[:, :, order], Apart(order, [5, 4]))[:, :, order.argsort()]
+    found = attention(x[:, :, order], TokenSplit(order, [5, 4]))[:, :, order.argsort()]
     torch.testing.assert_close(found, plain_attention(attention, x, blocked), atol=1e-12, rtol=0)
 
 

@@ -15,7 +15,7 @@ import pytest
 from serving import HAT, PATIENCE, PHOTOS, SHOES, Around, Gate, Starlette, url_of
 
 from mixmim_serve.engines import Engine
-from mixmim_serve.extract.run import run_files
+from mixmim_serve.extract.pipeline import run_files
 
 KEY = "k" * 20
 
@@ -139,7 +139,7 @@ def test_a_wrong_request_is_a_typed_error_and_asked_once(
 
 
 def test_an_unknown_model_is_not_found(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.NotFoundError, match="no model 'other' here"):
+    with pytest.raises(openai.NotFoundError, match="unknown model 'other'"):
         client.models.retrieve("other")
 
 
@@ -167,7 +167,7 @@ def test_a_full_server_is_a_rate_limit_after_its_own_waits(engine: Engine) -> No
         name = app.state.runtime.model_name
         first = other.submit(client.embeddings.create, model=name, input=uri(HAT))
         assert gate.reached.wait(PATIENCE)
-        app.state.runtime.admission.retry_after = lambda: 0.75  # between its own first waits of 0.5 s and 1 s
+        app.state.admission.retry_after = lambda: 0.75  # between its own first waits of 0.5 s and 1 s
         began = time.monotonic()
         with pytest.raises(openai.RateLimitError) as caught:
             client.embeddings.create(model=name, input=uri(SHOES))
@@ -187,7 +187,7 @@ def test_a_busy_server_is_asked_again_until_it_has_room(engine: Engine, vectors:
         theirs(url) as client,
         ThreadPoolExecutor(2) as other,
     ):
-        app.state.runtime.admission.retry_after = lambda: 0.2
+        app.state.admission.retry_after = lambda: 0.2
         jobs = [other.submit(client.embeddings.create, model=app.state.runtime.model_name, input=uri(HAT))]
         assert gate.reached.wait(PATIENCE)
         jobs.append(other.submit(client.embeddings.create, model=app.state.runtime.model_name, input=uri(SHOES)))

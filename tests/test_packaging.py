@@ -48,7 +48,7 @@ import mixmim_serve
 from pathlib import Path
 from mixmim_serve.bundle import DEFAULT_BUNDLE
 from mixmim_serve.engines import open_engine
-from mixmim_serve.extract.run import run_files
+from mixmim_serve.extract.pipeline import run_files
 import mixmim_serve.service.app
 assert mixmim_serve.__file__.startswith({str(installed)!r}), mixmim_serve.__file__
 hat = Path({str(REPOSITORY / "examples" / "hat.jpg")!r})

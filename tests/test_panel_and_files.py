@@ -13,9 +13,9 @@ from PIL import Image
 from mixmim_serve.config import Preprocessing
 from mixmim_serve.errors import DataError
 from mixmim_serve.files import atomic_path, sha256
-from mixmim_serve.images import expand, list_images
 from mixmim_serve.panel import CAPTION, GAP, TILES, draw_panel, png
 from mixmim_serve.preprocess import normalize
+from mixmim_serve.sources.names import expand, list_images
 
 COLOURS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (17, 34, 51))
 

@@ -198,7 +198,7 @@ def test_an_engine_with_a_changed_byte_is_refused(with_engines: Bundle, tmp_path
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"capabilities": ("9.0",)}, r"cannot build for compute capability 9\.0: choose of .*8\.9, 12\.0"),
+        ({"capabilities": ("9.0",)}, r"cannot build for compute capability 9\.0: choose one of .*8\.9, 12\.0"),
         ({"capabilities": ()}, "tensorrt-rtx found no GPU to build for: name one with --compute-capability"),
         ({"runtime": "tensorrt"}, r"tensorrt is not installed: run pip install 'mixmim-serve\[tensorrt\]'"),
     ],

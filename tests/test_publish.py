@@ -180,8 +180,8 @@ DAMAGES = {
     "incomplete": "lacks encoder.onnx",
     "foreign": "is damaged",
     "newer": "update mixmim-serve",
-    "reaching out": "'../secret' is no name of a file",
-    "missing": "is no bundle",
+    "reaching out": "'../secret' is not a file name",
+    "missing": "is not a bundle",
 }
 
 
@@ -204,7 +204,7 @@ def test_an_altered_bundle_is_not_pushed(bundle_copy: Path, tmp_path: Path) -> N
 def test_what_is_in_the_way_is_replaced_only_when_told(exported_bundle: Path, bundle_copy: Path) -> None:
     (bundle_copy / "encoder.onnx").write_bytes(b"old")
     for act in (push, lambda bundle, folder, **how: pull(str(bundle), Path(folder), **how)):
-        with pytest.raises(BundleError, match=r"is a bundle already: .* --overwrite"):
+        with pytest.raises(BundleError, match=r"is already a bundle: .* --overwrite"):
             act(exported_bundle, str(bundle_copy))
         assert (bundle_copy / "encoder.onnx").read_bytes() == b"old"
         act(exported_bundle, str(bundle_copy), overwrite=True)

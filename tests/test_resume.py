@@ -182,8 +182,8 @@ def test_a_signal_to_every_process_of_a_run(photos: Path, tmp_path: Path, whole:
 @pytest.mark.parametrize(
     ("number", "message"),
     [
-        (signal.SIGKILL, b"ResourceError: a process that decodes images was killed, most likely for its memory: lower"),
-        (signal.SIGBUS, b"ResourceError: the 2 processes that decode images have too little shared memory: give"),
+        (signal.SIGKILL, b"ResourceError: a decoding process was killed, most likely for its memory: lower"),
+        (signal.SIGBUS, b"ResourceError: the 2 decoding processes have too little shared memory: give"),
     ],
 )
 def test_a_worker_that_is_killed_ends_the_run_with_a_sentence(
@@ -256,9 +256,9 @@ def test_what_cannot_be_resumed_is_refused(photos: Path, tmp_path: Path, whole: 
     (tmp_path / "others").mkdir()
     for path in sorted(photos.glob("*.jpg"))[:8]:
         (tmp_path / "others" / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(DataError, match="are not those that"):
+    with pytest.raises(DataError, match="was started with other images than those in"):
         run(tmp_path / "others", whole, resume=True)
     (whole / "checkpoints" / "step-00000009.state.pt").write_bytes(b"cut")
-    with pytest.raises(CheckpointError, match=r"step-00000009 is damaged: delete its two files to go on from the one"):
+    with pytest.raises(CheckpointError, match=r"step-00000009 is damaged: delete its two files to resume from the one"):
         run(photos, whole, resume=True)
     assert not (whole / "final.safetensors").exists()

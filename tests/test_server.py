@@ -219,7 +219,7 @@ def test_serve_refuses_in_one_sentence(exported_bundle: Path, bundle_copy: Path,
                 "unknown engine 'abacus': choose one of auto, onnx",
             ),
             "altered bundle": ([bundle_copy], f"{weights} was altered after the export"),
-            "no bundle": ([tmp_path / "missing"], f"{tmp_path / 'missing'} is no bundle: "),
+            "no bundle": ([tmp_path / "missing"], f"{tmp_path / 'missing'} is not a bundle: "),
         }[case]
         done = subprocess.run([*MIXMIM, "serve", *arguments], capture_output=True, text=True, timeout=START)
     assert (done.returncode, done.stdout) == (1, "")

@@ -30,7 +30,7 @@ from serving import (
 
 from mixmim_serve.engines import Engine, engine_fingerprint, open_engine
 from mixmim_serve.engines.certificate import certify
-from mixmim_serve.extract.run import run_files
+from mixmim_serve.extract.pipeline import run_files
 from mixmim_serve.preprocess import preprocess
 from mixmim_serve.service.runtime import Runtime
 from mixmim_serve.service.settings import Settings

@@ -48,12 +48,12 @@ def test_json_takes_data_uris_and_base64(client: TestClient) -> None:
 @pytest.mark.parametrize(
     ("body", "status", "sentence"),
     [
-        (b"{", 400, "no JSON"),
-        (b"[]", 400, "no JSON object"),
-        (b"{}", 400, "must be a text or a list"),
+        (b"{", 400, "not valid JSON"),
+        (b"[]", 400, "not a JSON object"),
+        (b"{}", 400, "must be a string or a list"),
         (b'{"input": []}', 400, "input is empty"),
-        (b'{"input": 3}', 400, "must be a text or a list"),
-        (b'{"input": "x", "normalise": true}', 400, "no key 'normalise'"),
+        (b'{"input": 3}', 400, "must be a string or a list"),
+        (b'{"input": "x", "normalise": true}', 400, "unknown key 'normalise'"),
         (b'{"input": "not base64!"}', 400, "not base64"),
         (b'{"input": "http://127.0.0.1:1/hat.jpg"}', 400, "URLs are not fetched"),
         (b'{"input": "data:image/jpeg,abc"}', 400, "must begin like data:image/jpeg;base64,"),
@@ -171,7 +171,7 @@ def test_large_answers_count_as_held_memory(engine: Engine) -> None:
         assert client.post("/embed", files=files(HAT)).status_code == 200
         response = client.post("/features?stages=stage1", files=files(HAT, HAT))
     assert refusal(response)[0] == 429
-    assert "fill the memory" in refusal(response)[1]
+    assert "memory set aside for requests in progress is full" in refusal(response)[1]
 
 
 def test_a_score_is_the_loss_of_pretraining_with_fixed_masks(client: TestClient, engine: Engine) -> None:

@@ -17,7 +17,7 @@ from serving import HAT, JPEG, PATIENCE, PHOTOS, SHOES, Around, Gate, TestClient
 
 from mixmim_serve.engines import Engine
 from mixmim_serve.errors import EngineError
-from mixmim_serve.extract.run import run_files
+from mixmim_serve.extract.pipeline import run_files
 from mixmim_serve.preprocess import decode
 from mixmim_serve.service.app import create_app
 from mixmim_serve.service.settings import Settings
@@ -96,10 +96,10 @@ def test_more_images_than_room_are_refused(engine: Engine) -> None:
     with client_of(Around(engine, gate), max_waiting=3) as client, ThreadPoolExecutor(1) as other:
         two = other.submit(client.post, "/embed", files=files(HAT, SHOES))
         assert gate.reached.wait(PATIENCE)
-        runtime = client.app.state.runtime
-        assert runtime.admission.images == 2
+        admission = client.app.state.admission
+        assert admission.images == 2
         response = client.post("/embed", files=files(HAT, SHOES))
-        assert runtime.admission.images == 2
+        assert admission.images == 2
         gate.release.set()
         assert two.result(PATIENCE).status_code == 200
         assert client.post("/embed", files=files(HAT, SHOES)).status_code == 200  # there is room again
@@ -109,10 +109,10 @@ def test_more_images_than_room_are_refused(engine: Engine) -> None:
 
 
 def test_nothing_stays_in_flight(client: TestClient) -> None:
-    runtime = client.app.state.runtime
+    admission = client.app.state.admission
     for route, images in (("/embed", [HAT]), ("/embed", [HAT, b"bad"]), ("/reconstruct", [HAT, b"bad"])):
         client.post(route, files=files(*images))
-        assert runtime.admission.images == 0
+        assert admission.images == 0
 
 
 def test_no_engine_yet_answers_503() -> None:
@@ -169,7 +169,7 @@ def test_sixteen_clients_get_their_own_answers(client: TestClient, engine: Engin
     with ThreadPoolExecutor(16) as threads:
         statuses = Counter(threads.map(ask, range(160), timeout=60))
     assert statuses == {200: 144, 422: 16}
-    assert client.app.state.runtime.admission.images == 0
+    assert client.app.state.admission.images == 0
 
 
 def test_requests_that_wait_share_a_batch(engine: Engine) -> None:

@@ -29,10 +29,10 @@ import pytest
 from conftest import REPOSITORY
 
 from mixmim_serve.errors import DataError, ImageError, ImageTooLargeError, UndecodableImageError
-from mixmim_serve.images import list_images
 from mixmim_serve.preprocess import MAX_IMAGE_BYTES, decode
 from mixmim_serve.sources import Source, fingerprint, open_source, parquet, storage
 from mixmim_serve.sources.files import FileSource
+from mixmim_serve.sources.names import list_images
 
 PHOTOS = {path.stem: path.read_bytes() for path in sorted((REPOSITORY / "examples").glob("*.jpg"))}
 CLASSES = {name: "shoes" if "shoes" in name else "clothes" for name in PHOTOS}

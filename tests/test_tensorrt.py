@@ -21,13 +21,13 @@ from test_export import ENCODER_ONLY, write_checkpoint
 
 from export.build import Options, export_bundle
 from export.tensorrt import EngineOptions
-from mixmim_serve.bundle import CACHE, Built, Bundle, open_bundle
+from mixmim_serve.bundle import CACHE, Bundle, CompiledEngine, open_bundle
 from mixmim_serve.engines import Engine, open_engine
 from mixmim_serve.engines import tensorrt as tensorrt_engine
 from mixmim_serve.engines.certificate import certify
 from mixmim_serve.engines.tensorrt import TensorRtEngine, TensorRtRtxEngine, choose
 from mixmim_serve.errors import EngineError
-from mixmim_serve.extract.run import run_files
+from mixmim_serve.extract.pipeline import run_files
 from mixmim_serve.service.batcher import Batcher
 from mixmim_serve.service.runtime import Runtime
 
@@ -35,10 +35,10 @@ VERSION = FakeTensorRt.__version__
 GPU = "sm89"
 
 
-def built(graph: str, precision: str = "fp16", runtime: str = "tensorrt-rtx", **changes: object) -> Built:
+def built(graph: str, precision: str = "fp16", runtime: str = "tensorrt-rtx", **changes: object) -> CompiledEngine:
     file = f"{graph}.{precision}.{runtime}.engine"
     values = {"version": VERSION, "hardware": "sm80+sm89", "batches": (1, 4, 8)} | changes
-    return Built(file, graph, precision, runtime, **values)  # type: ignore[arg-type]
+    return CompiledEngine(file, graph, precision, runtime, **values)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -223,7 +223,7 @@ def test_cudas_own_errors_are_sentences(trt: FakeTensorRt, bundle: Bundle, monke
 
 @pytest.mark.usefixtures("trt")
 def test_auto_takes_an_engine_that_was_built_for_this_gpu(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mixmim_serve.engines.base.has_cuda_device", lambda: True)
+    monkeypatch.setattr("mixmim_serve.engines.opening.has_cuda_device", lambda: True)
     bundle = dataclasses.replace(bundle, checksums={"golden.safetensors": bundle.checksums["golden.safetensors"]})
     assert open_engine(bundle).name == "tensorrt-cuda"
     rtx = tuple(plan for plan in bundle.built if plan.runtime == "tensorrt-rtx")
@@ -232,8 +232,8 @@ def test_auto_takes_an_engine_that_was_built_for_this_gpu(bundle: Bundle, monkey
     assert open_engine(dataclasses.replace(bundle, built=old)).name == "openvino-cpu"
 
 
-def engines(*plans: Built) -> dict[str, dict[str, Built]]:
-    offered: dict[str, dict[str, Built]] = {}
+def engines(*plans: CompiledEngine) -> dict[str, dict[str, CompiledEngine]]:
+    offered: dict[str, dict[str, CompiledEngine]] = {}
     for plan in plans:
         offered.setdefault(plan.precision, {})[plan.graph] = plan
     return offered

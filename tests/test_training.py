@@ -26,6 +26,7 @@ from mixmim_serve.description import read_description
 from mixmim_serve.errors import ConfigError, DataError, NonFiniteError
 from mixmim_serve.model import MixMIM
 from mixmim_serve.model.checkpoint import load_checkpoint, read_checkpoint
+from mixmim_serve.settings import from_dict
 from mixmim_serve.sources import open_source
 from training.config import PretrainConfig
 from training.data import Batch
@@ -33,8 +34,7 @@ from training.distributed import World
 from training.optim import learning_rate
 from training.pretraining import Pretraining
 from training.replay import replay
-from training.run import RunFolder
-from training.settings import from_dict
+from training.run_folder import RunFolder
 from training.trainer import Trainer, train
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -221,7 +221,7 @@ def test_unreadable_images_are_skipped_and_named_once(spoilt: Path, tmp_path: Pa
 
 
 def test_pretraining_is_judged_by_its_neighbours(photos: Path, labelled: Path, tmp_path: Path) -> None:
-    from training.judging import open_labelled
+    from training.evaluation.labelled import open_labelled
 
     train_part, val_part = open_labelled(str(labelled))
     assert val_part is not None
@@ -353,7 +353,7 @@ def test_a_run_folder_with_something_in_it_is_refused(photos: Path, tmp_path: Pa
     (tmp_path / "metrics.jsonl").write_text("of another run\n")
     with pytest.raises(ConfigError, match=r"is not empty: choose another folder .* --resume, .* --overwrite; nothing"):
         run_pretraining(SMALL, photos, tmp_path)
-    with pytest.raises(ConfigError, match=r"holds other files than a run \(no config.json\): nothing was overwritten"):
+    with pytest.raises(ConfigError, match=r"is not a run folder \(no config.json\): nothing was overwritten"):
         run_pretraining(SMALL, photos, tmp_path, overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", ".lock"}
     assert (tmp_path / "metrics.jsonl").read_text() == "of another run\n"
@@ -373,7 +373,7 @@ def test_overwriting_leaves_nothing_of_the_old_run(run: Run, photos: Path, tmp_p
 HOLD = """
 import sys, time
 from pathlib import Path
-from training.run import RunFolder
+from training.run_folder import RunFolder
 with RunFolder(Path(sys.argv[1])).lock():
     print("held", flush=True)
     time.sleep(60)
@@ -423,7 +423,7 @@ def test_a_full_disk_loses_nothing(run: Run, photos: Path, tmp_path: Path) -> No
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     sentence = done.stderr.strip().splitlines()[-1]
-    assert re.search(r"could not write .*step-00000006: .*; the checkpoints before it are whole: make room", sentence)
+    assert re.search(r"could not write .*step-00000006: .*; earlier checkpoints are intact: free some space", sentence)
     assert "Traceback" not in done.stderr
     assert (tmp_path / "run" / "checkpoints" / "step-00000003.state.pt").read_bytes() == before
     assert not list((tmp_path / "run").rglob("*.tmp"))
@@ -468,7 +468,7 @@ def test_an_unknown_tracker_is_refused_first(photos: Path, tmp_path: Path) -> No
 def test_the_plan_says_whether_the_network_is_compiled(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: str | None, sentence: str
 ) -> None:
-    monkeypatch.setattr("training.terminal.shutil.which", lambda _: compiler)
+    monkeypatch.setattr("training.meter.shutil.which", lambda _: compiler)
     monkeypatch.setattr("training.trainer.torch.compile", lambda module: module)
     trainer = trainer_of(dataclasses.replace(SMALL, compile=True), photos, tmp_path / "run")
     assert trainer.plan().startswith("pretrain: 6.3 M parameters at 64 px on cpu; 24 images, 2 epochs of 3 steps; ")

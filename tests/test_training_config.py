@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from training_data import SMALL
 
 from mixmim_serve.config import architecture
 from mixmim_serve.errors import ConfigError
+from mixmim_serve.extract.job import Job
+from mixmim_serve.service.settings import Settings
+from mixmim_serve.settings import from_dict, override, parse_assignments
 from training.config import AugmentConfig, FinetuneConfig, PretrainConfig
 from training.recipes import FINETUNE, PRETRAIN, recipe
-from training.settings import apply, from_dict
 
 
 @pytest.mark.parametrize(
@@ -20,9 +23,9 @@ from training.settings import apply, from_dict
     [
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"batch_size": 1}, "1 images at once cannot be mixed in pairs"),
-        ({"batch_size": 8, "accumulate": 8}, "1 images at once cannot be mixed in pairs"),
-        ({"batch_size": 8, "accumulate": 3}, "a batch of 8 cannot be computed in 3 equal parts"),
+        ({"batch_size": 1}, "a part of 1 images cannot be mixed in pairs"),
+        ({"batch_size": 8, "accumulate": 8}, "a part of 1 images cannot be mixed in pairs"),
+        ({"batch_size": 8, "accumulate": 3}, "a batch of 8 cannot be split into 3 equal parts"),
         ({"log_every": 0}, "log_every must be at least 1"),
         ({"keep_last": 0}, "keep_last must be at least 1"),
         ({"keep_every": -1}, "keep_every must be at least 1"),
@@ -53,8 +56,8 @@ def test_impossible_configurations_are_refused_when_built(changes: dict[str, obj
     ("changes", "sentence"),
     [
         ({"layer_decay_rule": "swin"}, "unknown layer_decay_rule 'swin': choose one of official, mae, mmpretrain"),
-        ({"layer_decay": 0.0}, "layer_decay and drop_path are shares"),
-        ({"drop_path": 1.0}, "layer_decay and drop_path are shares"),
+        ({"layer_decay": 0.0}, "layer_decay and drop_path must be shares"),
+        ({"drop_path": 1.0}, "layer_decay and drop_path must be shares"),
         ({"evaluate_every": 0}, "evaluate_every must be at least 1"),
     ],
 )
@@ -115,11 +118,11 @@ def test_an_unknown_recipe_names_the_known_ones() -> None:
 
 def test_settings_override_any_field() -> None:
     settings = ["epochs=7", "base_lr = 1", "bf16=no", "betas=0.8,0.99", "size=base", "image_size=224"]
-    config = apply(SMALL, settings)
+    config = override(SMALL, settings)
     assert (config.epochs, config.base_lr, config.bf16, config.betas) == (7, 1.0, False, (0.8, 0.99))
     assert type(config.base_lr) is float
     assert config.arch == architecture("base")
-    tuning = apply(FinetuneConfig(), ["augment.mixup=0", "augment.rand_augment_ops=1", "layer_decay_rule=mae"])
+    tuning = override(FinetuneConfig(), ["augment.mixup=0", "augment.rand_augment_ops=1", "layer_decay_rule=mae"])
     assert tuning.augment == AugmentConfig(mixup=0.0, rand_augment_ops=1)
     assert tuning.layer_decay_rule == "mae"
 
@@ -130,19 +133,28 @@ def test_settings_override_any_field() -> None:
         ("epoch=7", "unknown setting 'epoch': did you mean epochs"),
         ("augment.mixp=0", r"unknown setting 'augment\.mixp': did you mean augment\.mixup"),
         ("zzzzz=1", "unknown setting 'zzzzz': did you mean accumulate or augment.cutmix"),
-        ("epochs", "expected key=value"),
-        ("epochs=many", "epochs is a whole number, got 'many'"),
-        ("epochs=1.5", "epochs is a whole number, got '1.5'"),
-        ("epochs=True", "epochs is a whole number, got 'True'"),
-        ("base_lr=fast", "base_lr is a number, got 'fast'"),
-        ("betas=0.9", "betas is 2 numbers"),
-        ("bf16=maybe", "bf16 is true or false"),
+        ("epochs", "must be KEY=VALUE, got 'epochs'"),
+        ("epochs=many", "epochs must be a whole number, got 'many'"),
+        ("epochs=1.5", "epochs must be a whole number, got '1.5'"),
+        ("epochs=True", "epochs must be a whole number, got 'True'"),
+        ("base_lr=fast", "base_lr must be a number, got 'fast'"),
+        ("base_lr=inf", "base_lr must be a number, got 'inf'"),
+        ("betas=0.9", "betas must be 2 numbers"),
+        ("bf16=maybe", "bf16 must be true or false"),
         ("epochs=0", "epochs must be at least 1"),
     ],
 )
 def test_wrong_settings_are_refused(setting: str, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        apply(FinetuneConfig(), [setting])
+        override(FinetuneConfig(), [setting])
+
+
+def test_settings_of_extraction_and_of_the_service_are_parsed_alike() -> None:
+    job = override(Job(Path("tiny"), "photos", "out"), ["bundle=base", "options.features=stage1, stage4,"])
+    assert (job.bundle, job.options.features) == (Path("base"), ("stage1", "stage4"))
+    assert parse_assignments(Settings, ["cors=a,b", "jobs_roots="]) == {"cors": ("a", "b"), "jobs_roots": ()}
+    with pytest.raises(ConfigError, match="unknown setting 'cors': did you mean "):
+        parse_assignments(Settings, ["cors=a"], exclude=("cors",))
 
 
 @pytest.mark.parametrize("config", [SMALL, FinetuneConfig(augment=AugmentConfig(mixup=0.1))])

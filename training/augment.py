@@ -1,4 +1,4 @@
-"""Random crop on PIL images, in the loader; flip and normalisation on uint8 batches, on the device."""
+"""Random crop of PIL images, in the loader; flip of uint8 batches, on the device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mixmim_serve.config import Preprocessing
 from mixmim_serve.preprocess import jpeg_reduction
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)
@@ -20,23 +19,23 @@ Box = tuple[int, int, int, int]  # left, upper, right, lower
 
 
 class RandomCrop:
-    """RandomResizedCrop (bicubic, antialiased) of one image to uint8 (size, size, 3)."""
+    """Random resized crop (bicubic, antialiased) of one image to uint8 (size, size, 3)."""
 
     def __init__(self, size: int, min_crop: float, rng: random.Random) -> None:
         self.size, self.min_crop, self.rng = size, min_crop, rng
-        self.drawn: tuple[tuple[int, int], Box] | None = None  # size of the image, and the box in it
+        self.drawn: tuple[tuple[int, int], Box] | None = None  # (width, height) of the image, and the box in it
 
     def reduction(self, width: int, height: int) -> int:
-        """Draw the box, then answer by how much the image may be shrunk before: the box stays at least `size` wide.
+        """Draw the box and return the factor by which `preprocess.decode` may shrink the image.
 
-        For `preprocess.decode`. The box must be drawn first: of a small part, no pixel is to be thrown away.
+        The shrunk box is still at least `size` pixels wide, so the box has to be drawn before decoding.
         """
         left, upper, right, lower = box = random_crop_box(width, height, self.min_crop, self.rng)
         self.drawn = (width, height), box
         return jpeg_reduction(min(right - left, lower - upper), self.size)
 
     def __call__(self, image: Image.Image) -> np.ndarray:
-        """Cut and resize; of a shrunk image the same part."""
+        """Crop and resize; a shrunk image is cropped to the same part."""
         if self.drawn is None:
             self.reduction(*image.size)
         assert self.drawn is not None  # noqa: S101 - for the type checker
@@ -45,15 +44,15 @@ class RandomCrop:
         if image.size == (width, height):
             # Crop, then resize, as torchvision does: resize(box=...) would also read the pixels around the box.
             return np.asarray(image.crop(box).resize(size, Image.Resampling.BICUBIC))
-        across, down = image.width / width, image.height / height
-        part = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)  # not at whole pixels
-        return np.asarray(image.resize(size, Image.Resampling.BICUBIC, box=part))
+        scale_x, scale_y = image.width / width, image.height / height
+        scaled = (box[0] * scale_x, box[1] * scale_y, box[2] * scale_x, box[3] * scale_y)  # fractions of pixels
+        return np.asarray(image.resize(size, Image.Resampling.BICUBIC, box=scaled))
 
 
 def random_crop_box(width: int, height: int, min_crop: float, rng: random.Random) -> Box:
-    """A box (left, upper, right, lower) of `min_crop` to 1 of the area and a side ratio of 3/4 to 4/3.
+    """A box (left, upper, right, lower) with a share of `min_crop` to 1 of the area and an aspect ratio of 3/4 to 4/3.
 
-    After ten failures the centre, as near to that as the image allows (torchvision's RandomResizedCrop).
+    After ten failed draws, the centre crop nearest to that (torchvision's RandomResizedCrop).
     """
     low, high = (math.log(ratio) for ratio in ASPECT_RATIOS)
     for _ in range(10):
@@ -70,24 +69,11 @@ def random_crop_box(width: int, height: int, min_crop: float, rng: random.Random
 
 
 def flip(pixels_BHWC: Tensor, flipped_B: Tensor) -> Tensor:
-    """Mirror the chosen images."""
+    """Mirror the images (B, H, W, 3) for which `flipped_B` is True."""
     return torch.where(flipped_B.view(-1, 1, 1, 1), pixels_BHWC.flip(2), pixels_BHWC)
 
 
-class Normalize:
-    """uint8 (B, H, W, 3) to normalised float32 (B, 3, H, W), on the device."""
-
-    def __init__(self, preprocessing: Preprocessing, device: torch.device) -> None:
-        # Made once: each is a copy to the device.
-        self.mean = torch.tensor(preprocessing.mean, device=device) * 255
-        self.std = torch.tensor(preprocessing.std, device=device) * 255
-
-    def __call__(self, pixels_BHWC: Tensor) -> Tensor:
-        """The batch as the network takes it."""
-        return ((pixels_BHWC.float() - self.mean) / self.std).permute(0, 3, 1, 2).contiguous()
-
-
 def step_seed(*parts: int) -> int:
-    """A seed of 63 bits from numbers such as (seed, step, rank): near numbers give unrelated seeds."""
+    """A 63-bit seed from numbers such as (seed, step, rank); nearby numbers give unrelated seeds."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1

@@ -1,4 +1,4 @@
-"""What a run is: one frozen dataclass, checked when it is built. The defaults are the official recipes (recipes.py)."""
+"""Run configurations: frozen dataclasses, validated when built. The defaults are the official recipes (recipes.py)."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ LAYER_DECAY_RULES = ("official", "mae", "mmpretrain")
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What pretraining and fine-tuning share."""
+    """Fields common to pretraining and fine-tuning."""
 
     size: str = "base"  # named size of the network
-    image_size: int = 0  # pixels; 0 takes the network's own
+    image_size: int = 0  # pixels; 0 keeps the network's own
     epochs: int = 600
     warmup_epochs: float = 40.0
-    batch_size: int = 2048  # images an update, over all processes and accumulated parts
-    accumulate: int = 1  # parts in which a process computes its share of a batch, one after the other
-    base_lr: float = 1.5e-4  # for a batch of 256; scaled linearly with the batch
+    batch_size: int = 2048  # images per update, over all processes and accumulated parts
+    accumulate: int = 1  # parts into which a process splits its share of a batch, one backward pass each
+    base_lr: float = 1.5e-4  # for a batch of 256; scaled linearly with the batch size
     min_lr: float = 0.0
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     min_crop: float = 0.2  # smallest share of the image's area that a random crop keeps
     seed: int = 0
-    workers: int = 8  # processes that decode and crop, for each training process
-    max_unreadable: float = 0.1  # share of the images; more of them stop the run
-    log_every: int = 10  # steps between lines of metrics.jsonl
-    save_steps: int = 0  # steps between checkpoints, besides the one after each epoch; 0 for none
-    keep_last: int = 2  # checkpoints that stay; the older are deleted,
-    keep_every: int = 20  # but for those of every so many epochs
-    bf16: bool = True  # autocast; float32 needs no scaler and neither does bf16
-    compile: bool = False  # torch.compile: a minute or two first, then faster steps
-    checkpoint_activations: bool = False  # compute blocks twice and keep less memory: for huge
-    shard: bool = False  # FSDP2: split weights and optimiser over the processes
+    workers: int = 8  # decoding processes per training process
+    max_unreadable: float = 0.1  # share of the images; the run stops above it
+    log_every: int = 10  # steps per line of metrics.jsonl
+    save_steps: int = 0  # steps between checkpoints within an epoch, besides the one after it; 0 for none
+    keep_last: int = 2  # latest checkpoints to keep; older ones are deleted,
+    keep_every: int = 20  # except one every so many epochs
+    bf16: bool = True  # autocast; bf16 needs no gradient scaler
+    compile: bool = False  # torch.compile: compiles for a minute or two, then steps are faster
+    checkpoint_activations: bool = False  # recompute blocks in the backward pass to save memory: for huge
+    shard: bool = False  # FSDP2: shard weights and optimiser state over the processes
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate", "log_every", "keep_last", "keep_every"):
@@ -47,27 +47,27 @@ class RunConfig:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}.")
         if not 0 < self.min_crop <= 1 or not 0 <= self.max_unreadable <= 1:
-            raise ConfigError("min_crop and max_unreadable are shares between 0 and 1.")
+            raise ConfigError("min_crop and max_unreadable must be shares between 0 and 1.")
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ConfigError(f"warmup_epochs must be below the {self.epochs} epochs, got {self.warmup_epochs}.")
         if self.batch_size % self.accumulate:
-            raise ConfigError(f"a batch of {self.batch_size} cannot be computed in {self.accumulate} equal parts.")
+            raise ConfigError(f"a batch of {self.batch_size} cannot be split into {self.accumulate} equal parts.")
 
     @property
     def peak_lr(self) -> float:
         """Learning rate after warm-up."""
         return self.base_lr * self.batch_size / 256
 
-    def lasting(self, epochs: int) -> Self:
-        """The same run over another number of epochs, with the same share of warm-up."""
+    def with_epochs(self, epochs: int) -> Self:
+        """The same run with another number of epochs and the same share of warm-up."""
         return dataclasses.replace(self, epochs=epochs, warmup_epochs=self.warmup_epochs * epochs / self.epochs)
 
     def due(self, epochs: int, every: int) -> bool:
-        """Whether what is done every so many epochs, and after the last, is due after this many."""
+        """Whether an action of every `every` epochs is due after this many; always after the last."""
         return epochs % every == 0 or epochs == self.epochs
 
-    def part(self, processes: int) -> int:
-        """Images that a process computes at once.
+    def part_size(self, processes: int) -> int:
+        """Images per process and accumulated part.
 
         Raises:
             ConfigError: when the batch cannot be split evenly.
@@ -76,7 +76,7 @@ class RunConfig:
         if self.batch_size % parts:
             raise ConfigError(
                 f"a batch of {self.batch_size} cannot be split over {processes} processes times {self.accumulate} "
-                f"accumulated parts: choose a multiple of {parts} for batch_size."
+                f"accumulated parts: set batch_size to a multiple of {parts}."
             )
         return self.batch_size // parts
 
@@ -87,7 +87,7 @@ class PretrainConfig(RunConfig):
 
     mask_ratio: float = 0.5  # share of units taken from the partner image
     sample_every: int = 5  # epochs between pictures of reconstructions
-    knn_every: int = 5  # epochs between k-NN judgements, where a labelled set is given
+    knn_every: int = 5  # epochs between k-NN evaluations, when a labelled set is given
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,9 +95,9 @@ class PretrainConfig(RunConfig):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not 0 < self.mask_ratio < 1:
-            raise ConfigError("mask_ratio is a share between 0 and 1.")
-        self.part(processes=1)
-        # `arch` refuses an unknown size and an impossible image size, too.
+            raise ConfigError("mask_ratio must be a share between 0 and 1.")
+        self.part_size(processes=1)
+        # `arch` also rejects an unknown size and an invalid image size.
         units_from_partner(self.arch.units, self.mask_ratio, "enlarge image_size, or choose a ratio nearer to 0.5")
 
     @property
@@ -106,45 +106,45 @@ class PretrainConfig(RunConfig):
         arch = architecture(self.size)
         return arch.at(self.image_size) if self.image_size else arch
 
-    def part(self, processes: int) -> int:
-        """Images that a process computes at once: an even number, since each is mixed with another of its part.
+    def part_size(self, processes: int) -> int:
+        """Images per process and accumulated part: an even number, since they are mixed in pairs.
 
         Raises:
             ConfigError: when the batch cannot be split so.
         """
-        part = super().part(processes)
-        if part % 2:
-            raise ConfigError(f"{part} images at once cannot be mixed in pairs: choose an even part of batch_size.")
-        return part
+        size = super().part_size(processes)
+        if size % 2:
+            raise ConfigError(f"a part of {size} images cannot be mixed in pairs: choose a batch_size with even parts.")
+        return size
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Augmentation of fine-tuning, on the device (method of timm's `rand-m9-mstd0.5-inc1`); 0 switches a part off."""
+    """Augmentation for fine-tuning, on the device (timm's `rand-m9-mstd0.5-inc1`); 0 switches an operation off."""
 
-    rand_augment_ops: int = 2  # RandAugment operations an image
+    rand_augment_ops: int = 2  # RandAugment operations per image
     rand_augment_magnitude: float = 9.0  # of 10
-    rand_augment_std: float = 0.5  # deviation of the magnitude
-    erase: float = 0.25  # probability that a rectangle becomes noise
+    rand_augment_std: float = 0.5  # standard deviation of the magnitude
+    erase: float = 0.25  # probability that a rectangle is filled with noise
     mixup: float = 0.8  # alpha of the beta distribution
     cutmix: float = 1.0  # alpha of the beta distribution
     smoothing: float = 0.1  # of labels
 
     def __post_init__(self) -> None:
-        for each in dataclasses.fields(self):
-            if getattr(self, each.name) < 0:
-                raise ConfigError(f"augment.{each.name} must be 0 (off) or more, got {getattr(self, each.name)}.")
+        for option in dataclasses.fields(self):
+            if getattr(self, option.name) < 0:
+                raise ConfigError(f"augment.{option.name} must be 0 (off) or more, got {getattr(self, option.name)}.")
         if self.erase > 1 or self.smoothing >= 1:
-            raise ConfigError("augment.erase and augment.smoothing are shares between 0 and 1.")
+            raise ConfigError("augment.erase and augment.smoothing must be shares between 0 and 1.")
         if self.rand_augment_magnitude > 10:
-            raise ConfigError(f"augment.rand_augment_magnitude is at most 10, got {self.rand_augment_magnitude}.")
+            raise ConfigError(f"augment.rand_augment_magnitude must be at most 10, got {self.rand_augment_magnitude}.")
 
 
 @dataclass(frozen=True)
 class FinetuneConfig(RunConfig):
     """A fine-tuning run (official README, main_finetune.py)."""
 
-    size: str = ""  # the checkpoint's own; a named size is needed only to start from scratch
+    size: str = ""  # the checkpoint's own if empty; required to train from scratch
     epochs: int = 100
     warmup_epochs: float = 5.0
     batch_size: int = 1024
@@ -152,18 +152,18 @@ class FinetuneConfig(RunConfig):
     min_lr: float = 1e-6
     betas: tuple[float, float] = (0.9, 0.999)
     min_crop: float = 0.08
-    layer_decay: float = 0.7  # learning rate of a layer, as a share of the next one's
-    layer_decay_rule: str = "official"  # what norm, head and downsampling count as: official, mae or mmpretrain
-    drop_path: float = 0.1  # of the last block; rises linearly from 0
-    head_std: float = 2e-5  # of the head's first weights on a pretrained encoder; from scratch, the network's own
+    layer_decay: float = 0.7  # learning rate of a layer as a share of the next layer's
+    layer_decay_rule: str = "official"  # which layer norm, head and downsampling belong to: official, mae, mmpretrain
+    drop_path: float = 0.1  # rate of the last block; rises linearly from 0
+    head_std: float = 2e-5  # of the head's initial weights on a pretrained encoder
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    evaluate_every: int = 1  # epochs between measurements on the validation images
+    evaluate_every: int = 1  # epochs between evaluations on the validation images
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.layer_decay_rule not in LAYER_DECAY_RULES:
             raise unknown("layer_decay_rule", self.layer_decay_rule, LAYER_DECAY_RULES)
         if not 0 < self.layer_decay <= 1 or not 0 <= self.drop_path < 1:
-            raise ConfigError("layer_decay and drop_path are shares between 0 and 1.")
+            raise ConfigError("layer_decay and drop_path must be shares between 0 and 1.")
         if self.evaluate_every < 1:
             raise ConfigError(f"evaluate_every must be at least 1, got {self.evaluate_every}.")

@@ -1,6 +1,6 @@
-"""A source of images as batches of cropped uint8 pixels, the same for any number of workers and processes.
+"""Batches of cropped uint8 pixels from a source of images, the same for any number of workers and processes.
 
-An image that cannot be read is named, and another of the source takes its place: batches keep their size.
+An unreadable image is reported and replaced by another one of the source, so batches keep their size.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ from training.augment import RandomCrop, flip
 from training.config import RunConfig
 from training.resources import AHEAD, check_shared_memory
 
-SUBSTITUTES = 20  # other images to try in the place of an unreadable one
-WINDOW = 16  # runs of a source that are shuffled together, and so are open at a time
+ATTEMPTS = 20  # images to try for one place in a batch
+WINDOW = 16  # runs of a source that are shuffled together, and hence open at the same time
 
 
-class Item(NamedTuple):
+class TrainingImage(NamedTuple):
     """One cropped image."""
 
-    pixels: np.ndarray | None  # uint8 (size, size, 3); None when no substitute could be read either
+    pixels: np.ndarray | None  # uint8 (size, size, 3); None when every attempt failed
     label: int  # 0 where the source has no labels
-    flipped: bool  # to be mirrored, on the device
-    unreadable: tuple[str, ...]  # one sentence an image
+    flipped: bool  # to be mirrored on the device
+    unreadable: tuple[str, ...]  # one sentence per image
 
 
 class Batch(NamedTuple):
-    """Cropped images, their labels, and what could not be read."""
+    """Cropped images, their labels, and the unreadable images."""
 
-    pixels_BHWC: Tensor  # uint8; no image at all where one is missing
+    pixels_BHWC: Tensor  # uint8; empty when an image is missing
     labels_B: Tensor  # int64
     flipped_B: Tensor  # bool
-    unreadable: tuple[str, ...]
+    unreadable: tuple[str, ...]  # one sentence per image
 
     def pixels_on(self, device: torch.device) -> Tensor:
-        """The pixels on the device, without waiting for it, and mirrored there."""
-        pixels_BHWC, flipped_B = (each.to(device, non_blocking=True) for each in (self.pixels_BHWC, self.flipped_B))
-        return flip(pixels_BHWC, flipped_B)
+        """The pixels, copied to the device without waiting for it and mirrored there."""
+        pixels_BHWC = self.pixels_BHWC.to(device, non_blocking=True)
+        return flip(pixels_BHWC, self.flipped_B.to(device, non_blocking=True))
 
 
-class TrainingImages(Dataset[Item]):
-    """The item for (epoch, index): the pair seeds its crop, whichever worker draws it."""
+class TrainingImages(Dataset[TrainingImage]):
+    """The cropped image for (epoch, index); the pair seeds the crop, whichever worker loads it."""
 
     def __init__(self, source: Source, size: int, config: RunConfig, classes: Sequence[str] = ()) -> None:
         self.source, self.size, self.min_crop, self.seed = source, size, config.min_crop, config.seed
@@ -60,11 +60,11 @@ class TrainingImages(Dataset[Item]):
     def __len__(self) -> int:
         return len(self.source.keys)
 
-    def __getitem__(self, key: tuple[int, int]) -> Item:
-        epoch, index = key
+    def __getitem__(self, pair: tuple[int, int]) -> TrainingImage:
+        epoch, index = pair
         rng = random.Random(f"{self.seed}/{epoch}/{index}")  # noqa: S311 - augmentation, not secrets
         unreadable: list[str] = []
-        for _ in range(SUBSTITUTES):
+        for _ in range(ATTEMPTS):
             crop = RandomCrop(self.size, self.min_crop, rng)
             try:
                 image = decode(self.source.read(index), reduction=crop.reduction)
@@ -73,19 +73,19 @@ class TrainingImages(Dataset[Item]):
                 index = rng.randrange(len(self))
                 continue
             label = self.labels[index] if self.labels else 0
-            return Item(crop(image), label, rng.random() < 0.5, tuple(unreadable))
-        return Item(None, 0, False, tuple(unreadable))
+            return TrainingImage(crop(image), label, rng.random() < 0.5, tuple(unreadable))
+        return TrainingImage(None, 0, False, tuple(unreadable))
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
-    """(epoch, index) pairs of a process's batches; the order depends on seed and epoch alone.
+    """(epoch, index) pairs of a process's batches; the order depends only on seed and epoch.
 
-    A batch of the whole run is split over processes and accumulated parts so that image i and image B - 1 - i, which
-    are mixed, stay together: the parts' gradients add up to those of the whole batch.
+    A global batch is split over processes and accumulated parts so that images i and B - 1 - i, which are mixed, stay
+    together: the parts' gradients add up to those of the whole batch.
     """
 
     def __init__(self, source: Source, config: RunConfig, rank: int = 0, processes: int = 1) -> None:
-        config.part(processes)
+        config.part_size(processes)
         self.runs, self.seed, self.batch, self.accumulate = (
             source.runs,
             config.seed,
@@ -95,23 +95,32 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         self.images = len(source.keys)
         self.rank, self.parts = rank, processes * config.accumulate
         self.epoch = 0
-        self.start = 0  # steps of the epoch to pass over, when a run is resumed within it
-        self.steps = self.images // self.batch  # of an epoch; the images left over wait for the next order
+        self.start = 0  # steps of the epoch to skip when a run resumes within it
+        self.steps = self.images // self.batch  # per epoch; leftover images are dropped until the next one
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = shuffled(self.runs, generator)
+        order = self.order(self.epoch)
         for step in range(self.start, self.steps):
-            batch = order[step * self.batch : (step + 1) * self.batch]
-            for part in range(self.accumulate):
-                yield [(self.epoch, index) for index in mirrored(batch, self.rank * self.accumulate + part, self.parts)]
+            yield from self.step_parts(self.epoch, step, order)
 
     def __len__(self) -> int:
         return self.steps * self.accumulate
 
+    def order(self, epoch: int) -> list[int]:
+        """All image indices in the order of an epoch."""
+        return shuffled(self.runs, torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
+
+    def step_parts(self, epoch: int, step: int, order: list[int] | None = None) -> list[list[tuple[int, int]]]:
+        """(epoch, index) pairs of this process's parts of one step of the epoch; `order` saves drawing it again."""
+        batch = (order or self.order(epoch))[step * self.batch : (step + 1) * self.batch]
+        first = self.rank * self.accumulate
+        return [
+            [(epoch, index) for index in mirrored(batch, first + part, self.parts)] for part in range(self.accumulate)
+        ]
+
 
 def shuffled(runs: Sequence[range], generator: torch.Generator) -> list[int]:
-    """A random order in which only a few runs are open at a time; with one run (a folder) any order may come out."""
+    """A random order with at most WINDOW runs open at a time; with one run (a folder) every order is possible."""
     order: list[int] = []
     runs = (
         [runs[number] for number in torch.randperm(len(runs), generator=generator).tolist()] if len(runs) > 1 else runs
@@ -123,30 +132,37 @@ def shuffled(runs: Sequence[range], generator: torch.Generator) -> list[int]:
 
 
 def mirrored(batch: list[int], part: int, parts: int) -> list[int]:
-    """The part's slice of the first half and, mirrored, of the second."""
+    """The part's slice of the first half of the batch and the mirrored slice of the second half."""
     half = len(batch) // parts // 2
-    if len(batch) // parts % 2:  # fine-tuning may split into odd parts
+    if len(batch) // parts % 2:  # possible in fine-tuning only
         return batch[part::parts]
     end = len(batch) - part * half
     return batch[part * half : (part + 1) * half] + batch[end - half : end]
 
 
-def collate(items: list[Item]) -> Batch:
-    """Stack the images."""
+def collate(items: list[TrainingImage]) -> Batch:
+    """Stack the images; without pixels when one of them is missing."""
     images = [torch.from_numpy(item.pixels.copy()) for item in items if item.pixels is not None]
-    whole = len(images) == len(items)
+    complete = len(images) == len(items)
     return Batch(
-        torch.stack(images) if whole else torch.empty(0, 0, 0, 3, dtype=torch.uint8),
+        torch.stack(images) if complete else torch.empty(0, 0, 0, 3, dtype=torch.uint8),
         torch.tensor([item.label for item in items]),
         torch.tensor([item.flipped for item in items]),
         tuple(reason for item in items for reason in item.unreadable),
     )
 
 
+def load_step(dataset: TrainingImages, sampler: StepSampler, step: int) -> tuple[list[Batch], list[str]]:
+    """This process's batches of a step of the run, loaded again from their seeds, and the keys of their images."""
+    parts = sampler.step_parts(*divmod(step, sampler.steps))
+    keys = [dataset.source.keys[index] for part in parts for _, index in part]
+    return [collate([dataset[pair] for pair in part]) for part in parts], keys
+
+
 def build_loader(
     dataset: TrainingImages, config: RunConfig, rank: int = 0, processes: int = 1
 ) -> tuple[DataLoader[Batch], StepSampler]:
-    """A process's batches of one epoch at a time; set `sampler.epoch` before iterating.
+    """A loader of this process's batches of one epoch; set `sampler.epoch` before iterating.
 
     Raises:
         DataError: when the source holds too few images for one batch.
@@ -158,7 +174,7 @@ def build_loader(
             f"{dataset.source.name} holds {len(dataset)} images, fewer than a batch of {config.batch_size}: "
             "add images, or lower batch_size."
         )
-    check_shared_memory(config, config.part(processes) * 3 * dataset.size**2)
+    check_shared_memory(config, config.part_size(processes) * 3 * dataset.size**2)
     sampler = StepSampler(dataset.source, config, rank, processes)
     loader: DataLoader[Any] = DataLoader(
         dataset,

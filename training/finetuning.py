@@ -1,4 +1,4 @@
-"""Fine-tuning as a task of the trainer: a classifier from a pretrained encoder, or from scratch to compare with it."""
+"""Fine-tuning as a task: a classifier from a pretrained encoder, or from scratch as a baseline."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from training.config import FinetuneConfig
 from training.data import Batch
 from training.device_augment import DeviceAugment
 from training.distributed import World
-from training.judging import Labelled, judge_classifier
+from training.evaluation.labelled import Labelled, evaluate_classifier
 from training.optim import parameter_groups
 from training.start import SCRATCH, Start
 from training.task import Objective
@@ -35,16 +35,16 @@ class FinetuneObjective(Objective):
         self.model = model
 
     def forward(self, pixels_BCHW: Tensor, targets_BC: Tensor) -> Tensor:
-        """Scalar; in float32 whatever the autocast."""
+        """The loss, a scalar; float32 even under autocast."""
         logits_BC = self.model(pixels_BCHW).logits_BC
         return F.cross_entropy(logits_BC.float(), targets_BC)
 
 
 class Finetuning:
-    """The task. Class names are kept in the checkpoint, so it can be exported and served at once.
+    """The task. The checkpoint stores the class names, so it can be exported and served at once.
 
     Raises:
-        ConfigError: when `start` is not of the size asked for, or there is neither.
+        ConfigError: when `start` has another size than requested, or neither a start nor a size is given.
     """
 
     name = "finetune"
@@ -59,20 +59,18 @@ class Finetuning:
         self.objective: Objective = FinetuneObjective(build_classifier(self.arch, config, start))
         self.preprocessing = Preprocessing.evaluation(self.arch.image_size)
         if start:
-            described = start.description.preprocessing
-            self.preprocessing = dataclasses.replace(self.preprocessing, mean=described.mean, std=described.std)
+            original = start.description.preprocessing
+            self.preprocessing = dataclasses.replace(self.preprocessing, mean=original.mean, std=original.std)
         self.to(torch.device("cpu"))
 
     def to(self, device: torch.device) -> None:
-        """As in `Task`."""
+        """See `Task`."""
         self.device = device
         self.objective.to(device)
-        self.augment = DeviceAugment(
-            self.config.augment, self.preprocessing.mean, self.preprocessing.std, len(self.classes), device
-        )
+        self.augment = DeviceAugment(self.config.augment, self.preprocessing, len(self.classes), device)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """With layer decay."""
+        """Parameter groups with layer decay."""
         config = self.config
         return parameter_groups(
             self.objective.model, config.weight_decay, config.layer_decay, config.layer_decay_rule, self.arch.depths
@@ -83,33 +81,33 @@ class Finetuning:
         return self.augment(batch.pixels_on(self.device), batch.labels_B, seed)
 
     def describe(self, provenance: Mapping[str, Any]) -> Description:
-        """As in `Task`, with the class names."""
+        """The description with the class names."""
         return Description(self.arch, self.preprocessing, self.classes, provenance)
 
-    def judge(self, epochs: int, world: World) -> dict[str, float]:
+    def evaluate(self, epochs: int, world: World) -> dict[str, float]:
         """Top-1 and top-5 on the validation images."""
         if self.val is None or not self.config.due(epochs, self.config.evaluate_every):
             return {}
-        judged = judge_classifier(self.objective.model, self.preprocessing, self.val, world, self.config.workers)
-        return {"val_top1": judged.accuracy.top1, "val_top5": judged.accuracy.top5}
+        result = evaluate_classifier(self.objective.model, self.preprocessing, self.val, world, self.config.workers)
+        return {"val_top1": result.accuracy.top1, "val_top5": result.accuracy.top5}
 
     def pictures(self, epochs: int) -> dict[str, Image.Image]:
-        """None: the confusion matrix comes from `mixmim evaluate`."""
+        """No pictures: `mixmim evaluate` draws the confusion matrix."""
         return {}
 
 
 def classifier(config: FinetuneConfig, classes: int, start: Start | None) -> Architecture:
-    """The start's encoder, or an untrained one of a named size, with a head and at the run's input size.
+    """Architecture of the start's encoder, or of a named size, with a head and at the run's input size.
 
     Raises:
-        ConfigError: without either, or when the start is not of the size asked for.
+        ConfigError: when neither is given, or the start has another size than requested.
     """
     if start is None and not config.size:
-        raise ConfigError("an untrained network needs a size: add --set size=tiny, or another one.")
+        raise ConfigError("training from scratch needs a size: add --set size=tiny, or another size.")
     arch = start.description.arch if start else architecture(config.size)
     if start and config.size and size_name(arch) != config.size:
         raise ConfigError(
-            f"{start.path} is of size {size_name(arch)}, not {config.size}: leave size out to take its own."
+            f"{start.path} has size {size_name(arch)}, not {config.size}: omit size to use the checkpoint's own."
         )
     if config.image_size and config.image_size != arch.image_size:
         arch = arch.at(config.image_size)
@@ -117,20 +115,20 @@ def classifier(config: FinetuneConfig, classes: int, start: Start | None) -> Arc
 
 
 def build_classifier(arch: Architecture, config: FinetuneConfig, start: Start | None) -> Encoder:
-    """Pretrained encoder (carried to another input size if need be) or an untrained one, new head, dropped paths."""
+    """A pretrained encoder, resized to the input size if needed, or an untrained one; new head, stochastic depth."""
     model = Encoder(arch)
     if start:
         encoder = dataclasses.replace(arch, num_classes=0)
         model.load_state_dict(resize_weights(start.weights, start.description.arch, encoder), strict=False)
-        # Nearly zero spares the encoder the noise of an untrained head. An untrained encoder learns from that noise:
-        # without it `tiny` stays at the class frequencies for its first 470 steps (docs/results.md).
+        # A near-zero head spares the pretrained encoder the noise of random weights. An untrained encoder needs that
+        # noise: without it `tiny` predicts the class frequencies for its first 470 steps (docs/results.md).
         nn.init.trunc_normal_(model.head.weight, std=config.head_std)
     set_drop_path(model, config.drop_path)
     return model
 
 
 def set_drop_path(model: Encoder, rate: float) -> None:
-    """From 0 in the first block linearly to `rate` in the last."""
+    """Set the stochastic-depth rate, rising linearly from 0 in the first block to `rate` in the last."""
     blocks = [module for module in model.layers.modules() if isinstance(module, Block)]
     for number, block in enumerate(blocks):
         block.drop_path = rate * number / max(1, len(blocks) - 1)

@@ -1,13 +1,17 @@
-"""What is measured between two lines of the log, without waiting for the device."""
+"""What is measured between two log lines, without waiting for the device, and how a terminal shows it."""
 
 from __future__ import annotations
 
+import os
 import resource
+import shutil
 import sys
 import time
 from dataclasses import dataclass, field
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from training.distributed import World
@@ -15,21 +19,21 @@ from training.distributed import World
 
 @dataclass(frozen=True)
 class Metrics:
-    """Means since the last line of the log."""
+    """Means since the last log line."""
 
     step: int
     epoch: float
     loss: float
     lr: float
-    grad_norm: float  # of all gradients together
+    grad_norm: float  # over all parameters
     rate: float  # images/s, over all processes
-    waiting: float  # share of the time in which this process waited for data
-    memory: float  # GB, the most so far: the device's, or this process's where that is the CPU
+    waiting: float  # share of the time that this process waited for data
+    memory: float  # GB, peak so far: of the device, or of this process on a CPU
 
 
 @dataclass
 class Meter:
-    """Values stay on their device until they are read."""
+    """Collects values between two log lines; they stay on their device until `read`."""
 
     losses: list[Tensor] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)
@@ -38,20 +42,20 @@ class Meter:
     since: float = field(default_factory=time.perf_counter)
 
     def add(self, loss: Tensor, norm: Tensor, images: int) -> None:
-        """One step."""
+        """Add one step."""
         self.losses.append(loss)
         self.norms.append(norm)
         self.images += images
 
     def nonfinite(self) -> int | None:
-        """How many steps ago the first gradient that is not finite came (1: in the last step); waits for the device."""
+        """Steps since the first non-finite gradient (1: the last step), or None; waits for the device."""
         if not self.norms:
             return None
         bad = (~torch.stack(self.norms).isfinite()).nonzero()
         return len(self.norms) - int(bad[0]) if len(bad) else None
 
     def read(self, step: int, epoch: float, lr: float, world: World) -> Metrics:
-        """The means; waits for the device and for the other processes."""
+        """The means; waits for the device and the other processes."""
         loss = float(world.mean(torch.stack(self.losses).mean()))
         norm = float(torch.stack(self.norms).mean())
         seconds = time.perf_counter() - self.since
@@ -67,7 +71,7 @@ class Meter:
         )
 
     def state(self) -> dict[str, list[float] | int]:
-        """What a resumed run needs to write the next line as if nothing had happened."""
+        """The values that a resumed run needs for its next log line."""
         return {
             "losses": [float(x) for x in self.losses],
             "norms": [float(x) for x in self.norms],
@@ -85,8 +89,34 @@ class Meter:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes, at most, so far."""
+    """Peak memory so far, in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def in_words(metrics: Metrics) -> str:
+    """The metrics as one line for a progress bar."""
+    return (
+        f"loss {metrics.loss:.4f}  {metrics.rate:.0f} images/s  {metrics.waiting:.0%} waiting  {metrics.memory:.1f} GB"
+    )
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile can run; on a CPU it needs a C++ compiler."""
+    compilers = (os.environ.get("CXX"), "g++", "clang++", "c++")
+    return device.type != "cpu" or any(name and shutil.which(name) for name in compilers)
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar with steps, the latest metrics, elapsed and remaining time."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )

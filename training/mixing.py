@@ -1,7 +1,7 @@
-"""Mixup, cutmix and label smoothing: a batch mixed with itself in reverse order, and its soft targets.
+"""Mixup, cutmix and label smoothing: a batch is mixed with itself in reverse order, and so are its soft targets.
 
-timm's batch mode, as the official fine-tuning code calls it: one share and one box for the whole batch; the partner of
-an image is the one at the mirrored place, so in an odd batch the middle image is its own. Papers: mixup arXiv
+timm's batch mode, as in the official fine-tuning code: one share and one box for the whole batch; image i is mixed
+with image B - 1 - i, so in an odd batch the middle image is its own partner. Papers: mixup arXiv
 1710.09412, cutmix arXiv 1905.04899, label smoothing arXiv 1512.00567.
 
 Shape suffixes: B images of a batch, K classes, H height, W width.
@@ -17,11 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CUTMIX_PROBABILITY = 0.5  # of a batch, where both are switched on: timm's `switch_prob`
+CUTMIX_PROBABILITY = 0.5  # per batch, when both are on: timm's `switch_prob`
 
 
 class Box(NamedTuple):
-    """A rectangle of pixels; `bottom` and `right` are the first ones outside."""
+    """A rectangle of pixels; `bottom` and `right` are exclusive."""
 
     top: int
     bottom: int
@@ -30,26 +30,26 @@ class Box(NamedTuple):
 
     @property
     def area(self) -> int:
-        """In pixels."""
+        """Number of pixels inside."""
         return (self.bottom - self.top) * (self.right - self.left)
 
-    def of(self, pixels: Tensor) -> Tensor:
-        """The box of every image of (..., H, W), as a view."""
+    def crop(self, pixels: Tensor) -> Tensor:
+        """The box in every image of (..., H, W), as a view."""
         return pixels[..., self.top : self.bottom, self.left : self.right]
 
 
 @dataclass(frozen=True)
 class Mix:
-    """How a batch is mixed; the default leaves it alone."""
+    """How a batch is mixed; the default leaves it unchanged."""
 
-    kept: float = 1.0  # share of its own that an image and its label keep: lambda in both papers
-    box: Box | None = None  # where the partner's pixels go (cutmix); None blends the whole images (mixup)
+    kept: float = 1.0  # weight of the image and its label against the partner's: lambda in both papers
+    box: Box | None = None  # filled with the partner's pixels (cutmix); None blends whole images (mixup)
 
 
 def draw_mix(mixup: float, cutmix: float, height: int, width: int, rng: random.Random) -> Mix:
-    """A mix with the share drawn from Beta(alpha, alpha); `mixup` and `cutmix` are the alphas, 0 switches one off.
+    """A mix whose share is drawn from Beta(alpha, alpha); `mixup` and `cutmix` are the alphas, 0 switches one off.
 
-    For cutmix `kept` is the share that the box really leaves, after rounding and after clipping at the border.
+    For cutmix `kept` is the exact share outside the box, after rounding and clipping at the border.
     """
     if not mixup and not cutmix:
         return Mix()
@@ -60,9 +60,9 @@ def draw_mix(mixup: float, cutmix: float, height: int, width: int, rng: random.R
 
 
 def draw_box(kept: float, height: int, width: int, rng: random.Random) -> Box:
-    """A box of the image's proportions and 1 - `kept` of its area, centred anywhere, clipped at the border."""
+    """A box with the image's aspect ratio and 1 - `kept` of its area, at a random centre, clipped at the border."""
     ratio = math.sqrt(1 - kept)
-    # Half sides, rounded down as timm does: the box is never larger than asked for.
+    # Half sides, rounded down as in timm: the box is never larger than requested.
     half_height, half_width = int(height * ratio) // 2, int(width * ratio) // 2
     y, x = rng.randrange(height), rng.randrange(width)
     return Box(
@@ -71,18 +71,18 @@ def draw_box(kept: float, height: int, width: int, rng: random.Random) -> Box:
 
 
 def mix_pixels(pixels_BCHW: Tensor, mix: Mix) -> None:
-    """Blend each image with its partner, or paste the partner's box into it, in place; `pixels_BCHW` is floating."""
+    """Blend each image with its partner, or paste the partner's box, in place; `pixels_BCHW` is floating point."""
     if mix.box is not None:
-        region = mix.box.of(pixels_BCHW)
-        region.copy_(region.flip(0))  # flip copies, so the partners are still whole
+        region = mix.box.crop(pixels_BCHW)
+        region.copy_(region.flip(0))  # flip copies, so the partners are still unmixed
     elif mix.kept < 1:
         pixels_BCHW.lerp_(pixels_BCHW.flip(0), 1 - mix.kept)
 
 
 def soft_targets(labels_B: Tensor, num_classes: int, smoothing: float, kept: float) -> Tensor:
-    """Labels, int64 in [0, K), as float32 (B, K), rows that sum to 1: smoothed, and mixed as the pixels were.
+    """Labels, int64 in [0, K), as float32 (B, K) with rows that sum to 1: smoothed, and mixed as the pixels were.
 
-    Smoothing gives every class `smoothing / K`, its own one too, and leaves the rest to the label (timm's
+    Smoothing gives every class `smoothing / K`, the label's included, and the rest to the label (timm's
     `mixup_target`).
     """
     off = smoothing / num_classes

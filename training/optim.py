@@ -16,10 +16,10 @@ from training.config import RunConfig
 def parameter_groups(
     model: nn.Module, weight_decay: float, layer_decay: float = 1.0, rule: str = "official", depths: Sequence[int] = ()
 ) -> list[dict[str, Any]]:
-    """As few groups as there are pairs of learning-rate scale and weight decay.
+    """One group per pair of learning-rate scale and weight decay.
 
     Every tensor of more than one dimension is decayed, bias tables and mask token included. `lr_scale` is 1 without
-    layer decay; with it, it falls by that factor from each layer to the one before (`layer_scale`).
+    layer decay; otherwise it falls by that factor from each layer to the one below (`layer_scale`).
     """
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
@@ -33,18 +33,18 @@ def parameter_groups(
 
 
 def layer_scale(name: str, depths: Sequence[int], decay: float, rule: str) -> float:
-    """Share of the learning rate for a classifier's parameter: patch embedding least, last block most.
+    """Share of the learning rate for a classifier's parameter: lowest for the patch embedding, highest at the end.
 
-    `official` (util/lr_decay.py) counts the final norm and the head to the last block, and a downsampling layer to the
-    next stage's first block. `mae` gives norm and head the whole rate (the layer after the last block). `mmpretrain`
-    gives only the head the whole rate, and counts downsampling to its own stage's last block.
+    `official` (util/lr_decay.py) assigns the final norm and the head to the last block, and a downsampling layer to the
+    next stage's first block. `mae` gives norm and head the full rate (the layer after the last block). `mmpretrain`
+    gives only the head the full rate, and assigns downsampling to its own stage's last block.
     """
     blocks = sum(depths)
-    found = re.match(r"layers\.(\d+)\.(?:blocks\.(\d+)|downsample)", name)
-    if found and found[2] is not None:
-        layer = sum(depths[: int(found[1])]) + int(found[2]) + 1
-    elif found:
-        layer = sum(depths[: int(found[1]) + 1]) + (rule != "mmpretrain")
+    match = re.match(r"layers\.(\d+)\.(?:blocks\.(\d+)|downsample)", name)
+    if match and match[2] is not None:
+        layer = sum(depths[: int(match[1])]) + int(match[2]) + 1
+    elif match:
+        layer = sum(depths[: int(match[1]) + 1]) + (rule != "mmpretrain")
     elif name.startswith("patch_embed."):
         layer = 0
     elif rule == "mae" or (rule == "mmpretrain" and name.startswith("head.")):
@@ -60,7 +60,7 @@ def build_optimizer(groups: list[dict[str, Any]], config: RunConfig) -> torch.op
 
 
 def learning_rate(epoch: float, config: RunConfig) -> float:
-    """Linear warm-up, then half a cosine; `epoch` is fractional (the official schedule moves every step)."""
+    """Linear warm-up, then half a cosine; `epoch` is fractional (the official schedule changes at every step)."""
     if epoch < config.warmup_epochs:
         return config.peak_lr * epoch / config.warmup_epochs
     progress = (epoch - config.warmup_epochs) / (config.epochs - config.warmup_epochs)

@@ -1,4 +1,4 @@
-"""Named runs: functions that return a whole configuration; the docstring says what to expect, and whose number."""
+"""Named runs: functions that return a complete configuration; docstrings give the expected result and its source."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tiny_cpu() -> PretrainConfig:
     Command: mixmim pretrain photos --recipe tiny-cpu --out runs/tiny
     Hardware: two CPU cores. Time: 59 minutes for 10,022 photos.
     Number: 51.0 % k-NN (k = 10) on clothing10 val, untrained 30.5 % (ours: docs/shipped-model.md).
-    Batch and learning rate are ours (a small batch makes more steps of few images); the rest is the official recipe.
+    Batch and learning rate are ours (a small batch gives more steps with few images); the rest is the official recipe.
     """
     return PretrainConfig(
         size="tiny",
@@ -58,8 +58,8 @@ def tiny_finetune_cpu() -> FinetuneConfig:
 
     Command: mixmim finetune clothing10 --from tiny --recipe tiny-finetune-cpu --out runs/clothing
     Hardware: two CPU cores. Time and number: docs/results.md (ours).
-    Against the official recipe: batch, learning rate and layer decay for few images; crops and flips only, and less
-    dropped, since a small network underfits in some tens of epochs. For longer runs set the official augmentation,
+    Unlike the official recipe: batch, learning rate and layer decay for few images; only crops and flips, and a lower
+    drop path, since a small network underfits in a few tens of epochs. For longer runs set the official augmentation,
     `--set augment.rand_augment_ops=2 --set augment.mixup=0.8 --set augment.cutmix=1 --set augment.erase=0.25`.
     """
     return FinetuneConfig(
@@ -89,7 +89,7 @@ def recipe(name: str, recipes: dict[str, Callable[[], Config]]) -> Config:
     """The named recipe.
 
     Raises:
-        ConfigError: for an unknown name, listing the known ones.
+        ConfigError: for an unknown name, listing the available ones.
     """
     if name not in recipes:
         raise unknown("recipe", name, recipes)

@@ -1,4 +1,4 @@
-"""Doing a saved step again that gave a gradient that is not finite (nonfinite.py)."""
+"""Runs a step again that gave a non-finite gradient and was saved (nonfinite.py)."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mixmim_serve.errors import DataError
+from mixmim_serve.settings import from_dict
 from training.augment import step_seed
 from training.config import FinetuneConfig, PretrainConfig
 from training.data import Batch
 from training.finetuning import Finetuning
 from training.pretraining import Pretraining
-from training.settings import from_dict
 from training.start import Start, read_start
 from training.task import Objective, Task
 
 
 def replay(run: Path, rank: int = 0) -> list[str]:
-    """Do the saved step again in bf16 and in float32; a line for each part on where it stops being finite.
+    """Run the saved step again in bf16 and in float32; one line per part says where it stops being finite.
 
     Raises:
         DataError: when the run saved no such step.
     """
     folder = run / "nonfinite"
     if not (folder / "report.json").is_file():
-        raise DataError(f"{folder} holds no saved step: only a run that met a gradient that is not finite has one.")
+        raise DataError(f"{folder} holds no saved step: only a run that stopped at a non-finite gradient has one.")
     report = json.loads((folder / "report.json").read_text())
     tensors = load_file(folder / f"batch-rank{rank}.safetensors")
     task = rebuild(run, read_start(folder / "weights.safetensors"))
@@ -39,27 +39,28 @@ def replay(run: Path, rank: int = 0) -> list[str]:
     for bf16 in (True, False):
         for part in range(report["parts"]):
             batch = Batch(**{name: tensors[f"{part}.{name}"] for name in Batch._fields[:-1]}, unreadable=())
-            seeds = [step_seed(report["seed"], report["step"], rank, *more) for more in ((), (part,))]
-            found = first_nonfinite(task.objective, task.inputs(batch, *seeds), seeds[1], bf16)
-            lines.append(f"{'bf16' if bf16 else 'float32'}, part {part + 1}: {found}")
+            mask_seed = step_seed(report["seed"], report["step"], rank)
+            seed = step_seed(report["seed"], report["step"], rank, part)
+            finding = first_nonfinite(task.objective, task.inputs(batch, mask_seed, seed), seed, bf16)
+            lines.append(f"{'bf16' if bf16 else 'float32'}, part {part + 1}: {finding}")
     return lines
 
 
 def rebuild(run: Path, saved: Start) -> Task:
     """The run's task on the CPU, with the saved weights."""
-    about = json.loads((run / "config.json").read_text())
+    saved_run = json.loads((run / "config.json").read_text())
     task: Task
-    if about["task"] == Pretraining.name:
-        task = Pretraining(from_dict(PretrainConfig, about["config"]), None)
+    if saved_run["task"] == Pretraining.name:
+        task = Pretraining(from_dict(PretrainConfig, saved_run["config"]), None)
     else:
-        config = dataclasses.replace(from_dict(FinetuneConfig, about["config"]), size="")
+        config = dataclasses.replace(from_dict(FinetuneConfig, saved_run["config"]), size="")
         task = Finetuning(config, saved.description.labels, saved, None)
     task.objective.train().model.load_state_dict(saved.weights)
     return task
 
 
 def first_nonfinite(objective: Objective, inputs: tuple[Tensor, ...], seed: int, bf16: bool) -> str:
-    """In words: the first weight, module output or gradient that is not finite, and the loss."""
+    """In words: the first non-finite weight or module output, the number of non-finite gradients, and the loss."""
     bad = [name for name, weight in objective.model.named_parameters() if not weight.isfinite().all()]
     if bad:
         return f"the weights of {bad[0]} are not finite before the step"

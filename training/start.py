@@ -1,4 +1,4 @@
-"""The weights that a run starts from: untrained, a checkpoint, or a bundle's."""
+"""The weights that a run starts from: untrained, a checkpoint's, or a bundle's."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from mixmim_serve.bundle import WEIGHTS
 from mixmim_serve.description import Description
 from mixmim_serve.files import sha256
 from mixmim_serve.model import Encoder
-from mixmim_serve.model.checkpoint import model_with, read_checkpoint
+from mixmim_serve.model.checkpoint import build_from_weights, read_checkpoint
 
-SCRATCH = "scratch"  # instead of a checkpoint: an untrained network
+SCRATCH = "scratch"  # in place of a checkpoint: random weights
 
 
 @dataclass(frozen=True)
@@ -26,23 +26,23 @@ class Start:
 
     @property
     def identity(self) -> str:
-        """Which weights these are, wherever they lie."""
+        """A hash of the file: the same weights have the same identity at any path."""
         return f"sha256:{sha256(self.path)[:16]}"
 
     def model(self) -> Encoder:
         """The checkpoint's network, with its weights.
 
         Raises:
-            CheckpointError: when they do not fit.
+            CheckpointError: when the weights do not fit.
         """
-        return model_with(self.path, self.description, self.weights)
+        return build_from_weights(self.path, self.description, self.weights)
 
 
 def read_start(path: Path) -> Start:
-    """A checkpoint file, or the one inside a bundle folder.
+    """Read a checkpoint file, or the one in a bundle folder; weights become float32.
 
     Raises:
-        CheckpointError: when there is none.
+        CheckpointError: when the file is missing, damaged or not ours.
     """
     path = path / WEIGHTS if path.is_dir() else path
     description, weights = read_checkpoint(path)

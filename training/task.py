@@ -1,4 +1,4 @@
-"""What the trainer trains: an objective, its inputs and how it is judged (pretraining.py, finetuning.py)."""
+"""The interface between the trainer and what it trains: an objective, its inputs, its evaluation."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ class Objective(nn.Module):
 
 
 class Task(Protocol):
-    """What is trained: pretraining.py and finetuning.py."""
+    """Pretraining (pretraining.py) or fine-tuning (finetuning.py)."""
 
     name: str
     objective: Objective
-    classes: tuple[str, ...]  # numbered in this order; () without labels
-    start: str  # which weights it starts from
+    classes: tuple[str, ...]  # label i is classes[i]; () without labels
+    start: str  # identity of the initial weights, for checks and provenance
 
     @property
     def config(self) -> RunConfig:
-        """The run."""
+        """The run's configuration."""
 
     def to(self, device: torch.device) -> None:
-        """Move the objective, and what else it needs, to the device."""
+        """Move the objective and everything it needs to the device."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """For the optimiser; `lr_scale` in each."""
+        """The optimiser's parameter groups, each with `lr_scale`."""
 
     def inputs(self, batch: Batch, mask_seed: int, seed: int) -> tuple[Tensor, ...]:
-        """What the objective takes, on the device; `mask_seed` is shared by a step's parts."""
+        """The objective's arguments, on the device; `mask_seed` is shared by a step's parts."""
 
     def describe(self, provenance: Mapping[str, Any]) -> Description:
-        """The checkpoint's description."""
+        """The description to store in a checkpoint."""
 
-    def judge(self, epochs: int, world: World) -> dict[str, float]:
-        """Measurements after a whole epoch; {} when none is due."""
+    def evaluate(self, epochs: int, world: World) -> dict[str, float]:
+        """Metrics by name after `epochs` complete epochs; {} when none are due."""
 
     def pictures(self, epochs: int) -> dict[str, Image.Image]:
-        """Pictures after a whole epoch, by name; {} when none is due."""
+        """Pictures by name after `epochs` complete epochs; {} when none are due."""

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go besides metrics.jsonl: TensorBoard, and MLflow or Weights & Biases when asked for."""
+"""Where a run logs besides metrics.jsonl: TensorBoard always, MLflow and Weights & Biases on request."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ TRACKERS = ("mlflow", "wandb")
 
 
 class Tracker(Protocol):
-    """Takes numbers and pictures by step."""
+    """Logs numbers and pictures by step."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers by name."""
+        """Log numbers by name."""
 
     def picture(self, step: int, name: str, pixels_HWC: np.ndarray) -> None:
-        """A picture, uint8."""
+        """Log a picture, uint8 (H, W, 3)."""
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close."""
 
 
 class TensorBoard:
@@ -32,25 +32,25 @@ class TensorBoard:
     def __init__(self, run: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # Events after the step are of a run that was cut: a resumed one writes them again.
+        # Events after `step` come from an interrupted run; the resumed one writes them again.
         self.writer: Any = SummaryWriter(run, purge_step=step + 1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """As in `Tracker`."""
+        """See `Tracker`."""
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
     def picture(self, step: int, name: str, pixels_HWC: np.ndarray) -> None:
-        """As in `Tracker`."""
+        """See `Tracker`."""
         self.writer.add_image(name, pixels_HWC, step, dataformats="HWC")
 
     def close(self) -> None:
-        """As in `Tracker`."""
+        """See `Tracker`."""
         self.writer.close()
 
 
 class MLflow:
-    """A run of the active experiment (MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME say where)."""
+    """A run of the active experiment, set by MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME."""
 
     def __init__(self, run: Path, config: Mapping[str, Any]) -> None:
         import mlflow
@@ -60,20 +60,20 @@ class MLflow:
         mlflow.log_params(config)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """As in `Tracker`."""
+        """See `Tracker`."""
         self.mlflow.log_metrics(dict(values), step=step)
 
     def picture(self, step: int, name: str, pixels_HWC: np.ndarray) -> None:
-        """As in `Tracker`."""
+        """See `Tracker`."""
         self.mlflow.log_image(pixels_HWC, artifact_file=f"{name}-{step:08d}.png")
 
     def close(self) -> None:
-        """As in `Tracker`."""
+        """See `Tracker`."""
         self.mlflow.end_run()
 
 
 class WandB:
-    """A run of Weights & Biases (WANDB_PROJECT and WANDB_MODE say where)."""
+    """A Weights & Biases run, set up by WANDB_PROJECT and WANDB_MODE."""
 
     def __init__(self, run: Path, config: Mapping[str, Any]) -> None:
         import wandb
@@ -82,23 +82,23 @@ class WandB:
         self.run = wandb.init(name=run.name, id=run.name, dir=run, config=dict(config), resume="allow")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """As in `Tracker`."""
+        """See `Tracker`."""
         self.run.log(dict(values), step=step)
 
     def picture(self, step: int, name: str, pixels_HWC: np.ndarray) -> None:
-        """As in `Tracker`."""
+        """See `Tracker`."""
         self.run.log({name: self.wandb.Image(pixels_HWC)}, step=step)
 
     def close(self) -> None:
-        """As in `Tracker`."""
+        """See `Tracker`."""
         self.run.finish()
 
 
 def check_trackers(names: Iterable[str]) -> None:
-    """Refuse an unknown name before anything is written.
+    """Reject an unknown name before anything is written.
 
     Raises:
-        ConfigError: naming the known ones.
+        ConfigError: listing the available ones.
     """
     for name in names:
         if name not in TRACKERS:
@@ -106,8 +106,8 @@ def check_trackers(names: Iterable[str]) -> None:
 
 
 def open_trackers(names: Iterable[str], run: Path, config: Mapping[str, Any], step: int = 0) -> list[Tracker]:
-    """TensorBoard and what was asked for; `step` is where a resumed run goes on."""
-    made: list[Tracker] = [TensorBoard(run, step)]
+    """TensorBoard and the named trackers; `step` is where a resumed run continues."""
+    trackers: list[Tracker] = [TensorBoard(run, step)]
     for name in names:
-        made.append(MLflow(run, config) if name == "mlflow" else WandB(run, config))
-    return made
+        trackers.append(MLflow(run, config) if name == "mlflow" else WandB(run, config))
+    return trackers

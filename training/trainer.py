@@ -18,30 +18,28 @@ from rich.console import Console
 from torch import Tensor
 
 from mixmim_serve.errors import DataError
-from mixmim_serve.files import atomic_path
 from mixmim_serve.model.checkpoint import save_checkpoint
 from mixmim_serve.signals import stop_signals
 from mixmim_serve.sources import Source, fingerprint
 from mixmim_serve.version import __version__
 from training.augment import step_seed
-from training.data import Batch, TrainingImages, build_loader
+from training.data import Batch, TrainingImages, build_loader, load_step
 from training.distributed import (
     World,
+    gather_optimizer,
+    gather_weights,
     join_world,
-    load_whole_optimizer,
-    load_whole_weights,
+    load_optimizer,
+    load_weights,
     synchronized,
-    whole_optimizer,
-    whole_weights,
     wrap,
 )
-from training.meter import Meter, Metrics
-from training.nonfinite import save_nonfinite
+from training.meter import Meter, Metrics, can_compile, in_words, progress_bar
+from training.nonfinite import BadStep, save_nonfinite
 from training.optim import build_optimizer, learning_rate
 from training.resources import explain_shortage
-from training.run import RunFolder
+from training.run_folder import RunFolder
 from training.task import Task
-from training.terminal import can_compile, in_words, progress_bar
 from training.trackers import Tracker, check_trackers, open_trackers
 
 
@@ -55,32 +53,32 @@ def train(
     overwrite: bool = False,
     trackers: Sequence[str] = (),
 ) -> Path | None:
-    """Train on the images of `source`; returns the final checkpoint, or None when SIGTERM or Ctrl-C ended it early.
+    """Train on the images of `source`; returns the final checkpoint, or None after SIGTERM or Ctrl-C.
 
-    A checkpoint is saved after each epoch and on both. With `resume` a run goes on from the last one; on a CPU its
-    losses are, to the last bit, those of a run that was never interrupted: all that is random (order, crops, masks,
-    dropped paths) is a function of seed, epoch or step, image and rank, so no random state need be saved.
+    A checkpoint is saved after each epoch and on both signals. With `resume` a run continues from the last one. On a
+    CPU its losses are bit-equal to those of an uninterrupted run: everything random (order, crops, masks, dropped
+    paths) is a function of seed, epoch or step, image and rank, so no random state is saved.
 
     Raises:
-        ConfigError: when `run` holds something, is in use, or is to be resumed with another configuration.
-        DataError: when there are too few images, others than at the start, or too many that cannot be read.
-        CheckpointError: when a checkpoint is damaged or could not be written.
-        NonFiniteError: when a loss or gradient is not finite; what led to it was saved.
-        ResourceError: when there is too little memory.
+        ConfigError: when `run` is not empty, is in use, or is resumed with another configuration.
+        DataError: when there are too few images, other images than at the start, or too many unreadable ones.
+        CheckpointError: when a checkpoint is damaged or cannot be written.
+        NonFiniteError: when a loss or gradient is not finite; the step was saved for `mixmim replay`.
+        ResourceError: when memory or shared memory runs out.
     """
     check_trackers(trackers)
     with join_world() as world:
         console = (console or Console(stderr=True, log_path=False)) if world.main else Console(quiet=True)
         folder = RunFolder(run)
         if resume and folder.final.exists():
-            console.log(f"{run} is finished already")
+            console.log(f"{run} is already finished")
             return folder.final
         trainer = Trainer(task, source, folder, world)
         with folder.lock() if world.main else contextlib.nullcontext(), explain_shortage(task.config, world.size):
             if world.main and resume:
-                folder.check(task.config, trainer.about())
+                folder.check(task.config, trainer.metadata())
             elif world.main:
-                folder.create(task.config, trainer.about(), overwrite)
+                folder.create(task.config, trainer.metadata(), overwrite)
             world.wait()
             if resume:
                 trainer.resume()
@@ -88,7 +86,7 @@ def train(
 
 
 class Trainer:
-    """One run's model, data and optimiser."""
+    """One run: its model, data, optimiser and position."""
 
     def __init__(self, task: Task, source: Source, folder: RunFolder, world: World) -> None:
         self.task, self.config, self.source, self.folder, self.world = task, task.config, source, folder, world
@@ -101,62 +99,56 @@ class Trainer:
         self.compiled = self.config.compile and can_compile(world.device)
         self.forward: Any = torch.compile(self.module) if self.compiled else self.module
         self.optimizer = build_optimizer(task.parameter_groups(), self.config)
-        # Set by the first gradient that is not finite, and never reset: fused AdamW then leaves the weights alone.
+        # Set by the first non-finite gradient and never reset: fused AdamW then leaves the weights unchanged.
         self.optimizer.found_inf = torch.zeros((), device=world.device)  # type: ignore[attr-defined]
         self.images = fingerprint(source)
         self.step, self.steps = 0, self.config.epochs * self.sampler.steps
         self.meter = Meter()
         self.last: Metrics | None = None
         self.trackers: list[Tracker] = []
-        self.changed = ""  # of the configuration, since the run was started
+        self.changed = ""  # in words: configuration changes on resume
 
-    def about(self) -> dict[str, Any]:
-        """What config.json holds besides the configuration."""
-        about = {
+    def metadata(self) -> dict[str, Any]:
+        """The content of config.json besides the configuration."""
+        metadata = {
             "task": self.task.name,
             "start": self.task.start,
-            "images": {
-                "source": self.source.name,
-                "count": len(self.source.keys),
-                "fingerprint": self.images,
-            },
+            "images": {"source": self.source.name, "count": len(self.source.keys), "fingerprint": self.images},
             "processes": self.world.size,
             "command": sys.argv,
             "versions": {"mixmim-serve": __version__, "torch": torch.__version__},
         }
-        return about | ({"changes": self.folder.changes} if self.folder.changes else {})
+        return metadata | ({"changes": self.folder.changes} if self.folder.changes else {})
 
     def resume(self) -> None:
-        """Go on from the run's last checkpoint, or at the start when it was killed before the first.
+        """Continue from the run's last checkpoint, or from the start when it was killed before the first one.
 
         Raises:
-            DataError: when the images are not those that the run was started with.
+            DataError: when the images differ from those at the start of the run.
             CheckpointError: when the checkpoint is damaged.
         """
         saved = self.folder.load()
         if saved is not None:
             weights, state = saved
             if state["images"] != self.images:
-                raise DataError(
-                    f"the images in {self.source.name} are not those that {self.folder.path} was started with."
-                )
-            load_whole_weights(self.model, weights)
-            load_whole_optimizer(self.model, self.optimizer, state["optimizer"])
+                raise DataError(f"{self.folder.path} was started with other images than those in {self.source.name}.")
+            load_weights(self.model, weights)
+            load_optimizer(self.model, self.optimizer, state["optimizer"])
             self.step = state["step"]
             self.last = Metrics(**state["last"]) if state["last"] else None
             self.meter = Meter.from_state(state["meter"], self.world.device)
         if self.world.main:
             self.folder.rewind(self.step)
-            self.changed = self.folder.change(self.step)
+            self.changed = self.folder.record_changes(self.step)
             if self.changed:
-                self.folder.describe(self.config, self.about())
+                self.folder.write_config(self.config, self.metadata())
         self.world.wait()
 
     def fit(self, console: Console, trackers: Sequence[str]) -> Path | None:
-        """All epochs that are left."""
+        """Train the remaining epochs; returns the final checkpoint, or None when stopped by a signal."""
         console.log(self.plan())
-        main = self.world.main
-        self.trackers = open_trackers(trackers, self.folder.path, self.about(), self.step) if main else []
+        if self.world.main:
+            self.trackers = open_trackers(trackers, self.folder.path, self.metadata(), self.step)
         stop = stop_signals(signal.SIGTERM, signal.SIGINT)
         with progress_bar(console) as progress, stop as stopping, contextlib.ExitStack() as closing:
             for tracker in self.trackers:
@@ -166,28 +158,28 @@ class Trainer:
                 for metrics in self.train_epoch(epoch, stopping):
                     progress.update(task, completed=self.step, text=in_words(metrics))
                 if self.step == (epoch + 1) * self.sampler.steps:
-                    self.judge(epoch + 1, console)
-                self.save_checkpoint()  # last: killed before it, the epoch is done again, judgement and all
+                    self.evaluate(epoch + 1, console)
+                self.save_checkpoint()  # after the evaluation: a run killed before this repeats both
                 if self.world.any(stopping.is_set()) and self.step < self.steps:
-                    console.log(f"stopped after step {self.step}; the same command with --resume goes on")
+                    console.log(f"stopped after step {self.step}; continue with the same command and --resume")
                     return None
                 console.log(self.summary(epoch))
-        weights = whole_weights(self.model)
-        if main:
+        weights = gather_weights(self.model)
+        if self.world.main:
             save_checkpoint(self.folder.final, weights, self.task.describe(self.provenance()))
         self.world.wait()
         return self.folder.final
 
     def train_epoch(self, epoch: int, stopping: threading.Event | None = None) -> Iterator[Metrics]:
-        """One pass over the images, or what is left of it; yields the metrics as they are logged.
+        """The rest of one pass over the images; yields the metrics as they are logged.
 
-        Once `stopping` is set, the step in progress is the last (with several processes: the next logged one).
+        Once `stopping` is set, it ends after the step in progress (with several processes: after the next logged one).
         """
         self.sampler.epoch, self.sampler.start = epoch, self.step % self.sampler.steps
-        parts = iter(self.loader)
+        batches = iter(self.loader)
         for index in range(self.sampler.start, self.sampler.steps):
             self.set_learning_rate(epoch + index / self.sampler.steps)
-            loss, norm = self.train_step(self.next_batch(parts) for _ in range(self.config.accumulate))
+            loss, norm = self.train_step(self.next_batch(batches) for _ in range(self.config.accumulate))
             self.step += 1
             self.meter.add(loss, norm, self.config.batch_size // self.world.size)
             logged = self.step % self.config.log_every == 0 or self.step == self.steps
@@ -198,15 +190,15 @@ class Trainer:
             if stopping and (self.world.size == 1 or logged) and self.world.any(stopping.is_set()):
                 return
 
-    def next_batch(self, parts: Iterator[Batch]) -> Batch:
-        """The next part, timed.
+    def next_batch(self, batches: Iterator[Batch]) -> Batch:
+        """The next part of a batch; the time it took counts as waiting.
 
         Raises:
-            DataError: when more images than the allowed share could not be read.
+            DataError: when the share of unreadable images exceeds `max_unreadable`.
         """
-        began = time.perf_counter()
-        batch = next(parts)
-        self.meter.waited += time.perf_counter() - began
+        start = time.perf_counter()
+        batch = next(batches)
+        self.meter.waited += time.perf_counter() - start
         self.folder.note_unreadable(batch.unreadable)
         images, unreadable = len(self.source.keys), len(self.folder.unreadable)
         if unreadable > self.config.max_unreadable * images / self.world.size or not len(batch.pixels_BHWC):
@@ -217,38 +209,38 @@ class Trainer:
         return batch
 
     def train_step(self, parts: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-        """Forward, backward, update; returns loss and gradient norm without waiting for them."""
+        """Forward, backward, update; returns loss and gradient norm without waiting for the device."""
         mask_seed = step_seed(self.config.seed, self.step, self.world.rank)
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=self.world.device)
         for part, batch in enumerate(parts):
             seed = step_seed(self.config.seed, self.step, self.world.rank, part)
             inputs = self.task.inputs(batch, mask_seed, seed)
-            torch.manual_seed(seed)  # of dropped paths
+            torch.manual_seed(seed)  # for dropped paths
             with synchronized(self.module, last=part == self.config.accumulate - 1):
                 loss += self.backward(inputs)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        found: Tensor = self.optimizer.found_inf  # type: ignore[attr-defined]
-        found.logical_or_(~norm.isfinite())
+        found_inf: Tensor = self.optimizer.found_inf  # type: ignore[attr-defined]
+        found_inf.logical_or_(~norm.isfinite())
         self.optimizer.step()
         return loss, norm
 
     def backward(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        """Add a part's gradients; returns its share of the loss."""
+        """Accumulate a part's gradients; returns its share of the loss."""
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.bf16):
             loss: Tensor = self.forward(*inputs) / self.config.accumulate
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     def set_learning_rate(self, epoch: float) -> None:
-        """The schedule's value for a fractional epoch."""
+        """Set the learning rate of a fractional epoch."""
         lr = learning_rate(epoch, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
 
     def log(self) -> Metrics:
-        """A line of the log.
+        """Write a log line.
 
         Raises:
             NonFiniteError: when a gradient since the last line was not finite.
@@ -261,52 +253,55 @@ class Trainer:
         return self.last
 
     def check_finite(self) -> None:
-        """Stop the run if a gradient since the last line of the log was not finite; waits for the device.
+        """Stop the run if a gradient since the last log line was not finite; waits for the device.
 
         Raises:
-            NonFiniteError: after saving what led to it.
+            NonFiniteError: after saving the step for `mixmim replay`.
         """
-        if (ago := self.meter.nonfinite()) is not None:
-            save_nonfinite(self, self.step - ago)
+        if (ago := self.meter.nonfinite()) is None:
+            return
+        step = self.step - ago
+        bad = BadStep(step, self.config.seed, *load_step(self.dataset, self.sampler, step))
+        weights, description = gather_weights(self.model), self.task.describe(self.provenance())
+        raise save_nonfinite(self.folder.path, self.world, weights, description, bad)
 
-    def judge(self, epochs: int, console: Console) -> None:
-        """Measurements and pictures of an epoch."""
+    def evaluate(self, epochs: int, console: Console) -> None:
+        """Log the metrics and write the pictures that are due after `epochs` epochs."""
         self.task.objective.eval()
-        judged = self.task.judge(epochs, self.world)
+        metrics = self.task.evaluate(epochs, self.world)
         pictures = self.task.pictures(epochs)
         self.task.objective.train()
-        if judged:
-            self.record({"step": self.step, "epoch": epochs, **judged})
-            console.log(", ".join(f"{name} {value:.2f}" for name, value in judged.items()))
+        if metrics:
+            self.record({"step": self.step, "epoch": epochs, **metrics})
+            console.log(", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
         for name, picture in pictures.items() if self.world.main else ():
-            with atomic_path(self.folder.path / "samples" / f"{name}-epoch-{epochs:04d}.png") as temporary:
-                picture.save(temporary, "PNG")
+            self.folder.save_picture(name, epochs, picture)
             for tracker in self.trackers:
                 tracker.picture(self.step, name, np.asarray(picture))
 
     def record(self, values: Mapping[str, Any]) -> None:
-        """To metrics.jsonl and the trackers, from the first process."""
+        """Write values to metrics.jsonl and the trackers, from the first process only."""
         if self.world.main:
             self.folder.append(values)
         for tracker in self.trackers:
             tracker.log(self.step, {name: value for name, value in values.items() if name != "step"})
 
     def save_checkpoint(self) -> None:
-        """Weights, and all else that `resume` needs; all processes must ask.
+        """Save the weights and everything else that `resume` needs; every process must call this.
 
         Raises:
-            CheckpointError: when it could not be written; the ones before stay.
-            NonFiniteError: when a gradient since the last line of the log was not finite: no run could go on from here.
+            CheckpointError: when it cannot be written; earlier ones are kept.
+            NonFiniteError: when a gradient since the last log line was not finite: no run could resume from here.
         """
         self.check_finite()
-        weights, optimizer = whole_weights(self.model), whole_optimizer(self.model, self.optimizer)
+        weights, optimizer = gather_weights(self.model), gather_optimizer(self.model, self.optimizer)
         if self.world.main:
             self.folder.save(self.step, weights, self.task.describe(self.provenance()), self.state(optimizer))
             self.folder.prune(self.config, self.sampler.steps)
         self.world.wait()
 
     def state(self, optimizer: dict[str, Any]) -> dict[str, Any]:
-        """All but the weights."""
+        """What `resume` needs besides the weights."""
         return {
             "images": self.images,
             "optimizer": optimizer,
@@ -316,15 +311,15 @@ class Trainer:
         }
 
     def provenance(self) -> dict[str, Any]:
-        """Where the weights come from."""
+        """The run's metadata, epochs and loss, to store with its weights."""
         epochs = self.step / self.sampler.steps
-        return self.about() | {
+        return self.metadata() | {
             "epochs": int(epochs) if epochs.is_integer() else epochs,
             "loss": self.last and self.last.loss,
         }
 
     def plan(self) -> str:
-        """What is about to happen, and why the first step may take long."""
+        """One line about the run ahead, and why its first step may be slow."""
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         processes = f"{self.world.size} x " if self.world.size > 1 else ""
         line = (
@@ -337,13 +332,13 @@ class Trainer:
         if self.changed:
             line += f" with {self.changed}"
         if self.compiled:
-            return f"{line}; torch.compile takes the first minute or two"
+            return f"{line}; torch.compile takes a minute or two first"
         if self.config.compile:
-            return f"{line}; no C++ compiler found, so without torch.compile, which is slower"
+            return f"{line}; no C++ compiler found, so torch.compile is off, which is slower"
         return line
 
     def summary(self, epoch: int) -> str:
-        """One line an epoch, for terminals and log files."""
+        """One line per epoch, for terminals and log files."""
         line = f"epoch {epoch + 1}/{self.config.epochs}"
         if self.last:
             line += f"  {in_words(self.last)}"

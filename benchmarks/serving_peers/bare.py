@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.serving_peers.common import MAX_BATCH, engine
 from mixmim_serve.engines import Engine
-from mixmim_serve.extract.run import run_files
+from mixmim_serve.extract.pipeline import run_files
 
 
 def rate(engine: Engine, files: list[Path], seconds: float) -> tuple[float, float]:

@@ -13,6 +13,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from mixmim_serve.cores import usable_cores
 from mixmim_serve.engines import Engine, open_engine
 from mixmim_serve.preprocess import Pixels, preprocess
 
@@ -36,7 +37,7 @@ class Batches:
     def __init__(self) -> None:
         self.engine = engine()
         self.decode = partial(preprocess, preprocessing=self.engine.bundle.description.preprocessing)
-        self.pool = ThreadPoolExecutor(os.cpu_count())
+        self.pool = ThreadPoolExecutor(usable_cores())
 
     def embed(self, images: Sequence[bytes]) -> NDArray[Any]:
         """A batch of any size."""

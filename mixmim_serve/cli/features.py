@@ -43,34 +43,36 @@ def extract(
     Example: mixmim extract tiny photos features
     """
     from mixmim_serve.errors import ConfigError
-    from mixmim_serve.extract import job as jobs
-    from mixmim_serve.extract.options import Effort, Options
+    from mixmim_serve.extract.job import Job
+    from mixmim_serve.extract.lead import run
+    from mixmim_serve.extract.local import LocalExecutor
+    from mixmim_serve.extract.options import Options, Resources
+    from mixmim_serve.settings import override
     from mixmim_serve.signals import stop_signals
-    from training.settings import apply
 
     options = Options(
         tuple(features or ()), format=format, dtype="float16" if float16 else "float32", fast_jpeg=fast_jpeg
     )
-    job = jobs.Job(
+    job = Job(
         bundle_path(bundle),
         source,
         out,
         runtime,
         options=options,
-        effort=Effort(max_failures),
+        effort=Resources(max_failures),
         retry_failed=retry_failed,
     )
-    job = apply(job, settings or ())
+    job = override(job, settings or ())
     if executor not in ("local", "ray"):
         raise ConfigError(f"unknown executor {executor!r}: choose local or ray.")
-    chosen: Any = jobs.local
+    chosen: Any = LocalExecutor
     if executor == "ray":
         from mixmim_serve.extract.ray import RayExecutor
 
         chosen = RayExecutor
     # SIGTERM may end it at once: nothing that is whole is lost. Ctrl-C would wait for the threads' shards.
     with _shown() as progress, stop_signals(signal.SIGINT) as stopping:
-        summary = jobs.run(job, executor=chosen, progress=progress, cancelled=stopping.is_set)
+        summary = run(job, executor=chosen, progress=progress, cancelled=stopping.is_set)
     for key, reason in summary.examples:
         typer.echo(f"could not read {key}: {reason}", err=True)
     typer.echo(f"{out}: {summary.rows:,} rows of {summary.images:,} images, {summary.errors:,} could not be read")
@@ -125,8 +127,7 @@ def neighbours(
 
     from mixmim_serve.explore import neighbours as nearest
     from mixmim_serve.explore import pages
-    from mixmim_serve.extract.features import Features
-    from mixmim_serve.extract.query import embed_query
+    from mixmim_serve.extract.features import Features, embed_query
     from mixmim_serve.preprocess import decode, read_limited
 
     opened = Features(features)

@@ -102,8 +102,8 @@ def reconstruct(
 
 def _each_image(engine: Engine, images: list[Path], output: str) -> Iterator[tuple[Path, Any]]:
     """One encoder output of each image, in order; the first that cannot be read ends the command."""
-    from mixmim_serve.extract.run import run_files
-    from mixmim_serve.images import expand
+    from mixmim_serve.extract.pipeline import run_files
+    from mixmim_serve.sources.names import expand
 
     for result in run_files(engine, expand(images), [output]):
         if result.error:

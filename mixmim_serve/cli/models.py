@@ -135,7 +135,7 @@ def serve(
 
     Example: mixmim serve tiny --port 3000 --set max_items=128
     """
-    from mixmim_serve.service.launch import launch
+    from mixmim_serve.service.server import launch
     from mixmim_serve.service.settings import from_assignments
 
     given = {"api_keys": str(api_keys or ""), "cors": tuple(cors or ()), "log_format": log_format}

@@ -45,7 +45,7 @@ def pretrain(
     """
     from mixmim_serve.errors import DataError
     from mixmim_serve.sources import open_source
-    from training.judging import open_labelled
+    from training.evaluation.labelled import open_labelled
     from training.pretraining import Pretraining
     from training.recipes import PRETRAIN
     from training.recipes import recipe as named_recipe
@@ -89,8 +89,8 @@ def finetune(
 
     Example: mixmim finetune clothing10 --from tiny --out runs/clothing
     """
+    from training.evaluation.labelled import open_labelled
     from training.finetuning import Finetuning
-    from training.judging import open_labelled
     from training.recipes import FINETUNE
     from training.recipes import recipe as named_recipe
     from training.start import SCRATCH, read_start
@@ -128,9 +128,9 @@ def probe(
 
     from mixmim_serve.errors import DataError
     from training.distributed import join_world
-    from training.judging import open_labelled
-    from training.probe import probe as judge
-    from training.probe import save_with_head
+    from training.evaluation.labelled import open_labelled
+    from training.evaluation.probe import probe as judge
+    from training.evaluation.probe import save_with_head
     from training.start import read_start
 
     checkpoint = read_start(bundle_path(start))
@@ -168,8 +168,8 @@ def evaluate(
 
     from mixmim_serve.sources import open_source
     from training.distributed import join_world
-    from training.evaluate import evaluate as judge
-    from training.evaluate import write_report
+    from training.evaluation.evaluate import evaluate as judge
+    from training.evaluation.evaluate import write_report
     from training.start import read_start
 
     checkpoint, source = read_start(bundle_path(start)), open_source(data)
@@ -202,7 +202,7 @@ def check(
 
     from mixmim_serve.sources import open_source
     from training.check import check as look
-    from training.judging import train_and_val
+    from training.evaluation.labelled import train_and_val
 
     data, val = train_and_val(data, val)
     source, other = open_source(data), open_source(val) if val else None
@@ -235,12 +235,12 @@ def _with_options(config: Any, given: dict[str, Any], epochs: int | None, settin
     """The recipe with options, then with settings."""
     import dataclasses
 
-    from training.settings import apply
+    from mixmim_serve.settings import override
 
     changes = {name: value for name, value in given.items() if value is not None}
     if epochs is not None:
-        config = config.lasting(epochs)
-    return apply(dataclasses.replace(config, **changes), settings or ())
+        config = config.with_epochs(epochs)
+    return override(dataclasses.replace(config, **changes), settings or ())
 
 
 def _print_config(config: Any) -> None:

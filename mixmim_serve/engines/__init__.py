@@ -1,5 +1,6 @@
 """Runtimes that run a bundle: arrays in, arrays out. Each is imported only when it is opened."""
 
-from mixmim_serve.engines.base import Engine, engine_fingerprint, open_engine
+from mixmim_serve.engines.base import Engine, engine_fingerprint
+from mixmim_serve.engines.opening import open_engine
 
 __all__ = ["Engine", "engine_fingerprint", "open_engine"]

@@ -1,4 +1,4 @@
-"""What an engine is, and the one function that opens one.
+"""What an engine is, and the checks that all engines share.
 
 An engine knows arrays. It knows nothing of images, files, HTTP, labels or queues.
 """
@@ -6,36 +6,16 @@ An engine knows arrays. It knows nothing of images, files, HTTP, labels or queue
 from __future__ import annotations
 
 import hashlib
-import importlib
-import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mixmim_serve.bundle import PRECISIONS, Bundle, canonical_json, open_bundle
-from mixmim_serve.engines.hardware import has_cuda_device
-from mixmim_serve.errors import BundleError, EngineError
+from mixmim_serve.bundle import Bundle, canonical_json
+from mixmim_serve.errors import EngineError
 
 Arrays = dict[str, NDArray[Any]]
-
-# Fastest first (docs/engines.md). TensorRT inside ONNX Runtime compiles when it is opened, for minutes: only if asked
-# for.
-_ON_CPU = ("openvino", "onnx", "torch")
-_ON_GPU = ("tensorrt", "tensorrt-rtx", "onnx", "torch")
-_CLASSES = {
-    "onnx": "mixmim_serve.engines.onnx:OnnxEngine",
-    "onnx-tensorrt": "mixmim_serve.engines.onnx:OnnxTensorRtEngine",
-    "openvino": "mixmim_serve.engines.openvino:OpenVinoEngine",
-    "tensorrt": "mixmim_serve.engines.tensorrt:TensorRtEngine",
-    "tensorrt-rtx": "mixmim_serve.engines.tensorrt:TensorRtRtxEngine",
-    "torch": "mixmim_serve.engines.torch:TorchEngine",
-}
-ENGINES = tuple(_CLASSES)
-
-log = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
@@ -61,67 +41,6 @@ class Engine(Protocol):
             EngineError: for inputs or outputs that the graph does not have, or more rows than `max_batch`.
         """
         ...
-
-
-def open_engine(bundle: Bundle | Path, kind: str = "auto", precision: str = "", threads: int = 0) -> Engine:
-    """Verify a bundle and load it into a runtime; `threads` 0 takes every core, no `precision` the engine's fastest.
-
-    `kind` "auto" takes the fastest engine that is installed and gives torch's numbers on the bundle's golden photos
-    (`mixmim_serve.engines.certificate`).
-
-    Raises:
-        BundleError: when the bundle is incomplete or altered, or lacks the precision.
-        EngineError: when the runtime is unknown or not installed, refuses the bundle or cannot do the precision.
-    """
-    if isinstance(bundle, Path):
-        bundle = open_bundle(bundle)
-    check_kind(kind)
-    bundle.verify()
-    if precision and precision not in PRECISIONS:
-        raise EngineError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}.")
-    return _fastest(bundle, precision, threads) if kind == "auto" else _open(bundle, kind, precision, threads)
-
-
-def check_kind(kind: str) -> None:
-    """Check the name of an engine.
-
-    Raises:
-        EngineError: for an unknown one, listing the known ones.
-    """
-    if kind not in ("auto", *ENGINES):
-        raise EngineError(f"unknown engine {kind!r}: choose one of auto, {', '.join(ENGINES)}.")
-
-
-def _open(bundle: Bundle, kind: str, precision: str, threads: int) -> Engine:
-    module, _, name = _CLASSES[kind].partition(":")
-    engine: Engine = getattr(importlib.import_module(module), name)(bundle, precision, threads)
-    return engine
-
-
-def _fastest(bundle: Bundle, precision: str, threads: int) -> Engine:
-    """The first engine, in order of preference, that can be opened and whose certificate holds."""
-    from mixmim_serve.engines.certificate import certify
-
-    refused: dict[str, None] = {}
-    # A package for CPUs alone, on a machine with a GPU, must not stop the search for one that uses it.
-    order = [(kind, True) for kind in _ON_GPU if has_cuda_device()] + [(kind, False) for kind in _ON_CPU]
-    for kind, on_gpu in order:
-        try:
-            engine = _open(bundle, kind, precision, threads)
-        except (BundleError, EngineError) as error:
-            log.info("engine %s: %s", kind, error)
-            refused[str(error)] = None
-            continue
-        if on_gpu and engine.name.endswith("-cpu"):
-            continue
-        try:
-            certify(engine).require()
-        except EngineError as error:
-            log.warning("%s", error)
-            refused[str(error)] = None
-        else:
-            return engine
-    raise EngineError("no engine can run this bundle here. " + " ".join(refused))
 
 
 def engine_fingerprint(engine: Engine) -> str:

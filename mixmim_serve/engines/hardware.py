@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
-import os
 import platform
 from pathlib import Path
 
@@ -80,28 +78,6 @@ def gpu_memory_used() -> float | None:
         return float(pynvml.nvmlDeviceGetMemoryInfo(handle).used) / 1e6
     except pynvml.NVMLError:
         return None
-
-
-def cores() -> int:
-    """Cores that this process may use: a container's limit counts, a core's second thread does not."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    found = max(1, allowed // _threads_per_core())
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        found = min(found, max(1, math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):
-        pass  # no limit ("max"), or not Linux
-    return found
-
-
-def _threads_per_core() -> int:
-    """2 with hyper-threading."""
-    try:
-        siblings = Path("/sys/devices/system/cpu/cpu0/topology/thread_siblings_list").read_text()
-        first, _, last = siblings.strip().partition("-")
-        return int(last) - int(first) + 1 if last else siblings.count(",") + 1
-    except (OSError, ValueError):
-        return 1
 
 
 def _first_device() -> ctypes.c_int:

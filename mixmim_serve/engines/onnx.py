@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixmim_serve.bundle import CACHE, Bundle
+from mixmim_serve.cores import physical_cores
 from mixmim_serve.engines.base import Arrays, best_precision, check_request, graph_inputs
 from mixmim_serve.engines.buckets import BUCKETS, run_in_buckets
-from mixmim_serve.engines.hardware import cores, first_line, gpu_name, has_cuda_device, processor
+from mixmim_serve.engines.hardware import first_line, gpu_name, has_cuda_device, processor
 from mixmim_serve.errors import EngineError
 
 try:
@@ -45,7 +46,7 @@ class OnnxEngine:
         self.name, self.hardware = names[self.provider], gpu_name() if self.device == "cuda" else processor()
         order = ("fp32", "fp16") if self.device == "cpu" else ("fp16", "fp32")
         self.precision = precision or best_precision(bundle, order)
-        self._threads = threads or cores()
+        self._threads = threads or physical_cores()
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
         self._bound: dict[str, BoundSession] = {}
         self._opening, self._running = threading.Lock(), threading.Lock()

@@ -12,7 +12,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from mixmim_serve.bundle import PRECISIONS, Built, Bundle
+from mixmim_serve.bundle import PRECISIONS, Bundle, CompiledEngine
 from mixmim_serve.engines import hardware
 from mixmim_serve.engines.base import Arrays, check_request, graph_inputs
 from mixmim_serve.engines.cuda import Stream
@@ -72,14 +72,14 @@ class TensorRtRtxEngine(TensorRtEngine):
     runtime = "tensorrt-rtx"
 
 
-def engines_of(bundle: Bundle, runtime: str, precision: str = "") -> dict[str, dict[str, Built]]:
+def engines_of(bundle: Bundle, runtime: str, precision: str = "") -> dict[str, dict[str, CompiledEngine]]:
     """By precision, fastest first, and graph: what the bundle has for a runtime.
 
     Raises:
         EngineError: when there is none, or one for some graphs only.
     """
     wanted = (precision,) if precision else FASTEST
-    found: dict[str, dict[str, Built]] = {}
+    found: dict[str, dict[str, CompiledEngine]] = {}
     for each in wanted:
         built = {one.graph: one for one in bundle.built if (one.runtime, one.precision) == (runtime, each)}
         if built.keys() >= bundle.graphs.keys():
@@ -94,7 +94,7 @@ def engines_of(bundle: Bundle, runtime: str, precision: str = "") -> dict[str, d
     return found
 
 
-def choose(offered: Mapping[str, Mapping[str, Built]], runtime: str, version: str) -> str:
+def choose(offered: Mapping[str, Mapping[str, CompiledEngine]], runtime: str, version: str) -> str:
     """The first precision whose engines are for this machine; asked before anything is loaded.
 
     Raises:
@@ -115,7 +115,7 @@ def choose(offered: Mapping[str, Mapping[str, Built]], runtime: str, version: st
     raise refused[0]
 
 
-def check_built(built: Built, version: str) -> None:
+def check_built(built: CompiledEngine, version: str) -> None:
     """Check that an engine is for this version and GPU.
 
     Raises:

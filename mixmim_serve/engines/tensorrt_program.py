@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mixmim_serve.bundle import CACHE, Built, Bundle
+from mixmim_serve.bundle import CACHE, Bundle, CompiledEngine
 from mixmim_serve.engines import hardware
 from mixmim_serve.engines.base import Arrays
 from mixmim_serve.engines.buckets import bucket_of, buckets_between
@@ -33,7 +33,9 @@ class Program:
         EngineError: when TensorRT cannot load the engine.
     """
 
-    def __init__(self, trt: ModuleType, bundle: Bundle, built: Built, stream: Stream, cuda_graphs: bool) -> None:
+    def __init__(
+        self, trt: ModuleType, bundle: Bundle, built: CompiledEngine, stream: Stream, cuda_graphs: bool
+    ) -> None:
         self.trt, self.built, self.stream, self.cuda_graphs = trt, built, stream, cuda_graphs
         self.log = logger(trt)
         self.runtime = trt.Runtime(self.log)  # has to live as long as its engine

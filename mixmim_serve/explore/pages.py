@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from io import BytesIO
 
 from PIL import Image
 
+from mixmim_serve.cores import usable_cores
 from mixmim_serve.errors import DataError, ImageError
 from mixmim_serve.explore.map import Layout
 from mixmim_serve.extract.features import Features
@@ -99,7 +99,7 @@ def thumbnails(features: Features, keys: Iterable[str], square: int = 0) -> dict
             return _missing(square)
         return shrink(image, square)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         made = dict(zip((source.keys[index] for index in found), pool.map(small, found), strict=True))
     return {key: made.get(key) or _missing(square) for key in wanted}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mixmim_serve.engines import engine_fingerprint, open_engine
 from mixmim_serve.errors import OutputError
 from mixmim_serve.extract.folder import DATASET, Folder
 from mixmim_serve.extract.manifest import read_manifest
 from mixmim_serve.extract.sinks import read_npy, read_parquet
 from mixmim_serve.extract.table import matrix
+from mixmim_serve.preprocess import preprocess
 
 Vectors = NDArray[np.float32]
 
@@ -105,3 +107,24 @@ class Features:
         from mixmim_serve.extract.lance import read
 
         return pa.concat_tables(read(self.folder, name, [column]) for name in files)[column]
+
+
+def embed_query(manifest: Mapping[str, Any], data: bytes, bundle: Path | None = None) -> Vectors:
+    """The embedding, (D,), of an encoded image by the bundle, engine and precision that a manifest names.
+
+    Raises:
+        ImageError: the image cannot be read.
+        BundleError: the bundle is not where it was.
+        OutputError: it is another bundle now, or another engine.
+    """
+    engine = open_engine(
+        bundle or Path(manifest["bundle"]), manifest["engine"].partition("-")[0], manifest["precision"]
+    )
+    if engine_fingerprint(engine) != manifest["fingerprint"]:
+        raise OutputError(
+            f"{engine.bundle.path} by {engine.name} does not give the numbers of these features (made by "
+            f"{manifest['model']} on {manifest['engine']}): name their bundle with --bundle."
+        )
+    pixels = preprocess(data, engine.bundle.description.preprocessing)
+    vector: Vectors = engine.run("encoder", {"pixels": pixels[None]}, ["embedding"])["embedding"][0]
+    return vector

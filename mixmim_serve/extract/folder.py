@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mixmim_serve.errors import DataError, MixMIMError, OutputError
 from mixmim_serve.files import atomic_path
@@ -19,7 +20,9 @@ from mixmim_serve.sources import storage
 
 FEATURES, LEDGER = "features", "shards"  # folders: data, and what is known of each shard
 DATASET = "features.lance"  # of Lance, in the place of `features`
-MANIFEST, ERRORS, LOCK = "manifest.json", "errors.parquet", ".lock"
+MANIFEST, ERRORS = "manifest.json", "errors.parquet"
+
+Files = dict[str, dict[str, Any]]  # name: bytes and sha256
 
 
 class Folder:

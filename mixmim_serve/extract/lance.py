@@ -16,9 +16,8 @@ from typing import Any
 import pyarrow as pa
 
 from mixmim_serve.errors import ConfigError
-from mixmim_serve.extract.folder import DATASET, Folder, sha256_and_size
-from mixmim_serve.extract.shard import Outcome
-from mixmim_serve.extract.sinks import Files
+from mixmim_serve.extract.folder import DATASET, Files, Folder, sha256_and_size
+from mixmim_serve.extract.plan import Outcome
 from mixmim_serve.extract.table import Table
 
 os.environ.setdefault("LANCE_LOG", "error")  # it warns of each data set that does not exist yet

@@ -5,30 +5,28 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
-from mixmim_serve.engines import Engine
+from mixmim_serve.engines import Engine, open_engine
 from mixmim_serve.extract.folder import Folder
+from mixmim_serve.extract.job import Job
 from mixmim_serve.extract.manifest import record
 from mixmim_serve.extract.pipeline import map_ahead
-from mixmim_serve.extract.plan import Shard
+from mixmim_serve.extract.plan import Outcome, Shard
 from mixmim_serve.extract.progress import Meter
-from mixmim_serve.extract.shard import CancelledError, Outcome, Worker, extract_shard
+from mixmim_serve.extract.shard import CancelledError, Worker, extract_shard
 from mixmim_serve.extract.table import about
 from mixmim_serve.sources import Source
-
-if TYPE_CHECKING:
-    from mixmim_serve.extract.job import Job
 
 AT_ONCE = 2  # shards
 
 
-class Local:
-    """An executor; see `mixmim_serve.extract.job.Executor`."""
+class LocalExecutor:
+    """One engine in this process: `engine`, or the one that the job names; see `mixmim_serve.extract.job.Executor`."""
 
-    def __init__(self, job: Job, source: Source, engine: Engine) -> None:
-        job.options.check(engine.bundle)
-        self.job, self.source, self.engine = job, source, engine
+    def __init__(self, job: Job, source: Source, engine: Engine | None = None) -> None:
+        self.engine = engine or open_engine(job.bundle, job.engine, job.precision)
+        job.options.check(self.engine.bundle)
+        self.job, self.source = job, source
 
     def about(self) -> Mapping[str, object]:
         """See `Executor.about`."""

@@ -17,13 +17,10 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mixmim_serve.errors import InUseError, OutputError
-from mixmim_serve.extract.folder import LOCK, Folder
-
-if TYPE_CHECKING:
-    from filelock import FileLock
+from mixmim_serve.extract.folder import Folder
+from mixmim_serve.locks import LOCK, lock_folder
 
 LEASE = 60.0  # seconds; renewed three times as often
 
@@ -39,33 +36,11 @@ def locked(folder: Folder) -> Iterator[None]:
         yield
 
 
-def hold(path: Path) -> FileLock:
-    """The lock of a local folder, made if it is not there, until it is released or the process ends.
-
-    Raises:
-        InUseError: another process holds it.
-        OutputError: the folder cannot be written to.
-    """
-    try:
-        from filelock import FileLock, Timeout
-    except ImportError as error:
-        raise OutputError("filelock is not installed: run pip install 'mixmim-serve[extract]'.") from error
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path / LOCK, blocking=False)
-        lock.acquire()
-    except Timeout as error:
-        raise InUseError(f"another run is writing to {path}: wait for it, or choose another folder.") from error
-    except OSError as error:
-        raise OutputError(f"cannot write to {path}: {error.strerror or error}.") from error
-    return lock
-
-
 @contextlib.contextmanager
 def _file_lock(folder: Folder) -> Iterator[None]:
     path = Path(folder.place)
     new = not path.exists()
-    lock = hold(path)
+    lock = lock_folder(path)
     try:
         yield
     finally:

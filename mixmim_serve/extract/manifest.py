@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from mixmim_serve.errors import OutputError
 from mixmim_serve.extract.folder import DATASET, ERRORS, FEATURES, LEDGER, MANIFEST, Folder
-from mixmim_serve.extract.shard import Outcome
+from mixmim_serve.extract.plan import Outcome
 
 FORMAT = 1  # of a manifest; raised when an older reader would misread the folder
 SAVE_EVERY = 30.0  # seconds between two manifests of a run

@@ -1,4 +1,4 @@
-"""What a run of extraction is told: `Options` decide the numbers and files and are recorded, `Effort` only how."""
+"""What a run of extraction is told: `Options` decide the numbers and files and are recorded, `Resources` only how."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Effort:
+class Resources:
     """How hard to try, and with what; nothing here changes a number."""
 
     max_failures: float = 0.1  # share of images that cannot be read; more stop the run

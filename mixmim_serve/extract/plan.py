@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from mixmim_serve.sources import Source
 
@@ -22,6 +24,18 @@ class Shard:
     def name(self) -> str:
         """As in file names; sorts like the number up to a million shards."""
         return f"{self.number:06d}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A shard that is whole."""
+
+    shard: str
+    images: int
+    rows: int
+    errors: tuple[tuple[str, str], ...]  # key and reason
+    files: Mapping[str, Any]  # name: bytes and sha256
+    busy: float = 0.0  # seconds that the engine ran; not recorded
 
 
 def images_a_shard(images: int) -> int:

@@ -12,15 +12,16 @@ import os
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mixmim_serve.engines import open_engine
 from mixmim_serve.errors import EngineError, MixMIMError
 from mixmim_serve.extract.folder import Folder
+from mixmim_serve.extract.job import Job
 from mixmim_serve.extract.manifest import record
-from mixmim_serve.extract.plan import Shard
+from mixmim_serve.extract.plan import Outcome, Shard
 from mixmim_serve.extract.progress import Meter
-from mixmim_serve.extract.shard import CancelledError, Outcome, Worker, extract_shard
+from mixmim_serve.extract.shard import CancelledError, Worker, extract_shard
 from mixmim_serve.extract.table import about
 from mixmim_serve.sources import Source
 
@@ -29,9 +30,6 @@ try:
     import ray
 except ImportError as error:
     raise EngineError("Ray is not installed: run pip install 'mixmim-serve[ray]'.") from error
-
-if TYPE_CHECKING:
-    from mixmim_serve.extract.job import Job
 
 AT_ONCE = 2  # shards an actor, as in `local.py`
 RETRIES = 3  # of a shard whose actor died
@@ -68,7 +66,7 @@ class Actor:
 
 
 class RayExecutor:
-    """An executor; see `mixmim_serve.extract.job.Executor`."""
+    """One actor per engine; see `mixmim_serve.extract.job.Executor`."""
 
     def __init__(self, job: Job, source: Source) -> None:
         effort = job.effort

@@ -4,38 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import threading
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 
+from mixmim_serve.cores import usable_cores
 from mixmim_serve.engines import Engine
 from mixmim_serve.errors import DataError, ImageError
 from mixmim_serve.extract.folder import Folder
 from mixmim_serve.extract.options import Options
 from mixmim_serve.extract.pipeline import AHEAD, Ready, Runner, decode_small, map_ahead
-from mixmim_serve.extract.plan import Shard
+from mixmim_serve.extract.plan import Outcome, Shard
 from mixmim_serve.extract.sinks import open_sink
 from mixmim_serve.extract.table import Row, Table
 from mixmim_serve.sources import Source
 
 UNREACHABLE = 100  # images in a row that cannot even be read: then it is the source, not the images
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A shard that is whole."""
-
-    shard: str
-    images: int
-    rows: int
-    errors: tuple[tuple[str, str], ...]  # key and reason
-    files: Mapping[str, Any]  # name: bytes and sha256
-    busy: float = 0.0  # seconds that the engine ran; not recorded
 
 
 class CancelledError(Exception):
@@ -64,7 +50,7 @@ class Worker:
         self.table = Table(engine, options)
         self.sink = open_sink(folder, self.table)
         self.runner = Runner(engine)
-        self.decoders = ThreadPoolExecutor(threads or os.cpu_count(), thread_name_prefix="decode")
+        self.decoders = ThreadPoolExecutor(threads or usable_cores(), thread_name_prefix="decode")
         self.turn = threading.Lock()  # the shard that runs; the other one waits with its first images decoded
         self.stopped = threading.Event()
         self.unreachable = 0

@@ -12,11 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mixmim_serve.extract.folder import FEATURES, Folder, sha256_and_size
+from mixmim_serve.extract.folder import FEATURES, Files, Folder, sha256_and_size
 from mixmim_serve.extract.table import Table, matrix
 from mixmim_serve.sources import storage
-
-Files = dict[str, dict[str, Any]]  # name: bytes and sha256
 
 
 class Sink(Protocol):

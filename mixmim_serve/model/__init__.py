@@ -6,7 +6,7 @@ from mixmim_serve.model.mixmim import MixMIM, PretrainingOutput, Reconstruction
 
 
 def build_model(arch: Architecture) -> Encoder:
-    """The network for an architecture: `MixMIM` where it has a decoder, else `Encoder`."""
+    """An untrained network: `MixMIM` if the architecture has a decoder, else `Encoder`."""
     return MixMIM(arch) if arch.decoder else Encoder(arch)
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Apart:
-    """Tokens of one window, sorted so that those of one image stand together; exact, and with no score to block."""
+class TokenSplit:
+    """One window's tokens in an order that groups them by image: each group attends alone, without blocked scores."""
 
     order_N: Tensor  # positions of the tokens, the own image's first
     counts: list[int]  # tokens of the own image, and of the partner
@@ -26,14 +26,15 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x_BKND: Tensor, apart: Tensor | Apart | None = None) -> Tensor:
-        """(B, K, N, D) to the same shape; within each image where two are mixed."""
+    def forward(self, x_BKND: Tensor, separation: Tensor | TokenSplit | None = None) -> Tensor:
+        """(B, K, N, D) to the same shape; `separation` keeps attention within each of two mixed images."""
         qkv = self.qkv(x_BKND)
-        if isinstance(apart, Apart):
-            parts = zip(torch.split(qkv, apart.counts, dim=2), torch.split(apart.order_N, apart.counts), strict=True)
+        if isinstance(separation, TokenSplit):
+            counts = separation.counts
+            parts = zip(torch.split(qkv, counts, dim=2), torch.split(separation.order_N, counts), strict=True)
             attended = torch.cat([self.attend(part, self.bias_among(order_N)) for part, order_N in parts], dim=2)
         else:
-            attended = self.attend(qkv, self.bias(apart))
+            attended = self.attend(qkv, self.bias(separation))
         projected: Tensor = self.proj(attended)
         return projected
 
@@ -46,7 +47,7 @@ class Attention(nn.Module):
         groups, tokens, dim = qkv.shape[1], qkv.shape[2], qkv.shape[3] // 3
         bias = None if bias is None else bias.to(qkv.dtype)
         if qkv.requires_grad and qkv.device.type == "cpu":
-            return self.attend_in_steps(qkv, bias)
+            return self.attend_unfused(qkv, bias)
         if bias is not None and bias.dim() == 4:
             qkv = qkv.reshape(-1, groups, tokens, 3, self.heads, dim // self.heads).permute(3, 0, 1, 4, 2, 5)
             q, k, v = qkv.flatten(2, 3).unbind(0)
@@ -58,8 +59,8 @@ class Attention(nn.Module):
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
         return out.reshape(-1, groups, tokens, dim)
 
-    def attend_in_steps(self, qkv: Tensor, bias: Tensor | None) -> Tensor:
-        """As `attend`, with scores held: for training on a CPU, where no fused kernel has a gradient for the bias."""
+    def attend_unfused(self, qkv: Tensor, bias: Tensor | None) -> Tensor:
+        """As `attend`, storing the scores: on a CPU no fused kernel has a gradient for the bias."""
         groups, tokens, dim = qkv.shape[1], qkv.shape[2], qkv.shape[3] // 3
         qkv = qkv.reshape(-1, groups, tokens, 3, self.heads, dim // self.heads).permute(3, 0, 1, 4, 2, 5)
         q, k, v = qkv.unbind(0)
@@ -70,13 +71,13 @@ class Attention(nn.Module):
         return out.transpose(2, 3).reshape(-1, groups, tokens, dim)
 
     def bias(self, blocked_MKNN: Tensor | None) -> Tensor | None:
-        """Scores to add: (M, K * A, N, N) with a mask, (A, N, N) or None without."""
+        """What is added to the scores: (M, K * A, N, N) with a mask, (A, N, N) or None without."""
         if blocked_MKNN is None:
             return None
         return blocked_MKNN.repeat_interleave(self.heads, dim=1)
 
     def bias_among(self, order_N: Tensor) -> Tensor | None:
-        """Scores to add among the tokens at these positions of a window, (A, N, N) or None."""
+        """What is added to the scores between the tokens at these positions of a window, (A, N, N) or None."""
         return None
 
 
@@ -102,7 +103,7 @@ class WindowAttention(Attention):
         return bias_MKANN.flatten(1, 2)
 
     def bias_among(self, order_N: Tensor) -> Tensor:
-        """The learned bias among some tokens, (A, N, N)."""
+        """The learned bias between the tokens at these positions of a window, (A, N, N)."""
         return self.bias_of_ranks(self.position_rank[order_N])
 
     def bias_of_ranks(self, rank_N: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixmim_serve.config import MLP_RATIO, PATCH_SIZE, STAGES, Architecture
-from mixmim_serve.model.attention import Apart, Attention, WindowAttention
+from mixmim_serve.model.attention import Attention, TokenSplit, WindowAttention
 
 # Added to the score of a token of the other image: exp underflows to exactly 0 in every precision, fp16 can hold it,
 # and unlike -inf no runtime turns it into NaN. (The official code subtracts 1e30, 65500 in fp16.)
@@ -32,7 +32,7 @@ BLOCKED = -1e4
 
 @dataclass(frozen=True)
 class EncoderOutput:
-    """What the encoder says of a batch of images."""
+    """What the encoder computes for a batch of images."""
 
     embedding_BD: Tensor  # after the final norm, mean over tokens
     stages_BDHW: tuple[Tensor, ...]  # feature maps at strides 4, 8, 16, 32, before patch merging and the final norm
@@ -72,18 +72,18 @@ class Encoder(nn.Module):
     ) -> list[Tensor]:
         """Every stage's tokens (B, H, W, D), before its patch merging.
 
-        `from_partner_MU` is True for the units that a partner image gave: tokens then attend only within their own
-        image. `partner_units`, where the caller knows how many those are and all images share the mask, lets stages
-        of one window run two small attentions instead of a masked one.
+        `from_partner_MU` is True for the units taken from the partner image: tokens then attend only within their own
+        image. `partner_units` is their number, if the caller knows it and all images share the mask: stages of one
+        window then run two small attentions instead of a masked one.
         """
         stages = []
         for layer in cast(Iterable[Stage], self.layers):
-            apart: Tensor | Apart | None = None
+            separation: Tensor | TokenSplit | None = None
             if from_partner_MU is not None and partner_units is not None and layer.window == layer.grid:
-                apart = layer.sorted(from_partner_MU, partner_units)
+                separation = layer.token_split(from_partner_MU, partner_units)
             elif from_partner_MU is not None:
-                apart = layer.blocked(from_partner_MU, tokens_BHWD.dtype)
-            tokens_BHWD = layer(tokens_BHWD, apart)
+                separation = layer.blocked_scores(from_partner_MU, tokens_BHWD.dtype)
+            tokens_BHWD = layer(tokens_BHWD, separation)
             stages.append(tokens_BHWD)
             tokens_BHWD = layer.downsample(tokens_BHWD)
         return stages
@@ -125,15 +125,15 @@ class Stage(nn.Module):
         )
         self.downsample = PatchMerging(dim) if stage < STAGES - 1 else nn.Identity()
 
-    def forward(self, tokens_BHWD: Tensor, apart: Tensor | Apart | None = None) -> Tensor:
-        """(B, H, W, D) to the same shape; `apart`, of two mixed images, comes from `blocked` or `sorted`."""
+    def forward(self, tokens_BHWD: Tensor, separation: Tensor | TokenSplit | None = None) -> Tensor:
+        """(B, H, W, D) to the same shape; `separation` is what `blocked_scores` or `token_split` returned."""
         x_BKND = self.to_windows(tokens_BHWD)
-        if isinstance(apart, Apart):
-            x_BKND = x_BKND[:, :, apart.order_N]
+        if isinstance(separation, TokenSplit):
+            x_BKND = x_BKND[:, :, separation.order_N]
         for block in self.blocks:
-            x_BKND = block(x_BKND, apart)
-        if isinstance(apart, Apart):
-            x_BKND = x_BKND[:, :, apart.order_N.argsort()]
+            x_BKND = block(x_BKND, separation)
+        if isinstance(separation, TokenSplit):
+            x_BKND = x_BKND[:, :, separation.order_N.argsort()]
         return self.from_windows(x_BKND)
 
     def to_windows(self, tokens_BHWD: Tensor) -> Tensor:
@@ -152,23 +152,20 @@ class Stage(nn.Module):
         cells = x_BKND.reshape(-1, side, side, window, window, dim)
         return cells.transpose(2, 3).reshape(-1, self.grid, self.grid, dim)
 
-    def blocked(self, from_partner_MU: Tensor, dtype: torch.dtype) -> Tensor:
-        """Scores to add, (M, K, N, N): 0 between tokens of one image, `BLOCKED` between the two.
-
-        The mask over units is repeated (nearest) to this stage's grid.
-        """
+    def blocked_scores(self, from_partner_MU: Tensor, dtype: torch.dtype) -> Tensor:
+        """What is added to the scores, (M, K, N, N): 0 between tokens of one image, `BLOCKED` between the two."""
         owner_MKN = self.to_windows(self.owner(from_partner_MU).unsqueeze(-1)).squeeze(-1)
         different = owner_MKN.unsqueeze(-1) != owner_MKN.unsqueeze(-2)
         return different.to(dtype) * BLOCKED
 
-    def sorted(self, from_partner_MU: Tensor, partner_units: int) -> Apart:
-        """For a stage of one window and a mask that all images share."""
+    def token_split(self, from_partner_MU: Tensor, partner_units: int) -> TokenSplit:
+        """The split by image, for a stage of one window and a mask that all images share."""
         owner_N = self.owner(from_partner_MU).flatten()
         partner = partner_units * len(owner_N) // from_partner_MU.shape[-1]
-        return Apart(owner_N.to(torch.uint8).argsort(stable=True), [len(owner_N) - partner, partner])
+        return TokenSplit(owner_N.to(torch.uint8).argsort(stable=True), [len(owner_N) - partner, partner])
 
     def owner(self, from_partner_MU: Tensor) -> Tensor:
-        """The mask over tokens, (M, H, W)."""
+        """The mask over units repeated to this stage's grid of tokens, (M, H, W)."""
         units = math.isqrt(from_partner_MU.shape[-1])
         owner_MHW = from_partner_MU.reshape(-1, units, units)
         repeat = self.grid // units
@@ -207,9 +204,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = MLP(dim)
 
-    def forward(self, x_BKND: Tensor, apart: Tensor | Apart | None = None) -> Tensor:
+    def forward(self, x_BKND: Tensor, separation: Tensor | TokenSplit | None = None) -> Tensor:
         """(B, K, N, D) to the same shape."""
-        x_BKND = x_BKND + self.drop(self.attn(self.norm1(x_BKND), apart))
+        x_BKND = x_BKND + self.drop(self.attn(self.norm1(x_BKND), separation))
         return x_BKND + self.drop(self.mlp(self.norm2(x_BKND)))
 
     def drop(self, branch_BKND: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class PretrainingOutput:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Pairs of images, mixed and taken apart again; all (B, 3, size, size) in normalised pixel units."""
+    """Pairs of images, mixed and reconstructed; all (B, 3, size, size), normalised pixels."""
 
     mixed: Tensor  # image a with the chosen units of image b
     image_a: Tensor  # image a where it was visible, predicted where b covered it
@@ -77,7 +77,7 @@ class MixMIM(Encoder):
         return PretrainingOutput(loss, encoded_BUD, predicted_2BUP)
 
     def reconstruct(self, a_BCHW: Tensor, b_BCHW: Tensor, from_partner_MU: Tensor) -> Reconstruction:
-        """Mix pairs of images and predict what each of them hid of the other.
+        """Mix pairs of images and predict what each hides of the other.
 
         Predictions of a model with normalised targets are scaled back with the hidden unit's own mean and deviation,
         so brightness and contrast of a predicted unit come from the original (reference: MAE's visualisation).
@@ -125,7 +125,7 @@ class MixMIM(Encoder):
         return (predicted_BUP - self.targets(to_units(pixels_BCHW))).square().mean()
 
     def targets(self, units_BUP: Tensor) -> Tensor:
-        """What the decoder should say of these units."""
+        """What the decoder should predict for these units, (B, U, P)."""
         if not self.normalize_targets:
             return units_BUP
         mean, deviation = unit_statistics(units_BUP)
@@ -157,7 +157,7 @@ def random_units(units: int, ratio: float, generator: torch.Generator) -> Tensor
     """A mask (1, U), True for `int(units * ratio)` units drawn at random on the CPU.
 
     Raises:
-        ConfigError: when that is no unit, or all of them.
+        ConfigError: when the ratio takes no unit, or all of them.
     """
     count = units_from_partner(units, ratio)
     from_partner_MU = torch.zeros(1, units, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""The first step of every graph: bytes to the values that the network was trained on."""
+"""Normalisation on the device: the first step of every graph, of the torch engine and of training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from mixmim_serve.config import Preprocessing
 
 
 class Normalize(nn.Module):
-    """uint8 (B, H, W, 3) to float32 (B, 3, H, W), to the same bits as `mixmim_serve.preprocess.normalize`."""
+    """uint8 (B, H, W, 3) to float32 (B, 3, H, W), bit-equal to `mixmim_serve.preprocess.normalize`.
+
+    Folding the 255 into mean and std would save one operation and change the last bits.
+    """
 
     mean: Tensor
     std: Tensor
@@ -20,6 +23,6 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(preprocessing.std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, pixels_BHWC: Tensor) -> Tensor:
-        """As the network takes them. TensorRT can do nothing with bytes but cast them, so that comes first."""
+        """The network's input. The cast comes first because TensorRT can only cast bytes."""
         values: Tensor = (pixels_BHWC.float().permute(0, 3, 1, 2) / 255 - self.mean) / self.std
         return values

@@ -1,9 +1,9 @@
-"""Checkpoints of the two public implementations, read into ours.
+"""Imports checkpoints of the two public implementations.
 
 Official (Sense-X/MixMIM): {"model": weights, "args": argparse.Namespace, ...}; its names are ours.
 mmpretrain 1.2: {"meta": ..., "state_dict": weights, ...}; other names, another order in patch merging, position
-embeddings transposed (their values are carried, never made anew), decoder norms with eps 1e-6.
-A bare state dict of either is read too. The kind is found by the names, the network by the shapes.
+embeddings transposed (their values are copied, never recomputed), decoder norms with eps 1e-6.
+A bare state dict of either is accepted too. Names tell the implementation, shapes the architecture.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mixmim_serve.files import sha256
 from mixmim_serve.model import build_model
 from mixmim_serve.model.checkpoint import check_weights, save_checkpoint
 
-# Old Swin code also saved an attention mask. Both are derived from the architecture.
+# Both follow from the architecture; only old Swin code saved the attention mask.
 DERIVED = ("relative_position_index", "attn_mask")
 
 # Applied in this order to mmpretrain's names. Source: mmpretrain/models/backbones/mixmim.py and necks/mixmim_neck.py.
@@ -44,15 +44,15 @@ MMPRETRAIN_NAMES = (
 )
 MMPRETRAIN_DECODER_EPS = 1e-6
 
-# Heads leave no trace in the shapes of a decoder's attention. Every published model has 16 over 512 channels;
-# for other widths 16 channels a head are assumed, and said so.
+# The number of decoder heads does not show in the shapes. Every published model has 16 for 512 channels;
+# for other widths 16 channels per head are assumed, with a note.
 PUBLISHED_DECODER = (512, 16)
 ASSUMED_HEAD_DIM = 16
 
 
 @dataclass(frozen=True)
 class Released:
-    """A public checkpoint: weights under our names, and what the file says beside them."""
+    """A public checkpoint: weights under our names, and what else the file contains."""
 
     source: str  # "official" or "mmpretrain"
     weights: dict[str, Tensor]
@@ -62,17 +62,17 @@ class Released:
 
 @dataclass(frozen=True)
 class Imported:
-    """What `import_checkpoint` wrote, with anything it had to assume."""
+    """What `import_checkpoint` wrote, and what it had to assume."""
 
     description: Description
     notes: tuple[str, ...]
 
 
 def import_checkpoint(source: Path, target: Path, image_size: int = 0, decoder_heads: int = 0) -> Imported:
-    """Read a public checkpoint, write ours; with `image_size` carried to another input size.
+    """Convert a public checkpoint to ours, resized to `image_size` if given.
 
     Raises:
-        CheckpointError: when the file is no MixMIM checkpoint, holds code, or its weights do not fit together.
+        CheckpointError: when the file is not a MixMIM checkpoint, contains code, or has inconsistent weights.
     """
     released = read_released(source)
     arch, notes = infer_architecture(source, released, decoder_heads)
@@ -92,7 +92,7 @@ def import_checkpoint(source: Path, target: Path, image_size: int = 0, decoder_h
 
 
 def read_released(path: Path) -> Released:
-    """The weights of an official or mmpretrain checkpoint under our names, in our order.
+    """The weights of an official or mmpretrain checkpoint under our names and in our order.
 
     Raises:
         CheckpointError: when the file is not one.
@@ -112,10 +112,10 @@ def read_released(path: Path) -> Released:
 
 
 def infer_architecture(path: Path, released: Released, decoder_heads: int = 0) -> tuple[Architecture, tuple[str, ...]]:
-    """The network by the shapes of its weights, and a note for what they do not tell.
+    """The architecture that fits the weights' shapes, and notes on what the shapes leave open.
 
     Raises:
-        CheckpointError: when the shapes belong to no MixMIM network.
+        CheckpointError: when the shapes fit no MixMIM network.
     """
     weights = released.weights
     try:
@@ -142,7 +142,10 @@ def infer_architecture(path: Path, released: Released, decoder_heads: int = 0) -
 def resize_weights(weights: Mapping[str, Tensor], old: Architecture, new: Architecture) -> dict[str, Tensor]:
     """Weights for another input size: position embeddings and bias tables resized bicubically (align_corners=False).
 
-    The rule of the official `util/pos_embed.py`. Parts that `new` does not have are dropped.
+    The rule of the official `util/pos_embed.py`. Weights that `new` does not have are dropped.
+
+    Raises:
+        CheckpointError: when another weight differs in shape.
     """
     expected = _shapes(_empty_model(new).state_dict())
     resized = {}
@@ -155,7 +158,7 @@ def resize_weights(weights: Mapping[str, Tensor], old: Architecture, new: Archit
         elif name.endswith("relative_position_bias_table"):
             resized[name] = _resize_grid(tensor, math.isqrt(shape[0]))
         else:
-            raise CheckpointError(f"{name} cannot be carried from {old.image_size} to {new.image_size} px.")
+            raise CheckpointError(f"{name} cannot be resized from {old.image_size} to {new.image_size} px.")
     return resized
 
 
@@ -170,22 +173,20 @@ def _load(path: Path) -> Mapping[str, Any]:
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} {_why_refused(str(error))}") from error
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a whole torch checkpoint (.pth or .safetensors).") from error
+        raise CheckpointError(f"{path} is not a complete torch checkpoint (.pth or .safetensors).") from error
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file.") from error
+        raise CheckpointError(f"{path} is not a complete safetensors file.") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a checkpoint or a state dict.")
     return content
 
 
 def _why_refused(message: str) -> str:
-    """One sentence out of torch's page of advice (which includes switching the protection off)."""
-    found = re.search(r"(?:GLOBAL|class|function|global) ([\w.]+)", message)
-    if "Unsupported" in message and found:
-        return (
-            f"holds more than weights ({found[1]}) and was refused unread: save its state dict alone and import that."
-        )
-    return "is not a torch checkpoint, or holds more than weights: expected a .pth with a state dict."
+    """One sentence instead of torch's page of advice, which suggests to switch the protection off."""
+    forbidden = re.search(r"(?:GLOBAL|class|function|global) ([\w.]+)", message)
+    if "Unsupported" in message and forbidden:
+        return f"contains more than weights ({forbidden[1]}) and was not loaded: import only its state dict."
+    return "is not a torch checkpoint, or contains more than weights: expected a .pth file with a state dict."
 
 
 def _from_mmpretrain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -198,9 +199,9 @@ def _from_mmpretrain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _reorder_merging(tensor: Tensor) -> Tensor:
-    """From unfold's order, channel * 4 + 2 dy + dx, to neighbours (0,0), (1,0), (0,1), (1,1) of all channels each.
+    """From unfold's order, channel * 4 + 2 dy + dx, to all channels of neighbour (0,0), then (1,0), (0,1), (1,1).
 
-    The last axis is the merged one, both for the norm (4C) and for the linear layer's weight (2C, 4C).
+    The last axis is the merged one, both of the norm (4C) and of the linear layer's weight (2C, 4C).
     """
     by_neighbour = tensor.view(*tensor.shape[:-1], -1, 4).transpose(-1, -2)
     reordered: Tensor = by_neighbour[..., [0, 2, 1, 3], :].flatten(-2).contiguous()
@@ -225,7 +226,7 @@ def _infer_decoder(released: Released, heads: int) -> tuple[DecoderConfig | None
     elif not heads:
         heads = max(1, dim // ASSUMED_HEAD_DIM)
         notes = (
-            f"decoder heads are not in the file: assumed {heads} for {dim} channels (--decoder-heads N sets them)",
+            f"the file does not say how many decoder heads: assumed {heads} for {dim} channels, see --decoder-heads",
         )
     decoder = DecoderConfig(
         dim=dim,
@@ -255,4 +256,5 @@ def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def _count(weights: Mapping[str, Tensor], pattern: str) -> int:
-    return len({found[1] for name in weights if (found := re.match(pattern, name))})
+    """The number of distinct indices that `pattern` captures in the names."""
+    return len({match[1] for name in weights if (match := re.match(pattern, name))})

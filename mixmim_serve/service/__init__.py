@@ -1,1 +1,1 @@
-"""HTTP in, engine out: an ASGI app of our own, mounted in a BentoML service."""
+"""HTTP in, engine out: an ASGI app, served by uvicorn or inside a BentoML service."""

@@ -1,76 +1,103 @@
-"""The app: routes, and what lies around all of them."""
+"""The app: the route table, and what lies around all routes."""
 
 from __future__ import annotations
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.routing import BaseRoute, Route
+from starlette.routing import Route
 
-from mixmim_serve.service.front import Front
-from mixmim_serve.service.keys import Keys
+from mixmim_serve.service.auth import ApiKeys
 from mixmim_serve.service.metrics import Metrics
-from mixmim_serve.service.problems import exception_handlers
+from mixmim_serve.service.middleware import RequestMiddleware, exception_handlers
+from mixmim_serve.service.options import (
+    DTYPE,
+    FILE_NAME,
+    JOB_ID,
+    JOB_LIMIT,
+    JOB_STATES,
+    LAYOUT,
+    MASKS,
+    NORMALIZE,
+    RATIO,
+    RETRY_FAILED,
+    SEED,
+    SHOWN_JOB_ID,
+    STAGES,
+    TOP,
+    WITH_MAP,
+)
+from mixmim_serve.service.request import Admission, Endpoint
 from mixmim_serve.service.routes import about, images, jobs, openai, stream
 from mixmim_serve.service.settings import Settings
 
-EXPOSED = ["X-Request-Id", "Server-Timing", "Retry-After"]  # to pages of other origins
+EXPOSED_HEADERS = ["X-Request-Id", "Server-Timing", "Retry-After"]  # to pages of other origins
+
+# The middleware, the metrics and the OpenAPI document read this table too.
+ENDPOINTS: tuple[Endpoint, ...] = (
+    Endpoint("/embed", "POST", images.embed, (NORMALIZE, DTYPE), takes_place=True),
+    Endpoint("/classify", "POST", images.classify, (TOP, DTYPE), takes_place=True),
+    Endpoint("/features", "POST", images.features, (STAGES, LAYOUT, DTYPE), takes_place=True),
+    Endpoint("/score", "POST", images.score, (MASKS, WITH_MAP, DTYPE), takes_place=True),
+    Endpoint("/reconstruct", "POST", images.reconstruct, (SEED, RATIO), takes_place=True),
+    Endpoint("/embed/stream", "POST", stream.embed_stream, (NORMALIZE, DTYPE), streams=True, takes_place=True),
+    Endpoint("/v1/embeddings", "POST", openai.embeddings, takes_place=True),
+    Endpoint("/v1/models", "GET", openai.models),
+    Endpoint("/v1/models/{name:path}", "GET", openai.model),
+    Endpoint("/jobs", "POST", jobs.create, ()),
+    Endpoint("/jobs", "GET", jobs.show, (SHOWN_JOB_ID, JOB_STATES, JOB_LIMIT)),
+    Endpoint("/jobs", "DELETE", jobs.remove, (JOB_ID,)),
+    Endpoint("/jobs/cancel", "POST", jobs.cancel, (JOB_ID,)),
+    Endpoint("/jobs/resume", "POST", jobs.resume, (JOB_ID, RETRY_FAILED)),
+    Endpoint("/jobs/file", "GET", jobs.file, (JOB_ID, FILE_NAME)),
+    Endpoint("/model", "GET", about.model),
+    Endpoint("/livez", "GET", about.livez, is_open=True),
+    Endpoint("/healthz", "GET", about.livez, is_open=True),
+    Endpoint("/readyz", "GET", about.readyz, is_open=True),
+    Endpoint("/metrics", "GET", about.metrics, is_open=True),
+    Endpoint("/openapi.json", "GET", about.openapi, is_open=True),
+    Endpoint("/docs", "GET", about.docs, is_open=True),
+    *(Endpoint(path, "GET", about.asset, is_open=True, is_documented=False) for path in about.DOCS_ASSETS),
+    Endpoint("/", "GET", about.root, is_open=True, is_documented=False),
+)
 
 
 def create_app(settings: Settings | None = None) -> Starlette:
-    """The app with no engine yet: give `app.state.runtime` one before the first request.
+    """The app without an engine: set `app.state.runtime` before the first request.
 
     Raises:
         ConfigError: when the file of API keys cannot be read.
     """
     settings = settings or Settings()
-    routes = [*_post_routes(), *_get_routes(), *_job_routes()]
-    paths = frozenset(route.path for route in routes if isinstance(route, Route))
-    metrics = Metrics()
-    around = [Middleware(Front, settings, metrics, Keys(settings.api_keys), paths)]
-    if settings.cors:
-        origins = list(settings.cors)
-        around.insert(0, Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST", "DELETE"],
-                                    allow_headers=["*"], expose_headers=EXPOSED))  # fmt: skip
-    app = Starlette(routes=routes, middleware=around, exception_handlers=exception_handlers())
-    app.state.settings, app.state.metrics = settings, metrics
+    metrics, admission = Metrics(), Admission(settings.max_waiting, settings.max_held_bytes)
+    metrics.watch_admission(admission)
+    keys = ApiKeys(settings.api_keys)
+    app = Starlette(
+        routes=[_route(endpoint) for endpoint in ENDPOINTS],
+        middleware=[*_cors(settings), Middleware(RequestMiddleware, settings, metrics, keys, admission, ENDPOINTS)],
+        exception_handlers=exception_handlers(),
+    )
+    app.state.settings, app.state.metrics, app.state.admission = settings, metrics, admission
+    app.state.endpoints = ENDPOINTS
     app.state.runtime, app.state.jobs, app.state.draining = None, None, False
     return app
 
 
-def _post_routes() -> list[BaseRoute]:
+def _route(endpoint: Endpoint) -> Route:
+    """Starlette's route; an ASGI app answers every method itself."""
+    methods = None if endpoint.streams else [endpoint.method]
+    return Route(endpoint.path, endpoint.handler, methods=methods)
+
+
+def _cors(settings: Settings) -> list[Middleware]:
+    if not settings.cors:
+        return []
     return [
-        Route("/embed", images.embed, methods=["POST"]),
-        Route("/embed/stream", stream.EmbedStream()),
-        Route("/classify", images.classify, methods=["POST"]),
-        Route("/features", images.features, methods=["POST"]),
-        Route("/score", images.score, methods=["POST"]),
-        Route("/reconstruct", images.reconstruct, methods=["POST"]),
-        Route("/v1/embeddings", openai.embeddings, methods=["POST"]),
-    ]
-
-
-def _get_routes() -> list[BaseRoute]:
-    return [
-        Route("/model", about.model),
-        Route("/v1/models", openai.models),
-        Route("/v1/models/{name:path}", openai.model),
-        Route("/livez", about.livez),
-        Route("/healthz", about.livez),
-        Route("/readyz", about.readyz),
-        Route("/metrics", about.metrics),
-        Route("/openapi.json", about.openapi),
-        Route("/docs", about.docs),
-        *(Route(path, about.asset) for path in about.DOCS_ASSETS),
-    ]
-
-
-def _job_routes() -> list[BaseRoute]:
-    return [
-        Route("/jobs", jobs.create, methods=["POST"]),
-        Route("/jobs", jobs.show),
-        Route("/jobs", jobs.remove, methods=["DELETE"]),
-        Route("/jobs/cancel", jobs.cancel, methods=["POST"]),
-        Route("/jobs/resume", jobs.resume, methods=["POST"]),
-        Route("/jobs/file", jobs.file),
+        Middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=EXPOSED_HEADERS,
+        )
     ]

@@ -1,7 +1,7 @@
 """The BentoML service: what `bentoml build` packs and `bentoml serve` starts. The routes are those of app.py.
 
 BentoML's own inputs, batching and metrics are not used: they download URLs that clients send, let one bad image fail
-its neighbours, and make a series of every path that anybody asks for (docs/decisions.md).
+its neighbours, and create a time series for every path that a client requests (docs/decisions.md).
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import bentoml
 
 from mixmim_serve.bundle import DEFAULT_BUNDLE
 from mixmim_serve.service.app import create_app
-from mixmim_serve.service.jobs.runner import Jobs
-from mixmim_serve.service.launch import BUNDLE_VARIABLE, ENGINE_VARIABLE
+from mixmim_serve.service.jobs.runner import JobRunner
 from mixmim_serve.service.runtime import Runtime, open_runtime
 from mixmim_serve.service.server import tune_garbage_collection
 from mixmim_serve.service.settings import from_environment
@@ -23,7 +22,9 @@ from mixmim_serve.service.settings import from_environment
 settings = from_environment()
 app = create_app(settings)
 
-BENTO_BUNDLE = Path(__file__).parents[2] / "bundle"  # where `bentoml build` may put another than the shipped one
+BUNDLE_VARIABLE = "MIXMIM_BUNDLE"
+ENGINE_VARIABLE = "MIXMIM_ENGINE"
+BENTO_BUNDLE = Path(__file__).parents[2] / "bundle"  # where `bentoml build` may put a bundle of the user's own
 
 
 @bentoml.service(
@@ -37,20 +38,20 @@ class MixMIMService:
     """One bundle, one engine, one process."""
 
     def __init__(self) -> None:
-        warnings.filterwarnings("ignore", module="PIL")  # of odd files that decode all the same
+        warnings.filterwarnings("ignore", module="PIL")  # about odd files that decode all the same
         self.runtime = load_runtime()
         app.state.runtime = self.runtime
         if settings.jobs_roots:
-            app.state.jobs = Jobs(settings, self.runtime.bundle, engine_kind())
+            app.state.jobs = JobRunner(settings, self.runtime.bundle, engine_kind())
             app.state.jobs.start(app.state.metrics)
         tune_garbage_collection()
 
     async def __is_ready__(self) -> bool:
-        return app.state.runtime is self.runtime and await self.runtime.is_well()
+        return app.state.runtime is self.runtime and await self.runtime.is_healthy()
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     def close(self) -> None:
-        """Let what is in flight finish."""
+        """Finish the work in progress, then end."""
         app.state.runtime = None
         if app.state.jobs:
             app.state.jobs.close()
@@ -58,7 +59,7 @@ class MixMIMService:
 
 
 def load_runtime() -> Runtime:
-    """The bundle and engine that the environment names, warm.
+    """The runtime of the bundle and engine that the environment names, warm.
 
     Raises:
         BundleError, EngineError: when they cannot serve.

@@ -1,7 +1,10 @@
-"""What Prometheus sees. Labels are routes, statuses and reasons of ours, never what a client sent."""
+"""Metrics for Prometheus and the access log. Labels are our routes, statuses and reasons, never what a client sent."""
 
 from __future__ import annotations
 
+import datetime
+import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 
 from prometheus_client import (
@@ -14,16 +17,18 @@ from prometheus_client import (
     generate_latest,
 )
 
-from mixmim_serve.service.visit import STAGES
+from mixmim_serve.service.request import STAGES, Admission, RequestContext
 
 NAMESPACE = "mixmim"
-OTHER = "other"  # the route of every unknown path
+UNKNOWN_ROUTE = "other"  # the label of every path that is not in the route table
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
+access = logging.getLogger("mixmim_serve.access")
+
 
 class Metrics:
-    """A registry of its own for each app, so that two apps in one process do not share counters."""
+    """One registry per app, so that two apps in one process do not share counters."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -44,29 +49,84 @@ class Metrics:
         self.jobs = self._gauge("jobs", "Jobs by state.", "state")
         self._stages = {stage: self.stage_seconds.labels(stage) for stage in STAGES}
 
-    def _counter(self, name: str, about: str, *labels: str) -> Counter:
-        return Counter(name, about, labels, namespace=NAMESPACE, registry=self.registry)
+    def _counter(self, name: str, description: str, *labels: str) -> Counter:
+        return Counter(name, description, labels, namespace=NAMESPACE, registry=self.registry)
 
-    def _gauge(self, name: str, about: str, *labels: str) -> Gauge:
-        return Gauge(name, about, labels, namespace=NAMESPACE, registry=self.registry)
+    def _gauge(self, name: str, description: str, *labels: str) -> Gauge:
+        return Gauge(name, description, labels, namespace=NAMESPACE, registry=self.registry)
 
-    def _histogram(self, name: str, about: str, buckets: Sequence[float], *labels: str) -> Histogram:
-        return Histogram(name, about, labels, namespace=NAMESPACE, buckets=buckets, registry=self.registry)
+    def _histogram(self, name: str, description: str, buckets: Sequence[float], *labels: str) -> Histogram:
+        return Histogram(name, description, labels, namespace=NAMESPACE, buckets=buckets, registry=self.registry)
 
-    def observe_stages(self, seconds: dict[str, float]) -> None:
-        """Of one request."""
+    def observe_stages(self, seconds: Mapping[str, float]) -> None:
+        """Record the seconds that one request spent in each stage."""
         for stage, spent in seconds.items():
             self._stages[stage].observe(spent)
 
+    def watch_admission(self, admission: Admission) -> None:
+        """Read the images and bytes inside whenever the metrics are scraped."""
+        self.waiting.set_function(lambda: admission.images)
+        self.held.set_function(lambda: admission.bytes)
+
     def watch_jobs(self, counts: Callable[[], Mapping[str, int]]) -> None:
-        """Ask for the number of jobs in each state whenever somebody looks."""
+        """Read the number of jobs in each state whenever the metrics are scraped."""
         for state in counts():
             self.jobs.labels(state).set_function(lambda state=state: counts()[state])  # type: ignore[misc]
 
-    def fail(self, code: str) -> None:
+    def count_failure(self, code: str) -> None:
         """Count one request or image that failed, by its reason."""
         self.failures.labels(code).inc()
 
-    def text(self) -> bytes:
-        """The exposition format."""
+    def exposition(self) -> bytes:
+        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+def log_access(context: RequestContext, status: int, seconds: float) -> None:
+    """Log one request. The path is quoted, so that a client cannot forge a line."""
+    if not access.isEnabledFor(logging.INFO):
+        return
+    fields = {
+        "method": context.method,
+        "path": context.path,
+        "status": status,
+        "ms": round(seconds * 1e3, 2),
+        "images": context.images,
+        "code": context.error_code,
+        "request": context.id,
+    } | {f"{stage}_ms": round(spent * 1e3, 2) for stage, spent in context.stage_seconds.items()}
+    code = f", {context.error_code}" if context.error_code else ""
+    access.info(
+        "%s %r %d %.1f ms, %d images%s, request %s",
+        context.method, context.path, status, seconds * 1e3, context.images, code, context.id,
+        extra={"fields": fields},
+    )  # fmt: skip
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object per line: the fields of a request, the message of anything else."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        when = datetime.datetime.fromtimestamp(record.created, datetime.UTC).isoformat(timespec="milliseconds")
+        fields = getattr(record, "fields", None) or {"message": record.getMessage()}
+        if record.exc_info:
+            fields = fields | {"exception": self.formatException(record.exc_info)}
+        return json.dumps({"time": when, "level": record.levelname.lower(), "logger": record.name} | fields)
+
+
+def log_config(style: str) -> dict[str, object]:
+    """The argument of `logging.config.dictConfig`: our loggers and uvicorn's, on standard error, text or json."""
+    formatter: dict[str, object] = {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}
+    if style == "json":
+        formatter = {"()": JsonFormatter}
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"ours": formatter},
+        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "ours"}},
+        "loggers": {
+            "mixmim_serve": {"handlers": ["stderr"], "level": "INFO", "propagate": False},
+            "uvicorn": {"handlers": ["stderr"], "level": "WARNING", "propagate": False},
+        },
+    }

@@ -1,4 +1,4 @@
-"""The engine room: one engine, its queues, the pool that decodes, and the canary that says whether it is well."""
+"""The engine at work: its queues, the pool that decodes images, and the canary that proves its answers right."""
 
 from __future__ import annotations
 
@@ -20,17 +20,16 @@ from mixmim_serve.engines.base import Arrays
 from mixmim_serve.engines.buckets import buckets_between
 from mixmim_serve.engines.certificate import TOLERANCES, agreement, certify
 from mixmim_serve.preprocess import Pixels, decode, resize_and_crop
-from mixmim_serve.service.admission import Admission
-from mixmim_serve.service.batcher import Batcher, Coming
+from mixmim_serve.service.batcher import Batcher, PendingDecodes
+from mixmim_serve.service.errors import RequestError
 from mixmim_serve.service.metrics import Metrics
-from mixmim_serve.service.problems import RequestError
+from mixmim_serve.service.request import RequestContext
 from mixmim_serve.service.settings import Settings
-from mixmim_serve.service.visit import Visit
 from mixmim_serve.tasks import RECONSTRUCT_OUTPUTS, random_mask, reconstruct_inputs
 
-PATIENCE = 0.02, 0.08  # seconds, the least and the most, that a batch waits for images that are being decoded
+DECODE_WAIT = 0.02, 0.08  # seconds, least and most, that a batch on a CPU waits for images being decoded
 CANARY_SECONDS = 10.0  # for an answer, behind at most one batch
-CANARY_AGE = 1.0  # seconds for which one canary speaks; probes of a crowd share it
+CANARY_AGE = 1.0  # seconds for which one canary counts; probes within them share it
 
 
 class Runtime:
@@ -48,24 +47,23 @@ class Runtime:
         self.certificate.require()
         self.fingerprint = engine_fingerprint(engine)
         self.model_name = size_name(engine.bundle.arch)
-        self.admission = Admission(self.settings.max_waiting, self.settings.max_held_bytes)
         self.decoders = ThreadPoolExecutor(self.settings.decoders, thread_name_prefix="decode")
         self.engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
-        self.coming = Coming(*PATIENCE) if engine.name.endswith("-cpu") else Coming()
+        self.pending_decodes = PendingDecodes(*DECODE_WAIT) if engine.name.endswith("-cpu") else PendingDecodes()
         self.batchers = {graph: self._batcher(graph) for graph in engine.bundle.graphs}
         self.golden = load_file(engine.bundle.path / GOLDEN)
-        self._canary: tuple[float, bool] = (-np.inf, False)
-        self._checking = asyncio.Lock()
-        self._publish()
+        self._canary: tuple[float, bool] = (-np.inf, False)  # when, and whether its answer was right
+        self._canary_lock = asyncio.Lock()
+        self._publish_metrics()
 
     @property
-    def about(self) -> dict[str, str]:
-        """What every answer says of itself."""
+    def identity(self) -> dict[str, str]:
+        """Model and fingerprint, which every answer carries."""
         return {"model": self.model_name, "fingerprint": self.fingerprint}
 
     @property
     def bundle(self) -> Bundle:
-        """What is served."""
+        """The bundle that is served."""
         return self.engine.bundle
 
     def _batcher(self, graph: str) -> Batcher:
@@ -75,11 +73,10 @@ class Runtime:
             size.observe(images)
             seconds.observe(spent)
 
-        return Batcher(self.engine, graph, self.engine_thread, self.settings.max_batch, observe, self.coming)
+        max_batch = self.settings.max_batch
+        return Batcher(self.engine, graph, self.engine_thread, max_batch, observe, self.pending_decodes)
 
-    def _publish(self) -> None:
-        self.metrics.waiting.set_function(lambda: self.admission.images)
-        self.metrics.held.set_function(lambda: self.admission.bytes)
+    def _publish_metrics(self) -> None:
         for graph, batcher in self.batchers.items():
             self.metrics.queue.labels(graph).set_function(partial(getattr, batcher, "queued"))
         self.metrics.ready.set_function(lambda: float(self._canary[1]))
@@ -89,7 +86,7 @@ class Runtime:
     def warm_up(self) -> None:
         """Run each graph once, so that the first request waits for nothing.
 
-        An engine with a largest batch prepares each bucket when it first meets it: it meets them now.
+        An engine with a largest batch prepares each bucket on first use: it meets all of them here.
 
         Raises:
             EngineError: when the engine cannot answer.
@@ -103,70 +100,70 @@ class Runtime:
             inputs = reconstruct_inputs(blank, blank, random_mask(units)[None])
             self.engine.run("reconstruct", inputs, RECONSTRUCT_OUTPUTS)
 
-    async def decode(self, image: bytes, visit: Visit) -> Pixels:
-        """One image through the pool.
+    async def decode(self, image: bytes, context: RequestContext) -> Pixels:
+        """Decode, resize and crop one image in the pool.
 
         Raises:
-            ImageError: when it is refused.
+            ImageError: when the image is refused.
         """
         began = time.perf_counter()
         try:
-            with self.coming:
+            with self.pending_decodes:
                 return await asyncio.get_running_loop().run_in_executor(self.decoders, self._preprocess, image)
         finally:
-            visit.note("decode", time.perf_counter() - began)
+            context.record_stage("decode", time.perf_counter() - began)
 
-    async def encode(self, image: bytes, outputs: Sequence[str], visit: Visit) -> Arrays:
-        """Encoder outputs of one image.
-
-        Raises:
-            ImageError: when it is refused.
-            EngineError: when the engine fails on it.
-        """
-        return await self.run("encoder", {"pixels": await self.decode(image, visit)}, outputs, visit)
-
-    async def run(self, graph: str, inputs: Arrays, outputs: Sequence[str], visit: Visit) -> Arrays:
-        """One item through a graph, in whatever batch comes.
+    async def encode(self, image: bytes, outputs: Sequence[str], context: RequestContext) -> Arrays:
+        """The chosen encoder outputs of one image.
 
         Raises:
+            ImageError: when the image is refused.
             EngineError: when the engine fails on it.
         """
-        ran = await self.batchers[graph].run(inputs, outputs)
-        visit.note("queue", ran.queue)
-        visit.note("infer", ran.infer)
-        return ran.outputs
+        return await self.run("encoder", {"pixels": await self.decode(image, context)}, outputs, context)
 
-    async def is_well(self) -> bool:
-        """Whether a golden photo, sent through the queue and the engine now, still gives torch's embedding."""
-        async with self._checking:
+    async def run(self, graph: str, inputs: Arrays, outputs: Sequence[str], context: RequestContext) -> Arrays:
+        """The chosen outputs of a graph for one item, which joins the next batch.
+
+        Raises:
+            EngineError: when the engine fails on it.
+        """
+        result = await self.batchers[graph].run(inputs, outputs)
+        context.record_stage("queue", result.queue)
+        context.record_stage("infer", result.infer)
+        return result.outputs
+
+    async def is_healthy(self) -> bool:
+        """Whether the canary's answer was right, now or within the last `CANARY_AGE` seconds."""
+        async with self._canary_lock:
             if time.monotonic() - self._canary[0] > CANARY_AGE:
-                self._canary = (time.monotonic(), await self._sing())
+                self._canary = (time.monotonic(), await self.run_canary())
         return self._canary[1]
 
-    async def _sing(self) -> bool:
+    async def run_canary(self) -> bool:
+        """Whether a golden photo, sent through queue and engine, still gives torch's embedding."""
         inputs = {"pixels": self.golden["encoder.pixels"][0]}
         try:
             async with asyncio.timeout(CANARY_SECONDS):
-                ran = await self.batchers["encoder"].run(inputs, ["embedding"], urgent=True)
+                result = await self.batchers["encoder"].run(inputs, ["embedding"], urgent=True)
         except Exception:  # whatever keeps the engine from answering
             return False
-        found = agreement(ran.outputs["embedding"][None], self.golden["encoder.embedding"][:1])
-        return found.within(TOLERANCES[self.engine.precision])
+        measured = agreement(result.outputs["embedding"][None], self.golden["encoder.embedding"][:1])
+        return measured.within(TOLERANCES[self.engine.precision])
 
     def _preprocess(self, image: bytes) -> Pixels:
-        preprocessing = self.bundle.description.preprocessing
         limits = self.settings
         decoded = decode(image, max_bytes=limits.max_image_bytes, max_pixels=limits.max_pixels)
-        return resize_and_crop(decoded, preprocessing)
+        return resize_and_crop(decoded, self.bundle.description.preprocessing)
 
     def close(self) -> None:
-        """End the threads; what runs is finished."""
+        """End the threads after the work in progress."""
         self.decoders.shutdown(cancel_futures=True)
         self.engine_thread.shutdown()
 
 
 def open_runtime(bundle: Bundle | Path, engine: str, settings: Settings, metrics: Metrics) -> Runtime:
-    """An engine room that is warm.
+    """A runtime that is loaded and warm.
 
     Raises:
         BundleError, EngineError: when the bundle cannot be served.
@@ -177,15 +174,14 @@ def open_runtime(bundle: Bundle | Path, engine: str, settings: Settings, metrics
 
 
 def require_runtime(state: State) -> Runtime:
-    """The engine room of an app.
+    """The runtime of an app.
 
     Raises:
-        RequestError: 503, before there is one and when it is about to close.
+        RequestError: 503 while the model loads and while the server shuts down.
     """
     runtime: Runtime | None = state.runtime
     if runtime is None or state.draining:
-        what = "shutting down" if runtime else "still loading the model"
-        raise RequestError(
-            503, "not_ready", f"the server is {what}: try again in a second.", headers={"Retry-After": "1"}
-        )
+        phase = "shutting down" if runtime else "still loading the model"
+        message = f"the server is {phase}: try again in a second."
+        raise RequestError(503, "not_ready", message, headers={"Retry-After": "1"})
     return runtime

@@ -1,54 +1,108 @@
-"""The process that `mixmim serve` becomes: uvicorn with our app, and nothing between them.
+"""The process of `mixmim serve`: uvicorn with our app, and nothing between them.
 
-BentoML's own server took a third of a millisecond more for each request (docs/decisions.md); bentos still run in it.
+BentoML's own server added a third of a millisecond to each request (docs/decisions.md); bentos still run in it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import logging
 import logging.config
+import os
 import socket
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from mixmim_serve.bundle import Bundle
-from mixmim_serve.service.access_log import log_config
+from mixmim_serve.bundle import Bundle, open_bundle
+from mixmim_serve.config import size_name
+from mixmim_serve.engines.opening import check_kind
+from mixmim_serve.errors import ConfigError
+from mixmim_serve.service import auth
 from mixmim_serve.service.app import create_app
-from mixmim_serve.service.jobs.runner import Jobs
+from mixmim_serve.service.jobs.runner import JobRunner
+from mixmim_serve.service.metrics import log_config
 from mixmim_serve.service.runtime import open_runtime
 from mixmim_serve.service.settings import Settings
 
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 BACKLOG = 2048  # connections that wait to be accepted
 
 log = logging.getLogger(__name__)
 
 
+def launch(path: Path, host: str, port: int, engine: str, settings: Settings) -> None:
+    """Serve a bundle until a signal ends it.
+
+    Raises:
+        BundleError: when the bundle cannot be read, or was altered.
+        ConfigError: when the address cannot be bound, or the API keys cannot be read.
+        EngineError: for an unknown engine, or one that cannot run the bundle.
+    """
+    bundle = open_bundle(path)
+    check_kind(engine)
+    with bind(host, port) as listener:
+        app = prepare(bundle, engine, settings)
+        photo = "examples/hat.jpg" if Path("examples/hat.jpg").is_file() else "photo.jpg"
+        is_public = host not in LOOPBACK and not (settings.api_keys or os.environ.get(auth.VARIABLE))
+        note = "\nanyone who reaches this address may use it: --api-keys FILE requires a key" if is_public else ""
+        if app.state.jobs:
+            note += f"\njobs may read below {', '.join(settings.jobs_roots)} and write to {app.state.jobs.folder}"
+        print(  # noqa: T201
+            f"serving {size_name(bundle.arch)} from {path} at http://{host}:{port}\n"
+            f"try: curl -F image=@{photo} http://{host}:{port}/embed{note}",
+            flush=True,
+        )
+        run(app, listener)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen yet, so that no client connects before the model is loaded.
+
+    Raises:
+        ConfigError: when the address cannot be bound.
+    """
+    listener = None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        if listener:
+            listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(f"port {port} is in use: choose another with --port.") from error
+        raise ConfigError(f"cannot bind {host}:{port}: {error.strerror or error}.") from error
+    return listener
+
+
 def prepare(bundle: Bundle, engine: str, settings: Settings) -> Starlette:
-    """The app with its engine, loaded and warm.
+    """The app with its engine loaded and warm.
 
     Raises:
         BundleError, EngineError, ConfigError: when the bundle cannot be served.
     """
-    warnings.filterwarnings("ignore", module="PIL")  # of odd files that decode all the same
+    warnings.filterwarnings("ignore", module="PIL")  # about odd files that decode all the same
     logging.config.dictConfig(log_config(settings.log_format))
     app = create_app(settings)
     app.state.runtime = open_runtime(bundle, engine, settings, app.state.metrics)
     if settings.jobs_roots:
-        app.state.jobs = Jobs(settings, bundle, engine)
+        app.state.jobs = JobRunner(settings, bundle, engine)
     return app
 
 
 def run(app: Starlette, listener: socket.socket) -> None:
-    """Answer requests until a signal ends it and what was in flight is done."""
+    """Answer requests until a signal; then drain those in flight."""
     settings: Settings = app.state.settings
     config = uvicorn.Config(
         app,
@@ -75,7 +129,7 @@ def run(app: Starlette, listener: socket.socket) -> None:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, that ends well after SIGTERM and SIGINT instead of dying of them once more."""
+    """uvicorn, except that it exits with code 0 after SIGTERM and SIGINT instead of raising them again."""
 
     def __init__(self, config: uvicorn.Config, state: Any) -> None:
         super().__init__(config)
@@ -83,54 +137,54 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """The signals ask for an end; having ended is no failure."""
+        """Treat a shutdown on request as success."""
         with super().capture_signals():
             yield
             self._captured_signals.clear()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop accepting, then wait for what is in flight."""
+        """Stop accepting, then drain the requests in flight."""
         self.state.draining = True
         if self.state.jobs:
-            self.state.jobs.stop()  # its batch ends meanwhile
+            self.state.jobs.stop()  # its batch ends in the meantime
         log.info("shutting down: %d requests in flight", len(self.server_state.tasks))
         await super().shutdown(sockets)
 
 
 def _protocol(header_seconds: float) -> type[HttpToolsProtocol]:
     class Protocol(HttpToolsProtocol):
-        """Closes connections that do not say what they want, which uvicorn would keep for ever."""
+        """Closes connections that send no request in time; uvicorn would keep them for ever."""
 
-        _patience: asyncio.TimerHandle | None = None
+        _header_timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self._patience = self.loop.call_later(header_seconds, transport.close)
+            self._header_timer = self.loop.call_later(header_seconds, transport.close)
 
         def on_headers_complete(self) -> None:
-            if self._patience is not None:
-                self._patience.cancel()
+            if self._header_timer is not None:
+                self._header_timer.cancel()
             super().on_headers_complete()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            if self._patience is not None:
-                self._patience.cancel()
+            if self._header_timer is not None:
+                self._header_timer.cancel()
             super().connection_lost(exc)
 
     return Protocol
 
 
 def tune_garbage_collection() -> None:
-    """What lives now lives for ever: scanning it again and again took p99 from 67 to 266 ms (BentoML 1.4.39)."""
+    """Freeze what is loaded: scanning it again and again took p99 from 67 to 266 ms (BentoML 1.4.39)."""
     gc.collect()
     gc.freeze()
-    # A request leaves a cycle that may outlive the youngest generation; with 50 here, as for BentoML, the next one was
-    # looked at every five minutes, and memory grew by 7 MB a minute until then.
+    # A request leaves a cycle that may outlive the youngest generation. With 50 here, as for BentoML, the next
+    # generation was collected every five minutes, and memory grew by 7 MB per minute until then.
     gc.set_threshold(50_000, 8, 100)
 
 
 def allow_connections() -> None:
-    """As many open files as this user may have: each connection is one."""
+    """Raise the limit on open files as far as this user may: each connection is one."""
     try:
         import resource
     except ImportError:  # Windows

@@ -1,4 +1,4 @@
-"""How a server behaves: limits, time, who may come in. Every value has a default that suits one machine."""
+"""Settings of a server: limits, timeouts, access. Every value has a default that suits one machine."""
 
 from __future__ import annotations
 
@@ -9,36 +9,37 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from mixmim_serve.config import unknown
+from mixmim_serve.cores import usable_cores
 from mixmim_serve.errors import ConfigError
+from mixmim_serve.settings import parse_assignments, unknown_setting
 
-LONGEST_DEADLINE = 3600.0  # seconds that X-Request-Timeout may ask for
+MAX_REQUEST_TIMEOUT = 3600.0  # seconds that X-Request-Timeout may ask for
 VARIABLE = "MIXMIM_SERVICE"  # the settings as JSON, for servers that `mixmim serve` does not start
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What `mixmim serve --set KEY=VALUE` can change."""
+    """The values that `mixmim serve --set KEY=VALUE` can change."""
 
-    max_body_bytes: int = 32 * 2**20  # of one request; streams have none
+    max_body_bytes: int = 32 * 2**20  # per request; streams have no limit
     max_image_bytes: int = 20_000_000
-    max_pixels: int = 64_000_000  # by an image's header, before it is decoded
+    max_pixels: int = 64_000_000  # per image, by its header, before it is decoded
     max_items: int = 64  # images in one request
-    max_waiting: int = 512  # images inside at once, from the first byte of a request to its answer; above it 429
-    max_held_bytes: int = 512 * 2**20  # of request bodies and large answers in memory at once; above it 429
+    max_waiting: int = 512  # images inside at once, from the first byte of a request to its answer; above that 429
+    max_held_bytes: int = 512 * 2**20  # of request bodies and large answers in memory at once; above that 429
     max_batch: int = 32  # images in one call of the engine
-    decode_threads: int = 0  # 0: as many as cores
+    decode_threads: int = 0  # 0: one per usable core
     body_seconds: float = 30.0  # for a body to arrive, and for each piece of a stream; then 408
-    header_seconds: float = 10.0  # for a connection to send its first request's headers; then it is closed
-    request_seconds: float = 60.0  # until an answer must be ready, unless X-Request-Timeout says so; then 504
-    grace_seconds: float = 30.0  # for what is in flight after SIGTERM
+    header_seconds: float = 10.0  # for the headers of a connection's first request; then it is closed
+    request_seconds: float = 60.0  # until the answer must be ready, unless X-Request-Timeout is set; then 504
+    grace_seconds: float = 30.0  # for requests in flight after SIGTERM
     stream_window: int = 64  # images of one stream inside at once
-    api_keys: str = ""  # a file with one key a line; MIXMIM_API_KEYS in the environment holds others
-    cors: tuple[str, ...] = ()  # origins whose pages may call this server; "*" is any
+    api_keys: str = ""  # a file with one key per line; MIXMIM_API_KEYS in the environment may hold more
+    cors: tuple[str, ...] = ()  # origins whose pages may call this server; "*" means any
     log_format: str = "text"  # or json
-    jobs_roots: tuple[str, ...] = ()  # folders and URLs that jobs may read; without any there are no jobs
-    jobs_dir: str = ""  # the list of jobs and their results; ~/.local/share/mixmim-serve/jobs
-    jobs_waiting: int = 100  # jobs that wait; above it 429
+    jobs_roots: tuple[str, ...] = ()  # folders and URLs that jobs may read; jobs are off without any
+    jobs_dir: str = ""  # of the list of jobs and their results; default ~/.local/share/mixmim-serve/jobs
+    jobs_waiting: int = 100  # jobs in the queue; above that 429
 
     def __post_init__(self) -> None:
         for name in ("cors", "jobs_roots"):
@@ -57,17 +58,17 @@ class Settings:
             raise ConfigError(f"log_format must be text or json, got {self.log_format!r}.")
 
     def to_json(self) -> str:
-        """For `VARIABLE`."""
+        """The settings as JSON, to be set as `VARIABLE`."""
         return json.dumps(dataclasses.asdict(self))
 
     @property
     def decoders(self) -> int:
-        """Threads that decode."""
-        return self.decode_threads or os.cpu_count() or 1
+        """Number of threads that decode images."""
+        return self.decode_threads or usable_cores()
 
 
 def from_environment() -> Settings:
-    """Those that `VARIABLE` holds.
+    """The settings in `VARIABLE`, or the defaults.
 
     Raises:
         ConfigError: for values that cannot be used.
@@ -77,10 +78,10 @@ def from_environment() -> Settings:
         known = {field.name for field in dataclasses.fields(Settings)}
         for name in values:
             if name not in known:
-                raise unknown("setting", name, known)
+                raise unknown_setting(name, known)
         return Settings(**values)
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"{VARIABLE} is no JSON object of settings: {error}.") from error
+        raise ConfigError(f"{VARIABLE} is not a JSON object of settings: {error}.") from error
 
 
 def from_assignments(assignments: Iterable[str], **values: Any) -> Settings:
@@ -89,20 +90,4 @@ def from_assignments(assignments: Iterable[str], **values: Any) -> Settings:
     Raises:
         ConfigError: for an unknown key, with its nearest neighbours, or a value of another type.
     """
-    fields = {field.name: field for field in dataclasses.fields(Settings) if field.name not in values}
-    for assignment in assignments:
-        name, equals, text = assignment.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {assignment} sets nothing: write KEY=VALUE, such as max_batch=16.")
-        if name not in fields:
-            raise unknown("setting", name, fields)
-        values[name] = _parse(name, text, type(fields[name].default))
-    return Settings(**values)
-
-
-def _parse(name: str, text: str, kind: type) -> Any:
-    try:
-        return tuple(filter(None, text.split(","))) if kind is tuple else kind(text)
-    except ValueError as error:
-        kinds = {int: "a whole number", float: "a number"}
-        raise ConfigError(f"{name} must be {kinds[kind]}, got {text!r}.") from error
+    return Settings(**values, **parse_assignments(Settings, assignments, exclude=values))

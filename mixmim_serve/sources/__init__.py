@@ -17,10 +17,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mixmim_serve.errors import DataError
-from mixmim_serve.images import is_image_name
 from mixmim_serve.sources import storage
 from mixmim_serve.sources.base import Source, fingerprint
 from mixmim_serve.sources.files import open_folder, open_list
+from mixmim_serve.sources.names import is_image_name
 from mixmim_serve.sources.parquet import open_parquet
 from mixmim_serve.sources.tar import open_tar
 

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from mixmim_serve.errors import DataError
-from mixmim_serve.images import IMAGE_SUFFIXES
 from mixmim_serve.sources import storage
 from mixmim_serve.sources.base import LABEL_NAMES, complete, digest_of
+from mixmim_serve.sources.names import IMAGE_SUFFIXES
 
 PATH_NAMES = ("path", "file", "filename", "file_name", "filepath", "image", "image_path", "url")  # columns, best first
 

@@ -14,9 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from mixmim_serve import images
 from mixmim_serve.errors import DataError, ImageError, ImageTooLargeError, MixMIMError, UndecodableImageError
 from mixmim_serve.preprocess import MAX_IMAGE_BYTES, read_limited
+from mixmim_serve.sources.names import is_hidden
+from mixmim_serve.sources.names import list_files as list_local_files
 
 T = TypeVar("T")
 
@@ -74,18 +75,18 @@ def expand(pattern: str) -> list[str]:
 
 
 def list_files(folder: str) -> list[str]:
-    """What `mixmim_serve.images.list_files` gives, also of a URL.
+    """What `mixmim_serve.sources.names.list_files` gives, also of a URL.
 
     Raises:
         DataError: a URL that cannot be listed.
     """
     if not is_url(folder):
-        return images.list_files(Path(folder))
+        return list_local_files(Path(folder))
     with explained(folder, DataError):
         filesystem, root = connect(folder)
         prefix = root.rstrip("/") + "/"
         names = [place.removeprefix(prefix) for place in filesystem.find(root) if place.startswith(prefix)]
-    return sorted((name for name in names if not images.is_hidden(name)), key=lambda name: name.split("/"))
+    return sorted((name for name in names if not is_hidden(name)), key=lambda name: name.split("/"))
 
 
 def open_binary(place: str) -> IO[bytes]:

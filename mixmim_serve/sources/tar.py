@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixmim_serve.errors import DataError
-from mixmim_serve.images import is_image_name
 from mixmim_serve.sources import storage
 from mixmim_serve.sources.base import LABEL_NAMES, complete, digest_of, run_of
+from mixmim_serve.sources.names import is_image_name
 
 MAX_LABEL_BYTES = 1_000_000  # a longer .cls or .json is no label
 

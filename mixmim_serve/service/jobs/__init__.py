@@ -1,7 +1,8 @@
-"""Extraction that a server does on demand: a durable list, one process at a time that steps back for requests.
+"""Extraction on demand: a durable list of jobs, and one idle-priority process at a time that runs them.
 
-roots       what may be read
-store       the list, in SQLite: it survives whatever ends the server
-runner      takes the next job, and watches the process that does it
-worker      that process: `mixmim extract` with the least priority
+roots       what jobs may read
+options     what a request may ask for
+store       the list, in SQLite: it survives however the server ends
+runner      takes the next job and watches its process
+worker      that process: `mixmim extract` at idle priority
 """

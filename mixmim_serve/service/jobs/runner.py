@@ -1,14 +1,13 @@
-"""Jobs of one server: the list, and a thread that has one at a time done in a process of its own.
+"""Runs the jobs of one server: a thread takes one at a time from the list and runs it in a process of its own.
 
-A process, because it can be given the least priority whatever library computes in it, and because one that fails on an
-image or is killed for its memory leaves the server alone. It ends when its standard input does: when a job is
-cancelled, and however the server itself ends.
+A process can be given idle priority whatever library computes in it, and one that crashes on an image or runs out of
+memory leaves the server alone. It ends when its standard input closes: when a job is cancelled, and however the server
+itself ends.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.util
 import json
 import logging
@@ -23,41 +22,32 @@ from pathlib import Path
 from typing import Any
 
 from mixmim_serve.bundle import Bundle
-from mixmim_serve.config import unknown
 from mixmim_serve.errors import ConfigError, DataError, InUseError, OutputError
 from mixmim_serve.extract.folder import ERRORS, MANIFEST
-from mixmim_serve.extract.lock import hold
-from mixmim_serve.extract.options import Effort, Options
+from mixmim_serve.locks import lock_folder
+from mixmim_serve.service.jobs.options import parse_options
 from mixmim_serve.service.jobs.roots import Roots
-from mixmim_serve.service.jobs.store import ENDED, SERVER_FAILED, Record, Store
+from mixmim_serve.service.jobs.store import CRASHED, ENDED, JobRecord, JobStore
 from mixmim_serve.service.metrics import Metrics
 from mixmim_serve.service.settings import Settings
 
 WORKER = "mixmim_serve.service.jobs.worker"
-FORMATS = ("parquet", "npy")  # Lance's files are read by its library only, and from a folder
-MAX_BATCH = 256  # images a call of the engine
-MAX_IMAGES = 1_000_000  # a shard
-# Types of what may be asked for, besides a list of features.
-SIMPLE = {each.name: type(each.default) for each in dataclasses.fields(Options) if each.name != "features"}
-SIMPLE["max_failures"] = float
-DIED = (
-    "the process that did it ended with {code}: what it wrote is whole, resume the job (the log may have the reason)."
-)
-# Ctrl-C is for the server, which then ends the process. Not a session of its own: Linux would share the processor
-# between sessions first (autogroup), whatever the priorities in each.
+DIED = "its process ended with {code}: complete shards are kept, resume the job (the server's log may have the reason)."
+# Ctrl-C is for the server, which then ends the process. Not in a session of its own: with autogroup, Linux shares the
+# processor between sessions first, whatever the priorities within each.
 OWN_GROUP: dict[str, Any] = {"process_group": 0} if os.name == "posix" else {}
-RETRY_SECONDS = 5.0  # until the list is tried again that could not be written
-END_SECONDS = 40.0  # for a process to end by itself; it has 30 to finish a batch and write its list
+RETRY_SECONDS = 5.0  # until the next try when the list cannot be written
+END_SECONDS = 40.0  # for a process to end by itself; it has 30 to finish a batch and write its manifest
 
 log = logging.getLogger(__name__)
 
 
-class Jobs:
-    """See the module. Close it.
+class JobRunner:
+    """The list of jobs, and the thread that runs them; close it.
 
     Raises:
-        ConfigError: a root that is no folder, a folder that another server uses or that cannot be written to, or
-            packages that are missing.
+        ConfigError: when a root is not a folder, when the jobs folder is in use by another server or not writable,
+            or when packages are missing.
     """
 
     def __init__(self, settings: Settings, bundle: Bundle, engine: str) -> None:
@@ -67,108 +57,112 @@ class Jobs:
         self.roots = Roots(settings.jobs_roots)
         self.folder = jobs_folder(settings)
         try:
-            self._lock = hold(self.folder)
+            self._lock = lock_folder(self.folder)
         except InUseError as error:
-            message = f"another server does the jobs in {self.folder}: choose another with --set jobs_dir=."
+            message = f"another server uses the jobs folder {self.folder}: choose another with --set jobs_dir=."
             raise ConfigError(message) from error
         except OutputError as error:
             raise ConfigError(str(error)) from error
-        self.store = Store(self.folder / "jobs.sqlite")
-        self.store.take_up()
-        self._progress: tuple[str, dict[str, Any]] = "", {}  # of the job that runs; kept when it ends
+        self.store = JobStore(self.folder / "jobs.sqlite")
+        self.store.recover()
+        self._progress: tuple[str, dict[str, Any]] = "", {}  # of the current job; kept when it ends
         self._running: tuple[str, subprocess.Popen[str]] | None = None
-        self._changing = threading.Lock()  # of what runs
+        self._running_lock = threading.Lock()
         self._wake, self._closing = threading.Event(), False
         self._thread = threading.Thread(target=self._work, name="jobs", daemon=True)
 
     def start(self, metrics: Metrics) -> None:
-        """Begin with what is queued."""
+        """Start on the jobs in the queue."""
         metrics.watch_jobs(self.store.counts)
         self._thread.start()
 
-    def submit(self, source: object, options: object) -> tuple[Record, bool] | None:
-        """Queue a job and True; the one that already does the same and False; None when too many wait.
+    def submit(self, source: object, options: object) -> tuple[JobRecord, bool] | None:
+        """Queue a job.
+
+        Returns:
+            The new job and True, or the unfinished job with the same source and options and False; None when too
+            many jobs are waiting.
 
         Raises:
-            ConfigError: an option that cannot be.
-            DataError: no such source.
+            ConfigError: for an invalid option.
+            DataError: when there is no such source.
         """
         if not isinstance(source, str):
             raise DataError("name a source: a folder, file or pattern below the roots of this server.")
         self.roots.find(source)
-        found = self.store.add(source, parse_options(options, self.bundle), self.settings.jobs_waiting)
+        submitted = self.store.add(source, parse_options(options, self.bundle), self.settings.jobs_waiting)
         self._wake.set()
-        return found
+        return submitted
 
-    def cancel(self, id_: str) -> Record | None:
-        """Stop a job after its batch; what is whole stays. None: no such job."""
-        record = self.store.cancel(id_)
-        with self._changing:
-            if record and record.state == "cancelling" and self._running and self._running[0] == id_:
+    def cancel(self, job_id: str) -> JobRecord | None:
+        """Stop a job after its current batch; complete shards are kept. None when there is no such job."""
+        record = self.store.cancel(job_id)
+        with self._running_lock:
+            if record and record.state == "cancelling" and self._running and self._running[0] == job_id:
                 _let_end(self._running[1])
         return record
 
-    def resume(self, record: Record, *, retry_failed: bool) -> Record | None:
-        """Queue a job again that has ended: it goes on where it was. None: it has not ended.
+    def resume(self, record: JobRecord, *, retry_failed: bool) -> JobRecord | None:
+        """Queue a job that has ended again; it resumes where it stopped. None when it has not ended.
 
         Raises:
-            DataError: its source is gone.
+            DataError: when its source is gone.
         """
         self.roots.find(record.source)
-        with self._changing:
-            found = self.store.resume(record.id, retry_failed)
+        with self._running_lock:
+            resumed = self.store.resume(record.id, retry_failed)
         self._wake.set()
-        return found
+        return resumed
 
-    def remove(self, id_: str) -> bool:
-        """Delete a job that has ended, with its results; False if it has not."""
-        with self._changing:  # nobody resumes it meanwhile
-            record = self.store.get(id_)
+    def remove(self, job_id: str) -> bool:
+        """Delete a job that has ended, with its results; False if it has not ended."""
+        with self._running_lock:  # so that it cannot be resumed in between
+            record = self.store.get(job_id)
             if record is None or record.state not in ENDED:
                 return False
-            if self.out(id_).is_dir():
-                shutil.rmtree(self.out(id_))
-            self.store.remove(id_)
+            if self.out(job_id).is_dir():
+                shutil.rmtree(self.out(job_id))
+            self.store.remove(job_id)
         return True
 
-    def out(self, id_: str) -> Path:
+    def out(self, job_id: str) -> Path:
         """The folder of a job's results."""
-        return self.folder / id_
+        return self.folder / job_id
 
-    def progress(self, record: Record) -> dict[str, Any]:
-        """How far a job is, by the names of `extract.progress.Progress`; empty before its first batch."""
-        id_, progress = self._progress
-        return progress if id_ == record.id else record.progress
+    def progress(self, record: JobRecord) -> dict[str, Any]:
+        """The fields of an extraction's progress; empty before the first batch."""
+        job_id, progress = self._progress
+        return progress if job_id == record.id else record.progress
 
-    def results(self, record: Record) -> tuple[int, dict[str, int]]:
-        """Rows, and names and bytes of the files, that are whole."""
+    def results(self, record: JobRecord) -> tuple[int, dict[str, int]]:
+        """The number of rows, and the sizes in bytes of the files by name, of all complete shards."""
         manifest = self.manifest(record) or {"rows": 0, "shards": []}
-        names = {name: int(about["bytes"]) for shard in manifest["shards"] for name, about in shard["files"].items()}
+        names = {name: int(entry["bytes"]) for shard in manifest["shards"] for name, entry in shard["files"].items()}
         for name in (MANIFEST, ERRORS):
             with contextlib.suppress(OSError):
                 names[name] = (self.out(record.id) / name).stat().st_size
         return manifest["rows"], names
 
-    def manifest(self, record: Record) -> dict[str, Any] | None:
-        """What `mixmim extract` wrote of a job, without the paths of this machine; None before it wrote it."""
+    def manifest(self, record: JobRecord) -> dict[str, Any] | None:
+        """The manifest of a job's results without the paths of this machine; None before there is one."""
         try:
-            found: dict[str, Any] = json.loads((self.out(record.id) / MANIFEST).read_bytes())
+            manifest: dict[str, Any] = json.loads((self.out(record.id) / MANIFEST).read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             return None
-        found["bundle"] = found["model"]
-        found["source"]["name"] = record.source
-        return found
+        manifest["bundle"] = manifest["model"]
+        manifest["source"]["name"] = record.source
+        return manifest
 
     def stop(self) -> None:
-        """Ask the process to end after its batch; the next server goes on with its job."""
+        """Ask the process to end after its current batch; the next server resumes its job."""
         self._closing = True
         self._wake.set()
-        with self._changing:
+        with self._running_lock:
             if self._running:
                 _let_end(self._running[1])
 
     def close(self) -> None:
-        """Stop, and wait until nothing runs."""
+        """Stop, and wait for the current job's process to end."""
         self.stop()
         if self._thread.ident:
             self._thread.join()
@@ -177,23 +171,23 @@ class Jobs:
 
     def _work(self) -> None:
         while True:
-            self._wake.clear()  # before the look, so that no call is lost
+            self._wake.clear()  # before looking, so that no call is lost
             if self._closing:
                 return
             try:
-                if record := self.store.begin():
-                    self._settle(record, *self._do(record))
+                if record := self.store.start_next():
+                    self._finish(record, *self._run_job(record))
                 else:
                     self._wake.wait()
-            except sqlite3.Error:  # such as on a full disk; a job whose end could not be noted is taken up again
-                log.exception("the list of jobs cannot be written")
+            except sqlite3.Error:  # such as a full disk; a job whose end could not be recorded runs again
+                log.exception("cannot write the list of jobs")
                 self._wake.wait(RETRY_SECONDS)
                 with contextlib.suppress(sqlite3.Error):
-                    self.store.take_up()
+                    self.store.recover()
 
-    def _do(self, record: Record) -> tuple[dict[str, Any], int]:
-        """The last message of the process that does a job, and its exit code."""
-        log.info("job %s begins", record.id)
+    def _run_job(self, record: JobRecord) -> tuple[dict[str, Any], int]:
+        """The last message of the process that runs a job, and its exit code."""
+        log.info("job %s starts", record.id)
         last: dict[str, Any] = {}
         try:
             with self._process(record) as process:
@@ -201,15 +195,15 @@ class Jobs:
                     last = json.loads(line)
                     if "progress" in last:
                         self._progress = record.id, last["progress"]
-        except (OSError, subprocess.SubprocessError):  # a job must not end all others
+        except (OSError, subprocess.SubprocessError):  # one job must not end the thread
             log.exception("job %s failed", record.id)
-            return {"failed": SERVER_FAILED}, 1
+            return {"failed": CRASHED}, 1
         return last, process.returncode
 
     @contextlib.contextmanager
-    def _process(self, record: Record) -> Iterator[subprocess.Popen[str]]:
-        """The process that does a job; gone when the block ends."""
-        process = subprocess.Popen(  # noqa: S603 - nothing of a client's is in it
+    def _process(self, record: JobRecord) -> Iterator[subprocess.Popen[str]]:
+        """The process that runs a job; gone when the block ends."""
+        process = subprocess.Popen(  # noqa: S603 - the command holds nothing from a client
             [sys.executable, "-P", "-m", WORKER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -223,15 +217,15 @@ class Jobs:
                 assert process.stdin  # noqa: S101 - PIPE
                 process.stdin.write(json.dumps(self._task(record)) + "\n")
                 process.stdin.flush()
-            with self._changing:
+            with self._running_lock:
                 self._running = record.id, process
-            now = self.store.get(record.id)
-            if self._closing or (now and now.state == "cancelling"):  # asked for before there was a process
+            current = self.store.get(record.id)
+            if self._closing or (current and current.state == "cancelling"):  # asked for before the process existed
                 _let_end(process)
             yield process
             process.wait(END_SECONDS)
         finally:
-            with self._changing:
+            with self._running_lock:
                 self._running = None
             process.kill()
             process.wait()
@@ -239,7 +233,7 @@ class Jobs:
             if process.stdout:
                 process.stdout.close()
 
-    def _task(self, record: Record) -> dict[str, Any]:
+    def _task(self, record: JobRecord) -> dict[str, Any]:
         return {
             "bundle": str(self.bundle.path.absolute()),
             "engine": self.engine,
@@ -251,10 +245,10 @@ class Jobs:
             "log_format": self.settings.log_format,
         }
 
-    def _settle(self, record: Record, last: Mapping[str, Any], code: int) -> None:
-        """Write down how a job ended."""
-        now = self.store.get(record.id)
-        cancelled = now is not None and now.state == "cancelling"
+    def _finish(self, record: JobRecord, last: Mapping[str, Any], code: int) -> None:
+        """Record how a job ended."""
+        current = self.store.get(record.id)
+        cancelled = current is not None and current.state == "cancelling"
         message = None
         if "failed" in last:
             state, message = "failed", last["failed"]
@@ -271,45 +265,15 @@ class Jobs:
 
 
 def jobs_folder(settings: Settings) -> Path:
-    """Where the list of jobs and their results are."""
+    """The folder of the list of jobs and their results."""
     if settings.jobs_dir:
         return Path(settings.jobs_dir).expanduser().absolute()
     data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
     return Path(data).expanduser() / "mixmim-serve" / "jobs"
 
 
-def parse_options(given: object, bundle: Bundle) -> dict[str, Any]:
-    """Options of a job from JSON, each checked, with the defaults of those that are not given.
-
-    Raises:
-        ConfigError: one that is unknown, of another type, out of range or not in this model.
-    """
-    if not isinstance(given, dict):
-        raise ConfigError("options must be a JSON object.")
-    known = ("features", *SIMPLE)
-    for name, value in given.items():
-        if name not in known:
-            raise unknown("option", name, known)
-        if name == "features":
-            if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
-                raise ConfigError(f"features must be a list of names, got {value!r}.")
-        elif not isinstance(value, (int, float) if SIMPLE[name] is float else SIMPLE[name]) or (
-            isinstance(value, bool) and SIMPLE[name] is not bool
-        ):
-            raise ConfigError(f"{name} must be of type {SIMPLE[name].__name__}, got {value!r}.")
-    values = dict(given)
-    effort = Effort(values.pop("max_failures", Effort.max_failures))
-    options = Options(**values)
-    if options.format not in FORMATS:
-        raise ConfigError(f"jobs write {' or '.join(FORMATS)}, not {options.format}.")
-    if options.batch > MAX_BATCH or options.images > MAX_IMAGES:
-        raise ConfigError(f"a batch has at most {MAX_BATCH} images, and a shard {MAX_IMAGES:,}.")
-    options.check(bundle)
-    return options.to_dict() | {"max_failures": effort.max_failures}
-
-
 def _let_end(process: subprocess.Popen[str]) -> None:
-    """Ask a process to stop, by the end of its standard input."""
+    """Ask a process to end, by closing its standard input."""
     with contextlib.suppress(OSError):
         if process.stdin:
             process.stdin.close()

@@ -1,4 +1,4 @@
-"""The list of jobs, in a file of SQLite. A row is written before its request is answered."""
+"""The list of jobs, in an SQLite file. A row is written before its request is answered."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import Any
 
 from mixmim_serve.errors import ConfigError
 
-FORMAT = 1  # of the file; raised when an older server would misread it
+FORMAT = 1  # version of the file; raised when an older server would misread it
 STATES = ("queued", "running", "cancelling", "done", "failed", "cancelled")
-SERVER_FAILED = "the server failed on this job; its log has the reason."
+CRASHED = "the server failed on this job; its log has the reason."
 ENDED = ("done", "failed", "cancelled")
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -44,7 +44,7 @@ BEFORE = """
 SELECT * FROM jobs
 WHERE number <> ?1 AND (state IN ('running', 'cancelling') OR (state = 'queued' AND number < ?1))
 """
-BEGIN = """
+START_NEXT = """
 UPDATE jobs SET state = 'running', started = ?
 WHERE number = (SELECT min(number) FROM jobs WHERE state = 'queued') RETURNING *
 """
@@ -56,8 +56,8 @@ WHERE id = ? AND state IN ('done', 'failed', 'cancelled') RETURNING *
 
 
 @dataclass(frozen=True)
-class Record:
-    """A job as it is now; times are seconds since 1970."""
+class JobRecord:
+    """The current state of a job; times are seconds since 1970."""
 
     number: int
     id: str
@@ -72,11 +72,11 @@ class Record:
     message: str | None
 
 
-class Store:
-    """The file; may be used from any thread.
+class JobStore:
+    """The SQLite file; may be used from any thread.
 
     Raises:
-        ConfigError: it cannot be opened, or a later version wrote it.
+        ConfigError: when it cannot be opened, or a later version wrote it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -86,95 +86,94 @@ class Store:
             self._sqlite.row_factory = sqlite3.Row
             self._sqlite.execute("PRAGMA journal_mode=WAL")
             self._sqlite.execute("PRAGMA synchronous=FULL")
-            (found,) = self._sqlite.execute("PRAGMA user_version").fetchone()
-            if found > FORMAT:
+            (version,) = self._sqlite.execute("PRAGMA user_version").fetchone()
+            if version > FORMAT:
                 raise ConfigError(f"{path} was written by a later version of this server: choose another jobs_dir.")
             self._sqlite.executescript(SCHEMA)
             self._sqlite.execute(f"PRAGMA user_version={FORMAT}")
         except sqlite3.Error as error:
-            raise ConfigError(
-                f"the list of jobs in {path} cannot be opened ({error}): choose another jobs_dir."
-            ) from error
+            raise ConfigError(f"cannot open the list of jobs in {path} ({error}): choose another jobs_dir.") from error
 
-    def take_up(self) -> None:
-        """What ran when the last server ended, however it ended, is next; what was about to be cancelled is."""
+    def recover(self) -> None:
+        """Queue the job that was running when the last server ended; cancel the one that was being cancelled."""
         with self._change() as change:
             change("UPDATE jobs SET state = 'queued' WHERE state = 'running'")
             change("UPDATE jobs SET state = 'cancelled', ended = ? WHERE state = 'cancelling'", time.time())
 
-    def add(self, source: str, options: dict[str, Any], most: int) -> tuple[Record, bool] | None:
-        """A new job and True; one that has not ended yet and does the same, and False; None when `most` wait."""
-        asked = source, json.dumps(options, sort_keys=True)
+    def add(self, source: str, options: dict[str, Any], most: int) -> tuple[JobRecord, bool] | None:
+        """A new job and True; the unfinished job with the same work and False; None when `most` are waiting."""
+        work = source, json.dumps(options, sort_keys=True)
         with self._change() as change:
-            if found := change(SAME, *asked):
-                return _record(found[0]), False
+            if same := change(SAME, *work):
+                return _record(same[0]), False
             if len(change("SELECT number FROM jobs WHERE state = 'queued'")) >= most:
                 return None
-            (created,) = change(NEW, secrets.token_hex(8), *asked, time.time())
+            (created,) = change(NEW, secrets.token_hex(8), *work, time.time())
             return _record(created), True
 
-    def get(self, id_: str) -> Record | None:
+    def get(self, job_id: str) -> JobRecord | None:
         """A job by its id."""
-        found = self._read("SELECT * FROM jobs WHERE id = ?", id_)
-        return found[0] if found else None
+        records = self._read("SELECT * FROM jobs WHERE id = ?", job_id)
+        return records[0] if records else None
 
-    def newest(self, states: Sequence[str], most: int) -> list[Record]:
-        """Jobs in these states, the newest first."""
-        among = "SELECT * FROM jobs WHERE state IN (SELECT value FROM json_each(?)) ORDER BY number DESC LIMIT ?"
-        return self._read(among, json.dumps(states), most)
+    def newest(self, states: Sequence[str], most: int) -> list[JobRecord]:
+        """At most `most` jobs in these states, the newest first."""
+        query = "SELECT * FROM jobs WHERE state IN (SELECT value FROM json_each(?)) ORDER BY number DESC LIMIT ?"
+        return self._read(query, json.dumps(states), most)
 
     def counts(self) -> dict[str, int]:
-        """How many jobs are in each state."""
+        """The number of jobs in each state."""
         with self._lock:
-            found = dict(self._sqlite.execute("SELECT state, count(*) FROM jobs GROUP BY state").fetchall())
-        return {state: found.get(state, 0) for state in STATES}
+            counts = dict(self._sqlite.execute("SELECT state, count(*) FROM jobs GROUP BY state").fetchall())
+        return {state: counts.get(state, 0) for state in STATES}
 
-    def ahead(self, record: Record) -> int:
-        """Jobs that are done before a queued one."""
+    def ahead(self, record: JobRecord) -> int:
+        """The number of jobs that run before a queued one."""
         return len(self._read(BEFORE, record.number))
 
-    def begin(self) -> Record | None:
-        """The oldest that is queued, which runs now."""
+    def start_next(self) -> JobRecord | None:
+        """Mark the oldest queued job as running and return it; None when the queue is empty."""
         with self._change() as change:
-            found = change(BEGIN, time.time())
-        return _record(found[0]) if found else None
+            rows = change(START_NEXT, time.time())
+        return _record(rows[0]) if rows else None
 
-    def end(self, id_: str, state: str, progress: dict[str, Any], message: str | None = None) -> None:
-        """A job has ended, or is queued again."""
+    def end(self, job_id: str, state: str, progress: dict[str, Any], message: str | None = None) -> None:
+        """Record that a job has ended, or that it is queued again."""
         ended = time.time() if state in ENDED else None
         with self._change() as change:
-            change(END, state, ended, json.dumps(progress), message, id_)
+            change(END, state, ended, json.dumps(progress), message, job_id)
 
-    def cancel(self, id_: str) -> Record | None:
-        """A job that waits is cancelled; one that runs is about to be; one that has ended stays as it is."""
+    def cancel(self, job_id: str) -> JobRecord | None:
+        """Cancel a queued job, mark a running one as being cancelled, and leave one that has ended as it is."""
         with self._change() as change:
-            change("UPDATE jobs SET state = 'cancelled', ended = ? WHERE id = ? AND state = 'queued'", time.time(), id_)
-            change("UPDATE jobs SET state = 'cancelling' WHERE id = ? AND state = 'running'", id_)
-        return self.get(id_)
+            now = time.time()
+            change("UPDATE jobs SET state = 'cancelled', ended = ? WHERE id = ? AND state = 'queued'", now, job_id)
+            change("UPDATE jobs SET state = 'cancelling' WHERE id = ? AND state = 'running'", job_id)
+        return self.get(job_id)
 
-    def resume(self, id_: str, retry_failed: bool) -> Record | None:
-        """Queue a job again that has ended; None if it has not."""
+    def resume(self, job_id: str, retry_failed: bool) -> JobRecord | None:
+        """Queue a job that has ended again; None if it has not ended."""
         with self._change() as change:
-            found = change(RESUME, retry_failed, id_)
-        return _record(found[0]) if found else None
+            rows = change(RESUME, retry_failed, job_id)
+        return _record(rows[0]) if rows else None
 
-    def remove(self, id_: str) -> None:
-        """Forget a job."""
+    def remove(self, job_id: str) -> None:
+        """Delete a job from the list."""
         with self._change() as change:
-            change("DELETE FROM jobs WHERE id = ?", id_)
+            change("DELETE FROM jobs WHERE id = ?", job_id)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         with self._lock:
             self._sqlite.close()
 
-    def _read(self, statement: str, *values: Any) -> list[Record]:
+    def _read(self, statement: str, *values: Any) -> list[JobRecord]:
         with self._lock:
             return [_record(row) for row in self._sqlite.execute(statement, values)]
 
     @contextlib.contextmanager
     def _change(self) -> Iterator[Callable[..., list[sqlite3.Row]]]:
-        """A transaction: all of its statements, or none."""
+        """A transaction: all of its statements take effect, or none."""
         with self._lock:
             self._sqlite.execute("BEGIN IMMEDIATE")
             try:
@@ -185,7 +184,7 @@ class Store:
                 raise
 
 
-def _record(row: sqlite3.Row) -> Record:
+def _record(row: sqlite3.Row) -> JobRecord:
     values = dict(row)
     decoded = {name: json.loads(values[name]) for name in ("options", "progress")}
-    return Record(**values | decoded | {"retry_failed": bool(values["retry_failed"])})
+    return JobRecord(**values | decoded | {"retry_failed": bool(values["retry_failed"])})

@@ -1,6 +1,6 @@
-"""The process that does one job: the task comes as a line of JSON, progress and the end go out as such lines.
+"""The process that runs one job: it reads the task as a line of JSON, and writes progress and outcome as such lines.
 
-It stops when its standard input ends, and works only with what processor time nobody else wants.
+It stops when its standard input closes, and runs at idle priority.
 """
 
 from __future__ import annotations
@@ -22,77 +22,79 @@ from typing import IO, Any
 
 from mixmim_serve.engines import open_engine
 from mixmim_serve.errors import InUseError, MixMIMError
-from mixmim_serve.extract import job as jobs
-from mixmim_serve.extract.options import Effort, Options
+from mixmim_serve.extract import lead
+from mixmim_serve.extract.job import Executor, Job, Summary
+from mixmim_serve.extract.local import LocalExecutor
+from mixmim_serve.extract.options import Options, Resources
 from mixmim_serve.extract.progress import Progress
-from mixmim_serve.service.access_log import log_config
 from mixmim_serve.service.jobs.roots import Roots
-from mixmim_serve.service.jobs.store import SERVER_FAILED
+from mixmim_serve.service.jobs.store import CRASHED
+from mixmim_serve.service.metrics import log_config
 from mixmim_serve.sources import Source, storage
 
 REPORT_EVERY = 0.5  # seconds
-LAST_SECONDS = 30.0  # to finish a batch and write the manifest after a stop was asked for
-HELD_SECONDS = 60.0  # that the process of a server that was killed may hold the folder
+STOP_SECONDS = 30.0  # to finish a batch and write the manifest after a stop was requested
+LOCK_SECONDS = 60.0  # that the process of a killed server may still hold the folder's lock
 
 log = logging.getLogger("mixmim_serve.jobs")
 
 
 def main() -> None:
-    """Do the job on standard input."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # systemd sends it to all of a service; the server says when to stop
-    out = _own_stdout()
+    """Run the job that standard input describes."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # systemd sends it to a whole service; the server says when to stop
+    out = _claim_stdout()
     task = json.loads(sys.stdin.readline())
     stop = threading.Event()
     threading.Thread(target=_watch_stdin, args=(stop,), daemon=True).start()
-    step_back()
+    run_at_idle_priority()
     warnings.filterwarnings("ignore", module="PIL")
     logging.config.dictConfig(log_config(task["log_format"]))
 
-    def tell(**message: Any) -> None:
+    def send(**message: Any) -> None:
         print(json.dumps(message), file=out, flush=True)
 
     try:
-        summary = do(task, lambda progress: tell(progress=dataclasses.asdict(progress)), stop)
-        tell(progress=dataclasses.asdict(summary.progress))
-        tell(complete=summary.complete)
+        summary = run_task(task, lambda progress: send(progress=dataclasses.asdict(progress)), stop)
+        send(progress=dataclasses.asdict(summary.progress))
+        send(complete=summary.complete)
     except MixMIMError as error:
-        tell(failed=without_paths(str(error), task))
-    except BrokenPipeError:  # nobody is there to tell
+        send(failed=without_paths(str(error), task))
+    except BrokenPipeError:  # the server is gone
         pass
     except Exception:
         log.exception("a job failed")
-        tell(failed=SERVER_FAILED)
+        send(failed=CRASHED)
 
 
-def do(task: Mapping[str, Any], report: Callable[[Progress], None], stop: threading.Event) -> jobs.Summary:
-    """What `mixmim extract` does, from below the root of the source, so that its messages name nothing above.
+def run_task(task: Mapping[str, Any], report: Callable[[Progress], None], stop: threading.Event) -> Summary:
+    """Extract as `mixmim extract` does, from inside the root of the source, so that messages name nothing above it.
 
     Raises:
-        MixMIMError: why it cannot be done.
+        MixMIMError: when it cannot be done.
     """
     roots = Roots(task["roots"])
     root, source = roots.find(task["source"])
     os.chdir(root or task["out"].rpartition(os.sep)[0])
     options = dict(task["options"])
-    effort = Effort(options.pop("max_failures"))
-    job = jobs.Job(Path(task["bundle"]), source, task["out"], options=Options(**options), effort=effort)
+    effort = Resources(options.pop("max_failures"))
+    job = Job(Path(task["bundle"]), source, task["out"], options=Options(**options), effort=effort)
     engine = open_engine(job.bundle, task["engine"])
 
-    def executor(job: jobs.Job, opened: Source) -> jobs.Executor:
+    def executor(job: Job, opened: Source) -> Executor:
         roots.check(opened)
-        return jobs.local(job, opened, engine)
+        return LocalExecutor(job, opened, engine)
 
-    run = partial(jobs.run, executor=executor, progress=_now_and_then(report), cancelled=stop.is_set)
-    summary = _once_free(partial(run, job))
+    run = partial(lead.run, executor=executor, progress=_throttled(report), cancelled=stop.is_set)
+    summary = _when_unlocked(partial(run, job))
     if task["retry_failed"] and summary.complete:
         summary = run(dataclasses.replace(job, retry_failed=True))
     return summary
 
 
-def step_back() -> None:
-    """Run only when nobody else wants the processor; Windows was told when the process was made."""
+def run_at_idle_priority() -> None:
+    """Use only processor time that nothing else wants; on Windows the process is created that way."""
     try:
-        for thread in os.listdir("/proc/self/task"):  # libraries have started some; those to come inherit it
+        for thread in os.listdir("/proc/self/task"):  # libraries have started some already; later ones inherit it
             os.sched_setscheduler(int(thread), os.SCHED_IDLE, os.sched_param(0))
     except (AttributeError, OSError):
         if hasattr(os, "nice"):
@@ -100,16 +102,16 @@ def step_back() -> None:
 
 
 def without_paths(message: str, task: Mapping[str, Any]) -> str:
-    """A message that may leave the machine."""
+    """The message with the paths of this machine replaced, so that it may leave it."""
     for path, name in ((task["out"], "the folder of results"), (task["bundle"], "the bundle")):
         message = message.replace(path, name)
-    for root in sorted((each for each in task["roots"] if not storage.is_url(each)), key=len, reverse=True):
+    for root in sorted((root for root in task["roots"] if not storage.is_url(root)), key=len, reverse=True):
         message = message.replace(f"{root}{os.sep}", "").replace(root, "the root")
     return message
 
 
-def _own_stdout() -> IO[str]:
-    """Standard output for messages; what libraries print there goes to standard error."""
+def _claim_stdout() -> IO[str]:
+    """Standard output, for messages alone; what libraries print goes to standard error from now on."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return out
@@ -119,25 +121,26 @@ def _watch_stdin(stop: threading.Event) -> None:
     while os.read(0, 4096):  # not sys.stdin, whose lock would be held when the interpreter ends
         pass
     stop.set()
-    time.sleep(LAST_SECONDS)
+    time.sleep(STOP_SECONDS)
     os._exit(1)
 
 
-def _now_and_then(report: Callable[[Progress], None]) -> Callable[[Progress], None]:
+def _throttled(report: Callable[[Progress], None]) -> Callable[[Progress], None]:
+    """`report`, at most once per `REPORT_EVERY` seconds."""
     last = -REPORT_EVERY
 
-    def told(progress: Progress) -> None:
+    def throttled(progress: Progress) -> None:
         nonlocal last
         if time.monotonic() - last >= REPORT_EVERY:
             last = time.monotonic()
             report(progress)
 
-    return told
+    return throttled
 
 
-def _once_free(run: Callable[[], jobs.Summary]) -> jobs.Summary:
-    """Run as soon as the process of a server that was killed has let go of the folder."""
-    deadline = time.monotonic() + HELD_SECONDS
+def _when_unlocked(run: Callable[[], Summary]) -> Summary:
+    """Run as soon as the process of a killed server has released the folder's lock."""
+    deadline = time.monotonic() + LOCK_SECONDS
     while True:
         try:
             return run()

@@ -1,1 +1,1 @@
-"""The routes, by theme. Each reads the request, lets the engine room work, and writes the answer."""
+"""The routes by theme: each reads a request, has the runtime do the work, and writes the response."""

@@ -1,7 +1,7 @@
-"""POST /jobs, and what is done with a job afterwards. All holders of a key see all jobs.
+"""POST /jobs, and the routes that act on a job. All holders of a key see all jobs.
 
-A job is `mixmim extract` with this server's model: its source lies below a root that the operator named, its results in
-a folder of the server's own, from which they are fetched by link.
+A job is `mixmim extract` with this server's model. Its source lies below a root that the operator named, its results in
+a folder of the server's own, from which they are downloaded by link.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 from urllib.parse import urlencode
 
 from starlette.requests import Request
@@ -17,168 +17,183 @@ from starlette.responses import FileResponse, Response
 
 from mixmim_serve.errors import DataError
 from mixmim_serve.extract.folder import MANIFEST
-from mixmim_serve.service import query
-from mixmim_serve.service.encoding import json_response
-from mixmim_serve.service.intake import media_type, parse_json
-from mixmim_serve.service.jobs.runner import Jobs
-from mixmim_serve.service.jobs.store import ENDED, STATES, Record
-from mixmim_serve.service.problems import RequestError
+from mixmim_serve.service.errors import RequestError
+from mixmim_serve.service.jobs.runner import JobRunner
+from mixmim_serve.service.jobs.store import ENDED, JobRecord
+from mixmim_serve.service.options import FILE_NAME, JOB_ID, JOB_LIMIT, JOB_STATES, RETRY_FAILED
+from mixmim_serve.service.request import check_options
+from mixmim_serve.service.responses import json_response
+from mixmim_serve.service.uploads import media_type, parse_json
 
-HOW = 'send JSON such as {"source": "photos", "options": {"features": ["stage4"]}}.'
+HOW_TO_SEND = 'send JSON such as {"source": "photos", "options": {"features": ["stage4"]}}.'
 KEYS = ("source", "options")
-LISTED = 100  # jobs of a list, when nobody says
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 
 async def create(request: Request) -> Response:
-    """A new job, 201; the same request again is answered with the job that it made, 200, until that has ended."""
-    jobs = _jobs_of(request)
-    query.only(request)
+    """Queue a job, 201. Until it ends, the same request returns the same job, 200."""
+    runner = _runner_of(request)
+    check_options(request)
     if media_type(request) != "application/json":
-        raise RequestError(415, "unsupported_body", f"content type {media_type(request)!r} is not accepted: {HOW}")
-    asked = parse_json(await request.body(), HOW)
-    for name in asked:
+        message = f"content type {media_type(request)!r} is not accepted: {HOW_TO_SEND}"
+        raise RequestError(415, "unsupported_body", message)
+    body = parse_json(await request.body(), HOW_TO_SEND)
+    for name in body:
         if name not in KEYS:
-            raise RequestError(400, "unknown_key", f"no key {name!r} here, only {' and '.join(KEYS)}.", name)
-    found = await _found(jobs.submit, asked.get("source"), asked.get("options", {}))
-    if found is None:
-        message = f"{jobs.settings.jobs_waiting} jobs are waiting already: try again when some have ended."
+            message = f"unknown key {name!r}: the body takes {' and '.join(KEYS)}."
+            raise RequestError(400, "unknown_key", message, name)
+    submitted = await _with_source(runner.submit, body.get("source"), body.get("options", {}))
+    if submitted is None:
+        message = f"{runner.settings.jobs_waiting} jobs are waiting already: try again when some have ended."
         raise RequestError(429, "too_many_jobs", message, headers={"Retry-After": "60"})
-    record, is_new = found
-    return json_response(
-        await asyncio.to_thread(_view, jobs, record), 201 if is_new else 200, {"Location": _url(record)}
-    )
+    record, is_new = submitted
+    view = await asyncio.to_thread(_view, runner, record)
+    return json_response(view, 201 if is_new else 200, {"Location": _url(record)})
 
 
 async def show(request: Request) -> Response:
-    """The job with this `id`, with links to its results; without one all jobs, the newest first."""
-    jobs = _jobs_of(request)
-    query.only(request, "id", "state", "limit")
-    if "id" in request.query_params:
-        return await _answer(jobs, await _record(request, jobs.store.get))
-    states = query.several(request, "state", ",".join(STATES), STATES)
-    limit = query.number(request, "limit", LISTED, 1, 1000)
+    """The job with this `id` and links to its results; without an id all jobs, the newest first."""
+    runner = _runner_of(request)
+    check_options(request)
+    if JOB_ID.name in request.query_params:
+        return await _respond(runner, await _record(request, runner.store.get))
+    states, limit = JOB_STATES.read(request), JOB_LIMIT.read(request)
 
-    def listed() -> dict[str, Any]:
-        data = [_view(jobs, record, with_files=False) for record in jobs.store.newest(states, limit)]
-        return {"data": data, "counts": jobs.store.counts()}
+    def listing() -> dict[str, Any]:
+        data = [_view(runner, record, with_files=False) for record in runner.store.newest(states, limit)]
+        return {"data": data, "counts": runner.store.counts()}
 
-    return json_response(await asyncio.to_thread(listed))
+    return json_response(await asyncio.to_thread(listing))
 
 
 async def cancel(request: Request) -> Response:
-    """Stop a job after the batch that runs; what is whole stays. One that has ended stays as it is."""
-    jobs = _jobs_of(request)
-    query.only(request, "id")
-    return await _answer(jobs, await _record(request, jobs.cancel))
+    """Stop a job after its current batch and keep its complete shards; a job that has ended stays as it is."""
+    runner = _runner_of(request)
+    check_options(request)
+    return await _respond(runner, await _record(request, runner.cancel))
 
 
 async def resume(request: Request) -> Response:
-    """Go on with a job that was cancelled or failed; `retry_failed=true` then tries again what could not be read."""
-    jobs = _jobs_of(request)
-    query.only(request, "id", "retry_failed")
-    record, again = await _record(request, jobs.store.get), query.switch(request, "retry_failed")
-    resumed = await _found(jobs.resume, record, retry_failed=again)
+    """Resume a cancelled or failed job; with `retry_failed=true` unreadable images are tried again afterwards."""
+    runner = _runner_of(request)
+    check_options(request)
+    record, retry_failed = await _record(request, runner.store.get), RETRY_FAILED.read(request)
+    resumed = await _with_source(runner.resume, record, retry_failed=retry_failed)
     if resumed is None:
-        raise RequestError(409, "job_not_ended", "this job has not ended: only one that has can be resumed.", "id")
-    return await _answer(jobs, resumed)
+        raise RequestError(409, "job_not_ended", "this job has not ended: only a job that has can be resumed.", "id")
+    return await _respond(runner, resumed)
 
 
 async def remove(request: Request) -> Response:
     """Delete a job that has ended, with its results."""
-    jobs = _jobs_of(request)
-    query.only(request, "id")
-    if not await asyncio.to_thread(jobs.remove, (await _record(request, jobs.store.get)).id):
+    runner = _runner_of(request)
+    check_options(request)
+    if not await asyncio.to_thread(runner.remove, (await _record(request, runner.store.get)).id):
         raise RequestError(409, "job_not_ended", "this job has not ended: cancel it first.", "id")
     return Response(status_code=204)
 
 
 async def file(request: Request) -> Response:
-    """One file of a job's results, by the name that the job gives."""
-    jobs = _jobs_of(request)
-    query.only(request, "id", "name")
-    record, name = await _record(request, jobs.store.get), request.query_params.get("name", "")
+    """One file of a job's results, by the name that the job lists."""
+    runner = _runner_of(request)
+    check_options(request)
+    record, name = await _record(request, runner.store.get), FILE_NAME.read(request)
     if name == MANIFEST:
-        if manifest := await asyncio.to_thread(jobs.manifest, record):
+        if manifest := await asyncio.to_thread(runner.manifest, record):
             return json_response(manifest)
-    elif name in (await asyncio.to_thread(jobs.results, record))[1]:
-        return FileResponse(
-            jobs.out(record.id) / name, media_type="application/octet-stream", filename=name.rpartition("/")[2]
-        )
-    raise RequestError(404, "no_such_file", "this job has no such file: its files are listed by /jobs?id=.", "name")
+    elif name in (await asyncio.to_thread(runner.results, record))[1]:
+        path, download_name = runner.out(record.id) / name, name.rpartition("/")[2]
+        return FileResponse(path, media_type="application/octet-stream", filename=download_name)
+    raise RequestError(404, "no_such_file", "this job has no such file: /jobs?id= lists its files.", "name")
 
 
-def _jobs_of(request: Request) -> Jobs:
-    jobs: Jobs | None = request.app.state.jobs
-    if jobs is None:
-        raise RequestError(404, "no_jobs", "this server takes no jobs: its operator starts it with --jobs-root FOLDER.")
-    return jobs
+def _runner_of(request: Request) -> JobRunner:
+    runner: JobRunner | None = request.app.state.jobs
+    if runner is None:
+        message = "this server takes no jobs: its operator must start it with --jobs-root FOLDER."
+        raise RequestError(404, "no_jobs", message)
+    return runner
 
 
-async def _record(request: Request, find: Callable[[str], Record | None]) -> Record:
-    """The job that a request names, as `find` gives it."""
-    id_ = request.query_params.get("id", "")
-    record = await asyncio.to_thread(find, id_)
+async def _record(request: Request, find: Callable[[str], JobRecord | None]) -> JobRecord:
+    """The job that a request names, as `find` gives it.
+
+    Raises:
+        RequestError: 404 when there is none.
+    """
+    job_id = JOB_ID.read(request)
+    record = await asyncio.to_thread(find, job_id)
     if record is None:
-        raise RequestError(404, "no_such_job", f"no job {id_[:40]!r} here.", "id")
+        raise RequestError(404, "no_such_job", f"unknown job {job_id[:40]!r}.", "id")
     return record
 
 
-async def _found(work: Any, *values: object, **named: object) -> Any:
-    """Work beside the event loop that looks for a source."""
+async def _with_source(
+    work: Callable[Parameters, Result], *args: Parameters.args, **kwargs: Parameters.kwargs
+) -> Result:
+    """Run `work`, which looks for a source, in a thread.
+
+    Raises:
+        RequestError: 400 when the source does not exist.
+    """
     try:
-        return await asyncio.to_thread(work, *values, **named)
+        return await asyncio.to_thread(work, *args, **kwargs)
     except DataError as error:
         raise RequestError(400, "no_source", str(error), "source") from error
 
 
-async def _answer(jobs: Jobs, record: Record) -> Response:
-    return json_response(await asyncio.to_thread(_view, jobs, record))
+async def _respond(runner: JobRunner, record: JobRecord) -> Response:
+    return json_response(await asyncio.to_thread(_view, runner, record))
 
 
-def _view(jobs: Jobs, record: Record, *, with_files: bool = True) -> dict[str, Any]:
-    """A job as its clients see it."""
-    progress = jobs.progress(record)
-    shown: dict[str, Any] = {
+def _view(runner: JobRunner, record: JobRecord, *, with_files: bool = True) -> dict[str, Any]:
+    """A job as clients see it."""
+    view: dict[str, Any] = {
         "id": record.id,
         "state": record.state,
         "source": record.source,
         "options": record.options,
-        "created": _time(record.created),
-        "started": _time(record.started),
-        "ended": _time(record.ended),
-        "progress": _progress(progress) if progress else None,
+        "created": _timestamp(record.created),
+        "started": _timestamp(record.started),
+        "ended": _timestamp(record.ended),
+        "progress": _progress(runner.progress(record)),
         "error": record.message,
         "url": _url(record),
     }
     if record.state == "queued":
-        shown["ahead"] = jobs.store.ahead(record)
-    if with_files and record.state in ENDED:  # a list of files may be long, and be asked for every second
-        rows, files = jobs.results(record)
-        shown["rows"] = rows
-        shown["files"] = [
+        view["ahead"] = runner.store.ahead(record)
+    if with_files and record.state in ENDED:  # the list may be long, and running jobs are polled every second
+        rows, files = runner.results(record)
+        view["rows"] = rows
+        view["files"] = [
             {"name": name, "bytes": size, "url": f"/jobs/file?{urlencode({'id': record.id, 'name': name})}"}
             for name, size in files.items()
         ]
-    return shown
+    return view
 
 
-def _progress(found: dict[str, Any]) -> dict[str, Any]:
-    """`extract.progress.Progress` with names that say their units."""
+def _progress(values: dict[str, Any]) -> dict[str, Any] | None:
+    """The fields of an extraction's progress under names that say their units; None before the first batch."""
+    if not values:
+        return None
     return {
-        "images": found["total"],
-        "done": found["done"],
-        "errors": found["errors"],
-        "images_per_second": found["rate"],
-        "waiting": found["waiting"],
-        "seconds_left": found["left"],
+        "images": values["total"],
+        "done": values["done"],
+        "errors": values["errors"],
+        "images_per_second": values["rate"],
+        "waiting": values["waiting"],
+        "seconds_left": values["left"],
     }
 
 
-def _url(record: Record) -> str:
+def _url(record: JobRecord) -> str:
     return f"/jobs?{urlencode({'id': record.id})}"
 
 
-def _time(seconds: float | None) -> str | None:
+def _timestamp(seconds: float | None) -> str | None:
+    """Seconds since 1970 as ISO 8601 in UTC."""
     if seconds is None:
         return None
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="milliseconds")

@@ -1,9 +1,9 @@
 """POST /embed/stream: thousands of images over one connection, answered in order while they arrive.
 
 In: NDJSON, a line `{"input": "data:image/jpeg;base64,...", "id": anything}`, or a multipart form with files `image`.
-Out: NDJSON, a line `{"index", "id", "status", "embedding" | "error"}` an image.
+Out: NDJSON, one line `{"index", "id", "status", "embedding" | "error"}` per image.
 
-Reading, the engine and writing go on side by side, and each waits for the next: memory is bounded by the window.
+Reading, inference and writing overlap, and each waits for the next: the window bounds memory.
 """
 
 from __future__ import annotations
@@ -18,158 +18,159 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
 from mixmim_serve.errors import ImageError
-from mixmim_serve.service import query
-from mixmim_serve.service.answers import DTYPES, entry
-from mixmim_serve.service.body import body_of, pieces
-from mixmim_serve.service.encoding import json_bytes
-from mixmim_serve.service.intake import KEY, form_files, from_base64, media_type
-from mixmim_serve.service.problems import RequestError, describe, refused
+from mixmim_serve.service.body import body_of, stream_chunks
+from mixmim_serve.service.errors import RequestError, describe_error, image_refused
+from mixmim_serve.service.options import DTYPE, NORMALIZE
+from mixmim_serve.service.request import check_options, context_of
+from mixmim_serve.service.responses import FLOAT_TYPES, json_bytes, json_entry
 from mixmim_serve.service.routes.images import embedding, runtime_of
 from mixmim_serve.service.runtime import Runtime
-from mixmim_serve.service.visit import visit_of
+from mixmim_serve.service.uploads import KEY, form_images, from_base64, media_type
 
 NDJSON = "application/x-ndjson"
-KINDS = (NDJSON, "application/ndjson", "application/jsonl", "multipart/form-data")
-LINES_AHEAD = 4096  # answers kept for a client that sends everything before it reads
+MEDIA_TYPES = (NDJSON, "application/ndjson", "application/jsonl", "multipart/form-data")
+MAX_UNREAD_LINES = 4096  # answers kept for a client that sends everything before it reads
 UNLIMITED = 2**62
 
 
 @dataclass(frozen=True)
-class Given:
-    """One image of a stream."""
+class StreamedImage:
+    """One image of a stream, or why there is none."""
 
     index: int
     image: bytes | RequestError
     id: Any = None
 
 
-class Stream:
-    """One connection."""
+class EmbedSession:
+    """One connection: a reader, one task per image in the window, and a writer."""
 
     def __init__(self, request: Request, runtime: Runtime) -> None:
-        query.only(request, "normalize", "dtype")
-        self.request, self.runtime, self.visit = request, runtime, visit_of(request)
-        self.unit = query.switch(request, "normalize")
-        self.dtype = DTYPES[query.choice(request, "dtype", "float32", tuple(DTYPES))]
+        check_options(request)
+        self.request, self.runtime, self.context = request, runtime, context_of(request)
+        self.unit_length = NORMALIZE.read(request)
+        self.dtype = FLOAT_TYPES[DTYPE.read(request)]
         window = min(runtime.settings.stream_window, runtime.settings.max_waiting)
-        if self.visit.ticket:
-            self.visit.ticket.reserve(window)
+        self.context.reservation.reserve(window)
         self.answers: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue(window)
-        self.lines: asyncio.Queue[bytes] = asyncio.Queue(LINES_AHEAD)
+        self.lines: asyncio.Queue[bytes] = asyncio.Queue(MAX_UNREAD_LINES)
 
     async def run(self, send: Send) -> None:
-        """Read, work and write until the end of the body.
+        """Read, infer and write until the end of the body.
 
         Raises:
-            RequestError, ClientDisconnect: when the body breaks off; what was answered stays answered.
+            RequestError, ClientDisconnect: when the body breaks off; lines already written stay valid.
         """
         headers = [(b"content-type", NDJSON.encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         async with asyncio.TaskGroup() as group:
             group.create_task(self._read(group))
-            group.create_task(self._finish())
+            group.create_task(self._collect())
             await self._write(send)
 
     async def _read(self, group: asyncio.TaskGroup) -> None:
-        """Begin with each image as it arrives; a body that breaks off is the last line."""
+        """Start on each image as it arrives; if the body breaks off, the last line says why."""
         try:
-            async for given in self._images():
-                self.visit.images += 1
-                await self.answers.put(group.create_task(self._answer(given)))
+            async for streamed in self._images():
+                self.context.images += 1
+                await self.answers.put(group.create_task(self._answer(streamed)))
         except (RequestError, ClientDisconnect) as error:
-            self.visit.code = describe(error)[1]["code"]
+            self.context.error_code = describe_error(error)[1]["code"]
             await self.answers.put(group.create_task(_last_line(error)))
         await self.answers.put(None)
 
-    async def _finish(self) -> None:
-        """In order, whichever is ready first."""
+    async def _collect(self) -> None:
+        """Put answers in the order of their images."""
         while (task := await self.answers.get()) is not None:
             await self.lines.put(await task)
         await self.lines.put(b"")
 
     async def _write(self, send: Send) -> None:
-        """Whatever is ready goes out together; an empty line is the end.
+        """Send all lines that are ready at once; an empty line is the end.
 
         Raises:
-            RequestError: 408, when the client does not read.
+            RequestError: 408 when the client does not read.
         """
         ended = False
         while not ended:
-            gathered = [await self.lines.get()]
+            ready = [await self.lines.get()]
             while not self.lines.empty():
-                gathered.append(self.lines.get_nowait())
-            ended = gathered[-1] == b""
+                ready.append(self.lines.get_nowait())
+            ended = ready[-1] == b""
             try:
                 async with asyncio.timeout(self.runtime.settings.body_seconds):
-                    await send({"type": "http.response.body", "body": b"".join(gathered), "more_body": not ended})
+                    await send({"type": "http.response.body", "body": b"".join(ready), "more_body": not ended})
             except TimeoutError as error:
-                raise RequestError(408, "not_read", "the answers are not read.") from error
+                raise RequestError(408, "not_read", "the client does not read its answers.") from error
 
-    def _images(self) -> AsyncIterator[Given]:
+    def _images(self) -> AsyncIterator[StreamedImage]:
         return self._form() if media_type(self.request) == "multipart/form-data" else self._ndjson()
 
-    async def _form(self) -> AsyncIterator[Given]:
+    async def _form(self) -> AsyncIterator[StreamedImage]:
         index = 0
-        async for part in form_files(self.request, self.runtime.settings, UNLIMITED):
-            yield Given(index, part.data)
+        async for part in form_images(self.request, self.runtime.settings, UNLIMITED):
+            yield StreamedImage(index, part.data)
             index += 1
 
-    async def _ndjson(self) -> AsyncIterator[Given]:
+    async def _ndjson(self) -> AsyncIterator[StreamedImage]:
         longest = self.runtime.settings.max_image_bytes * 4 // 3 + 1024
         index = 0
-        async for line in _lines(pieces(body_of(self.request)), longest):
+        async for line in split_lines(stream_chunks(body_of(self.request)), longest):
             if line.strip():
-                yield _parse(index, line)
+                yield parse_line(index, line)
                 index += 1
 
-    async def _answer(self, given: Given) -> bytes:
-        """One line."""
-        head = {"index": given.index} | ({} if given.id is None else {"id": given.id})
+    async def _answer(self, streamed: StreamedImage) -> bytes:
+        """The line of one image."""
+        head = {"index": streamed.index} | ({} if streamed.id is None else {"id": streamed.id})
         try:
-            if isinstance(given.image, RequestError):
-                raise given.image
-            outputs = await self.runtime.encode(given.image, ["embedding"], self.visit)
-            body = entry(embedding(outputs, unit=self.unit), self.dtype)
+            if isinstance(streamed.image, RequestError):
+                raise streamed.image
+            arrays = await self.runtime.encode(streamed.image, ["embedding"], self.context)
+            entry = json_entry(embedding(arrays, unit_length=self.unit_length), self.dtype)
         except ImageError as error:
-            body = entry(refused(error, f"input[{given.index}]"), self.dtype)
-        except Exception as error:  # the engine failed on this one; the stream goes on
-            body = {"status": "error", "error": describe(error)[1]}
-        if body["status"] == "error":
-            self.runtime.metrics.fail(body["error"]["code"])
-        return json_bytes(head | body) + b"\n"
+            entry = json_entry(image_refused(error, f"input[{streamed.index}]"), self.dtype)
+        except Exception as error:  # the engine failed on this image; the stream continues
+            entry = {"status": "error", "error": describe_error(error)[1]}
+        if entry["status"] == "error":
+            self.runtime.metrics.count_failure(entry["error"]["code"])
+        return json_bytes(head | entry) + b"\n"
 
 
 class EmbedStream:
-    """The route; an ASGI app, because it reads and writes at once."""
+    """The route; an ASGI app, because it reads and writes at the same time."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI.
 
         Raises:
-            RequestError: before the first line, for a body of another type or options that do not exist.
+            RequestError: before the first line, for another method, a body of another type or unknown options.
         """
         request = Request(scope, receive)
         if request.method != "POST":
             raise RequestError(405, "method", "send images with POST.", headers={"Allow": "POST"})
         kind = media_type(request)
-        if kind not in KINDS:
-            message = f"content type {kind or 'missing'!r} is none of {', '.join(KINDS)}."
+        if kind not in MEDIA_TYPES:
+            message = f"content type {kind or 'missing'!r} is not accepted: send one of {', '.join(MEDIA_TYPES)}."
             raise RequestError(415, "unsupported_body", message)
-        stream = Stream(request, runtime_of(request))
-        body_of(request).be_stream()
-        await stream.run(send)
+        session = EmbedSession(request, runtime_of(request))
+        body_of(request).make_stream()
+        await session.run(send)
 
 
-async def _lines(found: AsyncIterator[bytes], longest: int) -> AsyncIterator[bytes]:
-    """Lines of a body, the last one with or without its end.
+embed_stream = EmbedStream()
+
+
+async def split_lines(chunks: AsyncIterator[bytes], longest: int) -> AsyncIterator[bytes]:
+    """The lines of a body; the last one may lack its line end.
 
     Raises:
-        RequestError: 413 for a line without end.
+        RequestError: 413 for a line of more than `longest` bytes.
     """
     rest = bytearray()
-    async for piece in found:
-        *whole, tail = piece.split(b"\n")
-        for line in whole:
+    async for chunk in chunks:
+        *ended, tail = chunk.split(b"\n")
+        for line in ended:
             rest += line
             yield bytes(rest)
             rest.clear()
@@ -180,20 +181,21 @@ async def _lines(found: AsyncIterator[bytes], longest: int) -> AsyncIterator[byt
         yield bytes(rest)
 
 
-def _parse(index: int, line: bytes) -> Given:
+def parse_line(index: int, line: bytes) -> StreamedImage:
+    """One line of NDJSON; a line that cannot be used gives its error in place of the image."""
     param = f"input[{index}]"
     try:
         value = orjson.loads(line)
     except orjson.JSONDecodeError:
-        return Given(index, RequestError(400, "malformed_json", "the line is no JSON.", param))
+        return StreamedImage(index, RequestError(400, "malformed_json", "the line is not valid JSON.", param))
     if not isinstance(value, dict) or value.keys() - {KEY, "id"} or KEY not in value:
-        sentence = f'a line must be an object with {KEY!r}, and "id" if you like.'
-        return Given(index, RequestError(400, "malformed_json", sentence, param))
+        message = f'a line must be an object with {KEY!r} and, optionally, "id".'
+        return StreamedImage(index, RequestError(400, "malformed_json", message, param))
     try:
-        return Given(index, from_base64(value[KEY], param), value.get("id"))
+        return StreamedImage(index, from_base64(value[KEY], param), value.get("id"))
     except RequestError as error:
-        return Given(index, error, value.get("id"))
+        return StreamedImage(index, error, value.get("id"))
 
 
 async def _last_line(error: Exception) -> bytes:
-    return json_bytes({"status": "broken_off", "error": describe(error)[1]}) + b"\n"
+    return json_bytes({"status": "broken_off", "error": describe_error(error)[1]}) + b"\n"

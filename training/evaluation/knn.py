@@ -1,13 +1,13 @@
 """k-nearest-neighbour accuracy of embeddings, the protocol of DINO (arXiv 2104.14294; official eval_knn.py).
 
-Embeddings are divided by their length. Each of the k most similar train images (cosine) votes for its class with
+Embeddings are scaled to unit length. Each of the k most similar training images (cosine) votes for its class with
 weight exp(similarity / temperature); a class's score is the sum of its votes.
 
-The official code lets classes without any vote fill up the five guesses in whatever order its sort leaves them; here a
-class without a vote is no guess, so with small k our top-5 is the lower one. Top-1 is the same.
+The official code fills up the five predictions with classes that got no vote, in whatever order its sort leaves them.
+Here a class without a vote is no prediction, so with small k our top-5 is lower. Top-1 is the same.
 
 Shape suffixes:
-    N train images   M query images   D channels of an embedding   K neighbours   C classes
+    N training images   M query images   D channels of an embedding   K neighbours   C classes
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixmim_serve.errors import ConfigError, DataError
-from training.judge.confusion import Accuracy, accuracy_of_ranks, check_labels, rank_of_truth
+from training.evaluation.confusion import Accuracy, accuracy_of_ranks, check_labels, rank_of_truth
 
-NEIGHBOURS = (10, 20, 100, 200)  # DINO's; it reports 20 as usually the best
+NEIGHBOURS = (10, 20, 100, 200)  # DINO's; it reports 20 as the best in most cases
 TEMPERATURE = 0.07
-TRAIN_ROWS, QUERY_ROWS = 32_768, 1024  # of one block of similarities: 128 MiB in float32
+TRAIN_ROWS, QUERY_ROWS = 32_768, 1024  # one block of similarities: 128 MiB in float32
 
 
 def knn_accuracy(
@@ -37,12 +37,12 @@ def knn_accuracy(
 ) -> dict[int, Accuracy]:
     """Accuracy on the query images for each k; labels are int64 and count from 0.
 
-    Where k exceeds the number of train images all of them vote, and the result still stands under the k asked for.
+    Where k exceeds the number of training images all of them vote, and the result keeps the requested k as its key.
     Memory beyond the inputs: a copy of the queries, M x max(ks) neighbours, and some blocks of similarities.
 
     Raises:
         ConfigError: for a k below 1 or a temperature that is not positive.
-        DataError: without images, for labels that do not fit, or for an embedding that is not finite.
+        DataError: when there are no images, labels do not fit, or an embedding is not finite.
     """
     if not ks or min(ks) < 1 or not temperature > 0:
         raise ConfigError(f"k must be at least 1 and the temperature positive, got {tuple(ks)} and {temperature}.")
@@ -64,9 +64,9 @@ def knn_accuracy(
 def nearest(
     train_ND: Tensor, query_MD: Tensor, k: int, train_rows: int = TRAIN_ROWS, query_rows: int = QUERY_ROWS
 ) -> tuple[Tensor, Tensor]:
-    """Cosine similarity and train row of each query's min(k, N) nearest, both (M, K), nearest first.
+    """Cosine similarity and training row of each query's min(k, N) nearest, both (M, K), nearest first.
 
-    Equally similar images come in no promised order.
+    The order of equally similar images is undefined.
 
     Raises:
         DataError: for an embedding that is not finite.
@@ -87,7 +87,7 @@ def nearest(
 
 
 def unit_length(features_ND: Tensor) -> Tensor:
-    """Float32 embeddings divided by their length; zeros stay zeros.
+    """Float32 embeddings scaled to unit length; zeros stay zeros.
 
     Raises:
         DataError: for an embedding that is not finite.
@@ -101,7 +101,7 @@ def unit_length(features_ND: Tensor) -> Tensor:
 def vote(similarity_MK: Tensor, labels_MK: Tensor, classes: int, temperature: float = TEMPERATURE) -> Tensor:
     """Scores (M, classes), -inf for a class without a vote.
 
-    Each row is divided by its largest weight, which no ranking sees: exp(1 / 0.01) would not fit into float32.
+    Each row is divided by its largest weight, which keeps the ranking: exp(1 / 0.01) does not fit into float32.
     """
     weights_MK = ((similarity_MK - similarity_MK.amax(dim=1, keepdim=True)) / temperature).exp()
     scores_MC = weights_MK.new_zeros(len(weights_MK), classes).scatter_add_(1, labels_MK, weights_MK)

@@ -1,7 +1,7 @@
-"""What predictions get right and wrong: top-1 and top-5, the confusion matrix, and its picture.
+"""Top-1 and top-5 accuracy, the confusion matrix, and its picture.
 
 Shape suffixes:
-    M images   C classes; of a matrix, the true class in the row and the predicted one in the column
+    M images   C classes; a matrix has one row per true class, one column per predicted class
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 Counts = NDArray[np.int64]
 
-WRITTEN = 25  # classes up to which every cell shows its count; beyond, the most frequent confusions are listed instead
-NAMED = 120  # classes up to which every row and column has its name
+WRITTEN = 25  # classes up to which every cell shows its count; above, the most frequent confusions are listed instead
+NAMED = 120  # classes up to which every row and column is named
 DPI = 130
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Percent of the images whose true class is the first guess, or among the first five."""
+    """Percent of the images whose true class is the first prediction, or among the first five."""
 
     top1: float
     top5: float
@@ -41,7 +41,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class ClassResult:
-    """One class: how many images are of it, and in percent how many were found, and how many finds were right."""
+    """One class: its images, and recall and precision in percent."""
 
     name: str
     images: int
@@ -51,7 +51,7 @@ class ClassResult:
 
 @dataclass(frozen=True)
 class Confusion:
-    """Images of one class that were taken for another."""
+    """Images of one class that were predicted as another."""
 
     true: str
     predicted: str
@@ -60,10 +60,10 @@ class Confusion:
 
 
 def accuracy(scores_MC: Tensor, labels_M: Tensor) -> Accuracy:
-    """Top-1 and top-5 of scores; with five classes or fewer top-5 is 100. See `rank_of_truth` for equal scores.
+    """Top-1 and top-5 of scores; with at most five classes top-5 is 100. See `rank_of_truth` for equal scores.
 
     Raises:
-        DataError: without images, or for labels that do not fit.
+        DataError: when there are no images, or labels do not fit.
     """
     check_labels(labels_M, *scores_MC.shape)
     return accuracy_of_ranks(rank_of_truth(scores_MC, labels_M))
@@ -76,10 +76,9 @@ def accuracy_of_ranks(ranks_M: Tensor) -> Accuracy:
 
 
 def rank_of_truth(scores_MC: Tensor, labels_M: Tensor) -> Tensor:
-    """How many classes are guessed before the true one, (M,); more dimensions before C are welcome.
+    """How many classes rank before the true one, (M,); more dimensions before C are allowed.
 
-    Of equal scores the lower class is guessed first, as argmax has it. A score of -inf or NaN is no guess: it comes
-    last.
+    Of equal scores the lower class ranks first, as in argmax. A score of -inf or NaN is no prediction and ranks last.
     """
     classes = scores_MC.shape[-1]
     labels_M1 = labels_M.expand(scores_MC.shape[:-1]).unsqueeze(-1)
@@ -90,25 +89,25 @@ def rank_of_truth(scores_MC: Tensor, labels_M: Tensor) -> Tensor:
 
 
 def check_labels(labels_M: Tensor, images: int, classes: int) -> None:
-    """Check that there is one label an image, counting from 0.
+    """Check that there is one label per image, counting from 0.
 
     Raises:
-        DataError: when not, or without images.
+        DataError: when there is not, or there are no images.
     """
     if not images:
-        raise DataError("there are no images to judge.")
+        raise DataError("there are no images to evaluate.")
     if labels_M.shape != (images,):
-        raise DataError(f"{images} images need as many labels, got {tuple(labels_M.shape)}.")
+        raise DataError(f"expected {images} labels, one per image, got shape {tuple(labels_M.shape)}.")
     low, high = int(labels_M.min()), int(labels_M.max())
     if low < 0 or high >= classes:
-        raise DataError(f"labels of {classes} classes are 0 to {classes - 1}, got {low} to {high}.")
+        raise DataError(f"labels of {classes} classes must be 0 to {classes - 1}, got {low} to {high}.")
 
 
 def confusion_matrix(labels_M: Tensor, predicted_M: Tensor, classes: int) -> Counts:
     """Images of each true class (row) by predicted class (column), (C, C).
 
     Raises:
-        DataError: without images, or for labels or predictions that do not fit.
+        DataError: when there are no images, or labels or predictions do not fit.
     """
     check_labels(labels_M, len(labels_M), classes)
     check_labels(predicted_M, len(labels_M), classes)
@@ -127,7 +126,7 @@ def per_class(matrix: Counts, names: Sequence[str]) -> list[ClassResult]:
 
 
 def confusions(matrix: Counts, names: Sequence[str], limit: int = 16) -> list[Confusion]:
-    """The most frequent confusions by images, most first; of equal ones, by share of the true class."""
+    """The most frequent confusions by images, then by share of the true class."""
     images = matrix.sum(axis=1)
     rows, columns = np.nonzero(matrix * (1 - np.eye(len(matrix), dtype=np.int64)))
     counts = matrix[rows, columns]
@@ -136,9 +135,9 @@ def confusions(matrix: Counts, names: Sequence[str], limit: int = 16) -> list[Co
 
 
 def draw_confusion(matrix: Counts, names: Sequence[str], title: str) -> Image.Image:
-    """The matrix as an RGB picture: colour is the share of the true class, recall stands at the side.
+    """The matrix as an RGB picture: colour is the share of the true class, bars on the right show recall.
 
-    Up to 25 classes the counts stand in the cells; with more, the most frequent confusions stand below.
+    Up to 25 classes the cells show counts; with more, the most frequent confusions are listed below.
 
     Raises:
         MixMIMError: when matplotlib is not installed.
@@ -150,7 +149,7 @@ def draw_confusion(matrix: Counts, names: Sequence[str], title: str) -> Image.Im
 
 
 def confusion_figure(matrix: Counts, names: Sequence[str], title: str) -> Figure:
-    """The matplotlib figure behind `draw_confusion`; made without pyplot, so nothing global is touched.
+    """The matplotlib figure of `draw_confusion`, made without pyplot and its global state.
 
     Raises:
         MixMIMError: when matplotlib is not installed.
@@ -221,8 +220,9 @@ def _draw_recall(axes: Axes, matrix: Counts, font: float) -> None:
     axes.spines[["right", "bottom"]].set_visible(False)
 
 
-def _list_confusions(figure: Figure, found: Sequence[Confusion]) -> None:
-    lines = [f"{c.images} of {c.of} {_shorten(c.true)} taken for {_shorten(c.predicted)}" for c in found] or ["none"]
+def _list_confusions(figure: Figure, pairs: Sequence[Confusion]) -> None:
+    lines = [f"{p.images} of {p.of} {_shorten(p.true)} predicted as {_shorten(p.predicted)}" for p in pairs]
+    lines = lines or ["none"]
     half = -(-len(lines) // 2)
     figure.text(0, -0.02, "Most frequent confusions", fontsize=11, weight="bold", va="top")
     for left, column in ((0, lines[:half]), (0.5, lines[half:])):

@@ -1,4 +1,4 @@
-"""Networks judged on labelled images: k nearest neighbours, a linear probe, a classifier's accuracy."""
+"""Labelled images and what a network scores on them: k nearest neighbours, or a classifier's accuracy."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from mixmim_serve.errors import DataError
 from mixmim_serve.model import Encoder
 from mixmim_serve.sources import Source, open_source
 from training.distributed import World
-from training.features import Outputs, Progress, run_network
-from training.judge.confusion import Accuracy, Counts, accuracy, confusion_matrix
-from training.judge.knn import knn_accuracy
+from training.evaluation.confusion import Accuracy, Counts, accuracy, confusion_matrix
+from training.evaluation.embed import OnImages, Outputs, run_network
+from training.evaluation.knn import knn_accuracy
+
+LOGGED_K = 20  # neighbours in the log of a pretraining run
 
 
 @dataclass(frozen=True)
@@ -28,16 +30,14 @@ class Labelled:
     labels_N: Tensor  # int64
 
     @classmethod
-    def of(cls, source: Source, classes: Sequence[str] = ()) -> Labelled:
+    def from_source(cls, source: Source, classes: Sequence[str] = ()) -> Labelled:
         """Number the source's classes: in alphabetical order, or as in `classes`.
 
         Raises:
             DataError: when the source has no labels, or one that is not in `classes`.
         """
         if source.labels is None:
-            raise DataError(
-                f"{source.name} has no labels: put the images of each class into a folder with the class's name."
-            )
+            raise DataError(f"{source.name} has no labels: put the images of each class into a folder named after it.")
         names = tuple(classes) or tuple(sorted(set(source.labels)))
         number = {name: position for position, name in enumerate(names)}
         if unknown := sorted(set(source.labels) - number.keys()):
@@ -47,39 +47,39 @@ class Labelled:
         return cls(source, names, torch.tensor([number[label] for label in source.labels]))
 
     def labels_of(self, outputs: Outputs) -> Tensor:
-        """Labels of the images that could be read."""
+        """Labels of the readable images, one per row of `outputs`."""
         return self.labels_N[outputs.indices_N]
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A classifier's answers to labelled images."""
+class ClassifierResult:
+    """How a classifier did on labelled images."""
 
     accuracy: Accuracy
-    matrix: Counts  # (C, C) images, a row a true class
-    unreadable: tuple[str, ...]
+    matrix: Counts  # (C, C) images, one row per true class
+    unreadable: tuple[str, ...]  # one sentence per image
 
 
 def open_labelled(data: str, val: str = "") -> tuple[Labelled, Labelled | None]:
-    """Train and validation images (`train_and_val`), the latter None where there are none.
+    """Training and validation images (`train_and_val`); the latter is None when there are none.
 
     Raises:
         DataError: without labels, or when a class of one is missing from the other.
     """
     data, val = train_and_val(data, val)
-    train = Labelled.of(open_source(data))
+    train = Labelled.from_source(open_source(data))
     if len(train.classes) < 2:
-        raise DataError(f"{data} has one class only ({train.classes[0]}): at least two are needed.")
+        raise DataError(f"{data} has only one class ({train.classes[0]}): at least two are needed.")
     if not val:
         return train, None
-    judged = Labelled.of(open_source(val), train.classes)
-    if missing := sorted(set(train.classes) - set(judged.source.labels or ())):
+    validation = Labelled.from_source(open_source(val), train.classes)
+    if missing := sorted(set(train.classes) - set(validation.source.labels or ())):
         raise DataError(f"{val} has no image of {_listed(missing)} of {data}: add some, or give another --val.")
-    return train, judged
+    return train, validation
 
 
 def train_and_val(data: str, val: str = "") -> tuple[str, str]:
-    """DATA/train and DATA/val where these folders are and `val` is not given, else both as they are."""
+    """DATA/train and DATA/val where these folders exist and `val` is not given, else both unchanged."""
     folder = Path(data)
     if val or not (folder / "train").is_dir():
         return data, val
@@ -87,30 +87,37 @@ def train_and_val(data: str, val: str = "") -> tuple[str, str]:
     return str(folder / "train"), str(folder / part) if part else ""
 
 
-def judge_by_neighbours(
+def evaluate_knn(
     model: Encoder, preprocessing: Preprocessing, train: Labelled, val: Labelled, world: World, workers: int = 0
 ) -> dict[str, float]:
     """Top-1 of the 20 nearest neighbours, in percent, for the log of a pretraining run."""
-    known, asked = (run_network(model, part.source, preprocessing, world, workers=workers) for part in (train, val))
-    found = knn_accuracy(
-        known.values_NX, train.labels_of(known), asked.values_NX, val.labels_of(asked), len(train.classes), ks=(20,)
+    reference, queries = (
+        run_network(model, part.source, preprocessing, world, workers=workers) for part in (train, val)
     )
-    return {"knn20_top1": found[20].top1}
+    accuracies = knn_accuracy(
+        reference.values_NX,
+        train.labels_of(reference),
+        queries.values_NX,
+        val.labels_of(queries),
+        len(train.classes),
+        ks=(LOGGED_K,),
+    )
+    return {f"knn{LOGGED_K}_top1": accuracies[LOGGED_K].top1}
 
 
-def judge_classifier(
+def evaluate_classifier(
     model: Encoder,
     preprocessing: Preprocessing,
     images: Labelled,
     world: World,
     workers: int = 0,
-    progress: Progress = lambda _: None,
-) -> Judged:
-    """Accuracy and confusion matrix."""
+    progress: OnImages = lambda _: None,
+) -> ClassifierResult:
+    """Accuracy and confusion matrix of a network with a head."""
     outputs = run_network(model, images.source, preprocessing, world, logits=True, workers=workers, progress=progress)
     labels_M = images.labels_of(outputs)
     matrix = confusion_matrix(labels_M, outputs.values_NX.argmax(dim=1), len(images.classes))
-    return Judged(accuracy(outputs.values_NX, labels_M), matrix, outputs.unreadable)
+    return ClassifierResult(accuracy(outputs.values_NX, labels_M), matrix, outputs.unreadable)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -1,20 +1,19 @@
-"""A run's folder. Only the first process writes to it, but for the names of unreadable images and bad batches.
+"""A run's folder. Only the first process writes to it, except to unreadable.txt and nonfinite/.
 
 RUN/config.json          the resolved configuration, data and command
-RUN/metrics.jsonl        one line every `log_every` steps, and one for each judgement
+RUN/metrics.jsonl        one line every `log_every` steps, and one per evaluation
 RUN/events.out.tfevents* the same for TensorBoard
-RUN/unreadable.txt       images that could not be read, with the reason
-RUN/checkpoints/         step-N.safetensors (weights) and step-N.state.pt (all else that --resume needs)
+RUN/unreadable.txt       unreadable images, with the reason
+RUN/checkpoints/         step-N.safetensors (weights) and step-N.state.pt (everything else that --resume needs)
 RUN/samples/             pictures of reconstructions
-RUN/nonfinite/           what led to a loss that is not finite (replay.py)
-RUN/final.safetensors
+RUN/nonfinite/           the step that gave a non-finite gradient (replay.py)
+RUN/final.safetensors    the weights after the last epoch
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import pickle
 import shutil
@@ -23,17 +22,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
 from mixmim_serve.description import Description
-from mixmim_serve.errors import CheckpointError, ConfigError
+from mixmim_serve.errors import CheckpointError, ConfigError, InUseError
 from mixmim_serve.files import atomic_path
+from mixmim_serve.locks import LOCK, lock_folder
 from mixmim_serve.model.checkpoint import read_checkpoint, save_checkpoint
 from training.config import RunConfig
 
-MAY_CHANGE = {"workers", "max_unreadable", "save_steps", "keep_last", "keep_every"}  # without changing a number
-MAY_HELP = {"base_lr", "bf16", "compile"}  # a run that cannot go on as it was; written down when they are changed
+MAY_CHANGE = {"workers", "max_unreadable", "save_steps", "keep_last", "keep_every"}  # these change no number
+MAY_HELP = {"base_lr", "bf16", "compile"}  # to rescue a run; changes are recorded in config.json
 
 
 class RunFolder:
@@ -43,44 +44,42 @@ class RunFolder:
         self.path = path
         self.final = path / "final.safetensors"
         self.checkpoints = path / "checkpoints"
-        self.unreadable: dict[str, None] = {}  # ordered and without doubles
-        self.changing: dict[str, list[Any]] = {}  # of MAY_HELP: name: [before, now]
+        self.unreadable: dict[str, None] = {}  # an ordered set
+        self.pending: dict[str, list[Any]] = {}  # changed fields of MAY_HELP: {name: [before, now]}
         self.changes: list[dict[str, Any]] = []  # {"step": step, name: [before, now]}
 
-    def create(self, config: RunConfig, about: Mapping[str, Any], overwrite: bool = False) -> None:
-        """An empty run with its configuration.
+    def create(self, config: RunConfig, metadata: Mapping[str, Any], overwrite: bool = False) -> None:
+        """Start an empty run with its configuration.
 
         Raises:
-            ConfigError: when the folder holds something and is not to be overwritten, or holds what is no run.
+            ConfigError: when the folder is not empty, unless it holds a run and `overwrite` is set.
         """
-        if self.path.exists() and any(each.name != ".lock" for each in self.path.iterdir()):
+        if self.path.exists() and any(path.name != LOCK for path in self.path.iterdir()):
             if not overwrite:
                 raise ConfigError(
-                    f"{self.path} is not empty: choose another folder for --out, go on with --resume, or replace the "
-                    "run with --overwrite; nothing was changed."
+                    f"{self.path} is not empty: choose another folder for --out, continue the run with --resume, or "
+                    "replace it with --overwrite; nothing was changed."
                 )
             if not (self.path / "config.json").is_file():
-                raise ConfigError(
-                    f"{self.path} holds other files than a run (no config.json): nothing was overwritten."
-                )
-            for each in self.path.iterdir():
-                if each.is_dir():
-                    shutil.rmtree(each)
-                elif each.name != ".lock":
-                    each.unlink()
+                raise ConfigError(f"{self.path} is not a run folder (no config.json): nothing was overwritten.")
+            for path in self.path.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != LOCK:
+                    path.unlink()
         self.checkpoints.mkdir(parents=True)
-        self.describe(config, about)
+        self.write_config(config, metadata)
 
-    def describe(self, config: RunConfig, about: Mapping[str, Any]) -> None:
+    def write_config(self, config: RunConfig, metadata: Mapping[str, Any]) -> None:
         """Write config.json."""
         with atomic_path(self.path / "config.json") as path:
-            path.write_text(as_json(config, about) + "\n")
+            path.write_text(as_json(config, metadata) + "\n")
 
-    def check(self, config: RunConfig, about: Mapping[str, Any]) -> None:
-        """Compare with what the run was started with, before it is resumed; for what may differ, see `change`.
+    def check(self, config: RunConfig, metadata: Mapping[str, Any]) -> None:
+        """Compare with the configuration of the run to resume; `record_changes` then records allowed differences.
 
         Raises:
-            ConfigError: when there is no run, or naming what differs.
+            ConfigError: when there is no run, or naming the fields that must not differ.
         """
         path = self.path / "config.json"
         if not path.is_file():
@@ -88,7 +87,7 @@ class RunFolder:
         saved = json.loads(path.read_text())
         before, now = (
             values.get("config", {}) | {"task": values.get("task"), "start": values.get("start")}
-            for values in (saved, json.loads(as_json(config, about)))
+            for values in (saved, json.loads(as_json(config, metadata)))
         )
         differing = {
             name: [before.get(name), value]
@@ -97,40 +96,39 @@ class RunFolder:
         }
         if not differing.keys() <= MAY_HELP:
             listed = ", ".join(f"{name} {old} (now {new})" for name, (old, new) in differing.items())
-            raise ConfigError(f"{self.path} was started with {listed}: resume it with the options of its start.")
+            raise ConfigError(f"{self.path} was started with {listed}: resume it with its original options.")
         self.changes = saved.get("changes", [])
-        self.changing = differing
+        self.pending = differing
 
-    def change(self, step: int) -> str:
-        """Add what `check` found to `changes`, as of `step`; returns it in words."""
-        if self.changing:
-            self.changes.append({"step": step, **self.changing})
-        return ", ".join(f"{name} {new} (was {old})" for name, (old, new) in self.changing.items())
+    def record_changes(self, step: int) -> str:
+        """Add the differences that `check` found to `changes`, as of `step`; returns them in words."""
+        if self.pending:
+            self.changes.append({"step": step, **self.pending})
+        return ", ".join(f"{name} {new} (was {old})" for name, (old, new) in self.pending.items())
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder for this process, until it ends in whatever way.
+        """Lock the folder for this process; the lock ends with the process, however it ends.
 
         Raises:
-            ConfigError: when another process holds it.
+            ConfigError: when another process holds the lock.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise ConfigError(
-                    f"{self.path} is in use by another run: wait for it, or choose another --out."
-                ) from error
+        try:
+            lock = lock_folder(self.path)
+        except InUseError as error:
+            raise ConfigError(f"{self.path} is in use by another run: wait for it, or choose another --out.") from error
+        try:
             yield
+        finally:
+            lock.release()
 
     def append(self, values: Mapping[str, Any]) -> None:
-        """A line of metrics.jsonl."""
+        """Append a line to metrics.jsonl."""
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(values) + "\n")
 
     def note_unreadable(self, reasons: tuple[str, ...]) -> None:
-        """Keep each unreadable image once."""
+        """Append new unreadable images to unreadable.txt, each once."""
         new = [reason for reason in dict.fromkeys(reasons) if reason not in self.unreadable]
         self.unreadable.update(dict.fromkeys(new))
         if new:
@@ -138,10 +136,10 @@ class RunFolder:
                 file.writelines(f"{reason}\n" for reason in new)
 
     def save(self, step: int, weights: Mapping[str, Tensor], description: Description, state: dict[str, Any]) -> None:
-        """A checkpoint: it counts once its state, written last, is whole.
+        """Write a checkpoint; it counts once its state, written last, exists.
 
         Raises:
-            CheckpointError: when it could not be written; the ones before stay.
+            CheckpointError: when it cannot be written; earlier ones are kept.
         """
         stem = self.checkpoints / f"step-{step:08d}"
         with writing(stem):
@@ -149,8 +147,13 @@ class RunFolder:
             with atomic_path(stem.with_suffix(".state.pt")) as temporary:
                 torch.save(state, temporary)
 
+    def save_picture(self, name: str, epochs: int, picture: Image.Image) -> None:
+        """Write samples/NAME-epoch-NNNN.png."""
+        with atomic_path(self.path / "samples" / f"{name}-epoch-{epochs:04d}.png") as temporary:
+            picture.save(temporary, "PNG")
+
     def prune(self, config: RunConfig, epoch: int) -> None:
-        """Delete checkpoints but for the last few and those of every so many whole epochs, `epoch` steps each."""
+        """Delete all checkpoints except the last few and every `keep_every` epochs of `epoch` steps each."""
         for step in self.steps()[: -config.keep_last]:
             if step % (config.keep_every * epoch):
                 stem = self.checkpoints / f"step-{step:08d}"
@@ -158,11 +161,11 @@ class RunFolder:
                 stem.with_suffix(".safetensors").unlink()
 
     def steps(self) -> list[int]:
-        """Steps of the whole checkpoints, oldest first."""
+        """Steps of the complete checkpoints, oldest first."""
         return sorted(int(path.name[5:13]) for path in self.checkpoints.glob("step-????????.state.pt"))
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Weights and state of the last checkpoint, or None where none was saved yet.
+        """Weights and state of the last checkpoint, or None before the first.
 
         Raises:
             CheckpointError: when it is damaged.
@@ -175,11 +178,11 @@ class RunFolder:
             state: dict[str, Any] = torch.load(stem.with_suffix(".state.pt"), map_location="cpu", weights_only=True)
             return read_checkpoint(stem.with_suffix(".safetensors"))[1], state
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, CheckpointError) as error:
-            advice = "delete its two files to go on from the one before" if len(steps) > 1 else "start the run anew"
+            advice = "delete its two files to resume from the one before" if len(steps) > 1 else "start the run again"
             raise CheckpointError(f"the checkpoint {stem} is damaged: {advice}.") from error
 
     def rewind(self, step: int) -> None:
-        """Drop what was logged after `step`, and a line that was cut while it was written: it will come again."""
+        """Drop log lines after `step`, and a truncated last line: the resumed run writes them again."""
         path = self.path / "metrics.jsonl"
         kept = []
         for line in path.read_text().splitlines() if path.exists() else ():
@@ -196,22 +199,22 @@ class RunFolder:
             self.unreadable = dict.fromkeys(unreadable.read_text().splitlines())
 
 
-def as_json(config: RunConfig, about: Mapping[str, Any]) -> str:
-    """What config.json holds."""
-    return json.dumps({"config": dataclasses.asdict(config), **about}, indent=2)
+def as_json(config: RunConfig, metadata: Mapping[str, Any]) -> str:
+    """The content of config.json."""
+    return json.dumps({"config": dataclasses.asdict(config), **metadata}, indent=2)
 
 
 @contextlib.contextmanager
 def writing(stem: Path) -> Iterator[None]:
-    """Turn a failure to write, such as a full disk, into one sentence.
+    """Turn a write error, such as a full disk, into one sentence.
 
     Raises:
-        CheckpointError: naming the reason.
+        CheckpointError: with the reason.
     """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have errors of their own
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise CheckpointError(
-            f"could not write {stem}: {reason}; the checkpoints before it are whole: make room and go on with --resume."
+            f"could not write {stem}: {reason}; earlier checkpoints are intact: free some space, then use --resume."
         ) from error

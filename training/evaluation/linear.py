@@ -1,13 +1,13 @@
-"""A linear probe: one linear layer on frozen embeddings, its learning rate chosen on held-out train images.
+"""A linear probe: one linear layer on frozen embeddings; held-out training images choose its learning rate.
 
 From MAE (arXiv 2111.06377, appendix A.1): channels standardised as by a BatchNorm without scale and shift, no weight
 decay. From DINOv2 (official eval/linear.py): SGD with momentum 0.9, a cosine schedule, and a head for each of many
-learning rates, all trained at the same time. Ours: statistics of the whole train set instead of a batch's, heads that
-start at zero (the problem is convex), no augmentation, no warm-up, and a rate that is chosen without the reported
+learning rates, all trained at the same time. Ours: statistics of the whole training set instead of a batch's, heads
+that start at zero (the problem is convex), no augmentation, no warm-up, and a learning rate chosen without the reported
 images, where DINOv2 by default chooses on them.
 
 Shape suffixes:
-    N train images   M images   D channels of an embedding   C classes   H heads, one a learning rate   B batch
+    N training images   M images   D channels of an embedding   C classes   H heads, one per learning rate   B batch
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixmim_serve.errors import ConfigError, DataError
-from training.judge.confusion import accuracy_of_ranks, check_labels, rank_of_truth
+from training.evaluation.confusion import accuracy_of_ranks, check_labels, rank_of_truth
 
 MOMENTUM = 0.9
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
@@ -34,8 +34,8 @@ class ProbeConfig:
     epochs: int = 90
     batch_size: int = 256
     lrs: tuple[float, ...] = LEARNING_RATES  # ascending; for a batch of 256, scaled linearly with the batch
-    heldout: float = 0.1  # share of each class's train images that chooses among the rates
-    seed: int = 0  # of the held-out images and of the order of the others
+    heldout: float = 0.1  # share of each class's training images that chooses among the learning rates
+    seed: int = 0  # draws the held-out images and the order of the others
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 1:
@@ -43,17 +43,17 @@ class ProbeConfig:
         if not self.lrs or self.lrs[0] <= 0 or list(self.lrs) != sorted(set(self.lrs)):
             raise ConfigError(f"lrs must be positive and ascending, got {self.lrs}.")
         if not 0 < self.heldout < 1:
-            raise ConfigError(f"heldout is a share between 0 and 1, got {self.heldout}.")
+            raise ConfigError(f"heldout must be a share between 0 and 1, got {self.heldout}.")
 
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """An ordinary linear layer on raw embeddings, and how its learning rate was found."""
+    """An ordinary linear layer on raw embeddings, and how its learning rate was chosen."""
 
     weight_CD: Tensor
     bias_C: Tensor
     lr: float
-    sweep: tuple[tuple[float, float], ...]  # (rate, top-1 in percent on the held-out images)
+    sweep: tuple[tuple[float, float], ...]  # (learning rate, top-1 in percent on the held-out images)
 
     def scores(self, features_MD: Tensor) -> Tensor:
         """Raw embeddings (M, D) to logits (M, C)."""
@@ -61,7 +61,7 @@ class LinearProbe:
 
     @property
     def warning(self) -> str | None:
-        """What to do when the best rate stands at an end of the sweep, so that a better one may lie beyond."""
+        """Advice when the best learning rate is at an end of the sweep, so that a better one may lie outside it."""
         if len(self.sweep) == 1 or self.lr not in (self.sweep[0][0], self.sweep[-1][0]):
             return None
         end, side = ("lowest", "lower") if self.lr == self.sweep[0][0] else ("highest", "higher")
@@ -86,13 +86,13 @@ def linear_probe(
 ) -> LinearProbe:
     """Train a probe on raw embeddings and int64 labels that count from 0.
 
-    A seeded share of each class's images is held out. One head for each rate is trained on the others; the rate whose
-    head is best on the held-out ones is then used once more, on all train images. The images to report on are not
-    needed here, so they cannot choose. Equal inputs give, on a CPU, equal bits.
+    A seeded share of each class's images is held out. One head per learning rate is trained on the others; the rate
+    whose head is best on the held-out images then trains the probe on all training images. The reported images are not
+    an input, so they cannot influence the choice. On a CPU equal inputs give equal bits.
 
     Raises:
-        DataError: without images, for labels that do not fit, for embeddings that are not finite, or when no class has
-            two images, so that none can be held out.
+        DataError: when there are no images, labels do not fit, embeddings are not finite, or no class has two images,
+            so that none can be held out.
     """
     config = config or ProbeConfig()
     check_labels(train_labels_N, len(train_ND), classes)
@@ -105,7 +105,7 @@ def linear_probe(
 
 
 def split_by_class(labels_N: Tensor, config: ProbeConfig) -> tuple[Tensor, Tensor]:
-    """Rows to train on and rows to hold out: of each class the share, rounded, but one at least and never all.
+    """Rows to train on and rows to hold out: the share of each class, rounded, at least one image and never all.
 
     Raises:
         DataError: when no class has two images.
@@ -115,7 +115,7 @@ def split_by_class(labels_N: Tensor, config: ProbeConfig) -> tuple[Tensor, Tenso
     rows_by_class = torch.split(shuffled[labels.argsort(stable=True)], labels.bincount().tolist())
     counts = [min(max(1, round(len(rows) * config.heldout)), max(0, len(rows) - 1)) for rows in rows_by_class]
     if not any(counts):
-        raise DataError("no class has two train images, so none can be held out to choose the learning rate.")
+        raise DataError("no class has two training images, so none can be held out to choose the learning rate.")
     heldout = [rows[:count] for rows, count in zip(rows_by_class, counts, strict=True)]
     kept = [rows[count:] for rows, count in zip(rows_by_class, counts, strict=True)]
     return torch.cat(kept).to(labels_N.device), torch.cat(heldout).to(labels_N.device)
@@ -124,7 +124,7 @@ def split_by_class(labels_N: Tensor, config: ProbeConfig) -> tuple[Tensor, Tenso
 def train_heads(
     features_ND: Tensor, labels_N: Tensor, classes: int, lrs: tuple[float, ...], config: ProbeConfig
 ) -> Heads:
-    """One head for each rate, all on the same batches: a step is two matrix products, however many rates there are."""
+    """One head per learning rate, all on the same batches: a step is two matrix products for any number of heads."""
     mean_D, scale_D = standardisation(features_ND)
     scale = min(config.batch_size, len(features_ND)) / 256
     rate_H11 = torch.tensor(lrs, device=features_ND.device).view(-1, 1, 1) * scale
@@ -134,7 +134,7 @@ def train_heads(
     generator = torch.Generator().manual_seed(config.seed)
     for epoch in range(config.epochs):
         order = torch.randperm(len(features_ND), generator=generator).to(features_ND.device)
-        for index, rows in enumerate(order.tensor_split(batches)):  # of nearly equal size: no noisy remainder
+        for index, rows in enumerate(order.tensor_split(batches)):  # of nearly equal size: no small, noisy last batch
             x_BD = F.pad((features_ND[rows].float() - mean_D) * scale_D, (0, 1), value=1.0)
             velocity_HCD.mul_(MOMENTUM).add_(gradient(weight_HCD, x_BD, labels_N[rows]))
             cosine = 0.5 * (1 + math.cos(math.pi * (epoch + index / batches) / config.epochs))
@@ -143,14 +143,14 @@ def train_heads(
 
 
 def gradient(weight_HCD: Tensor, x_BD: Tensor, labels_B: Tensor) -> Tensor:
-    """Each head's gradient of its mean cross-entropy, by hand: softmax minus the truth, times the input."""
+    """Each head's gradient of its mean cross-entropy in closed form: softmax minus one-hot label, times the input."""
     error_BHC = (x_BD @ weight_HCD.flatten(0, 1).T).view(len(x_BD), *weight_HCD.shape[:2]).softmax(dim=-1)
     error_BHC[torch.arange(len(x_BD), device=x_BD.device), :, labels_B] -= 1
     return (error_BHC.flatten(1).T @ x_BD).view_as(weight_HCD) / len(x_BD)
 
 
 def standardisation(features_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean of each channel, and one over its deviation; 0 for a channel that does not vary, which thus gets no weight.
+    """Mean of each channel and 1 / its standard deviation, or 0 for a constant channel, which then gets no weight.
 
     Raises:
         DataError: for embeddings that are not finite.
@@ -158,7 +158,7 @@ def standardisation(features_ND: Tensor) -> tuple[Tensor, Tensor]:
     std_D, mean_D = torch.std_mean(features_ND.float(), dim=0, correction=0)
     if not std_D.isfinite().all():
         raise DataError("some embeddings are not finite: compute them in float32.")
-    varies_D = std_D > 1e-6 * mean_D.abs()  # below, it is float32's rounding
+    varies_D = std_D > 1e-6 * mean_D.abs()  # below, the deviation is float32 rounding
     return mean_D, torch.where(varies_D, 1 / std_D, 0.0)
 
 
@@ -170,13 +170,13 @@ def fold(weight_HCD: Tensor, mean_D: Tensor, scale_D: Tensor) -> Heads:
 
 
 def top1_of_heads(heads: Heads, features_MD: Tensor, labels_M: Tensor) -> tuple[float, ...]:
-    """Percent of the images that each head names."""
+    """Top-1 of each head, in percent."""
     blocks = zip(torch.split(features_MD, ROWS), torch.split(labels_M, ROWS), strict=True)
     ranks_MH = torch.cat([rank_of_truth(heads.scores(features), labels[:, None]) for features, labels in blocks])
     return tuple(accuracy_of_ranks(ranks_M).top1 for ranks_M in ranks_MH.unbind(1))
 
 
 def choose(top1: tuple[float, ...]) -> int:
-    """Position of the best; of equal ones the nearest to the middle, where worse ones stand on both sides."""
+    """Position of the best; of equal ones the nearest to the middle, with worse ones on both sides."""
     best = [index for index, value in enumerate(top1) if value == max(top1)]
     return min(best, key=lambda index: abs(2 * index - (len(top1) - 1)))

@@ -15,8 +15,8 @@ from serving import HAT, JPEG, PATIENCE, SHOES, Around, Gate, TestClient, app_of
 
 from mixmim_serve.engines import Engine
 from mixmim_serve.errors import ConfigError
-from mixmim_serve.service.access_log import JsonFormatter
 from mixmim_serve.service.app import create_app
+from mixmim_serve.service.metrics import JsonFormatter
 from mixmim_serve.service.settings import Settings, from_assignments, from_environment
 
 KEY, OTHER_KEY = "correct-horse-battery", "staple-staple-staple"
@@ -82,7 +82,7 @@ def test_without_a_key_only_probes_answer(engine: Engine, keys: Path, header: di
 
 
 def test_a_changed_file_of_keys_is_taken_up(engine: Engine, keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mixmim_serve.service.keys.LOOK_AGAIN", 0.0)
+    monkeypatch.setattr("mixmim_serve.service.auth.RELOAD_SECONDS", 0.0)
     with client_of(engine, api_keys=str(keys)) as client:
 
         def status(key: str) -> int:
@@ -180,8 +180,8 @@ def test_a_client_that_leaves_never_reaches_the_engine(engine: Engine) -> None:
     assert stayed[0]["status"] == 200
     assert left == []
     assert len(around.ran) == 1
-    assert (runtime.admission.images, runtime.admission.bytes) == (0, 0)
-    assert b'mixmim_failures_total{reason="client_left"} 1.0' in app.state.metrics.text()
+    assert (app.state.admission.images, app.state.admission.bytes) == (0, 0)
+    assert b'mixmim_failures_total{reason="client_left"} 1.0' in app.state.metrics.exposition()
     runtime.close()
 
 
@@ -194,7 +194,7 @@ def test_retry_after_comes_from_the_drain_rate(engine: Engine) -> None:
     with client_of(around, max_waiting=8) as client, ThreadPoolExecutor(1) as other:
         for _ in range(5):
             client.post("/embed", files=files(*[HAT] * 8))
-        admission = client.app.state.runtime.admission
+        admission = client.app.state.admission
         around.before = gate
         job = other.submit(client.post, "/embed", files=files(*[HAT] * 8))
         assert gate.reached.wait(PATIENCE)
@@ -315,6 +315,13 @@ def test_the_document_and_a_page_to_try_it(client: TestClient) -> None:
     assert refusal(client.get("/docs/other.js"))[0] == 404
 
 
+def test_the_root_leads_to_the_page(engine: Engine, client: TestClient, keys: Path) -> None:
+    response = client.get("/", follow_redirects=False)
+    assert (response.status_code, response.headers["location"]) == (307, "/docs")
+    with client_of(engine, api_keys=str(keys)) as guarded:
+        assert "swagger" in guarded.get("/").text
+
+
 def test_other_origins_are_let_in_only_when_asked_for(engine: Engine, client: TestClient) -> None:
     origin = {"origin": "https://shop.example"}
     assert "access-control-allow-origin" not in client.post("/embed", files=files(HAT), headers=origin).headers
@@ -337,10 +344,11 @@ def test_settings_from_the_command_line() -> None:
     ("assignment", "sentence"),
     [
         ("max_item=3", "max_items"),
-        ("max_items", "write KEY=VALUE"),
+        ("max_items", "must be KEY=VALUE"),
         ("max_items=few", "must be a whole number"),
         ("max_items=0", "must be 1 or more"),
-        ("body_seconds=inf", "number of seconds above 0"),
+        ("body_seconds=inf", "must be a number"),
+        ("body_seconds=0", "number of seconds above 0"),
         ("log_format=xml", "text or json"),
     ],
 )
@@ -352,7 +360,7 @@ def test_settings_that_cannot_be(assignment: str, sentence: str) -> None:
 def test_settings_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MIXMIM_SERVICE", Settings(max_items=7, cors=("a",)).to_json())
     assert from_environment() == Settings(max_items=7, cors=("a",))
-    for text in ("{", "[]", '{"max_itemz": 3}', '{"max_items": "x"}'):
+    for text in ("{", "[]", '{"max_itemz": 3}', '{"max_items": "x"}', '{"body_seconds": Infinity}'):
         monkeypatch.setenv("MIXMIM_SERVICE", text)
         with pytest.raises(ConfigError):
             from_environment()

@@ -1,0 +1,93 @@
+"""API keys: from a file that may change while the server runs, and from the environment."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import os
+import time
+from pathlib import Path
+
+from starlette.datastructures import Headers
+
+from mixmim_serve.errors import ConfigError
+from mixmim_serve.service.errors import RequestError
+
+VARIABLE = "MIXMIM_API_KEYS"  # keys between commas
+RELOAD_SECONDS = 1.0  # between looks at the file
+MIN_LENGTH = 16  # characters of a key
+
+log = logging.getLogger(__name__)
+
+
+class ApiKeys:
+    """The keys that authenticate a request; with none configured, every request passes.
+
+    Raises:
+        ConfigError: when the file cannot be read, or a key is too short to be a secret.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path) if path else None
+        self._from_environment = _digests(os.environ.get(VARIABLE, "").split(","), VARIABLE)
+        self._from_file: frozenset[bytes] = frozenset()
+        self._stamp: tuple[int, int, int] | None = None  # of the file that was read
+        self._checked = -float("inf")
+        if self.path:
+            self._read(self.path)
+
+    @property
+    def required(self) -> bool:
+        """Whether a request needs a key; an empty file lets nobody in."""
+        return bool(self.path or self._from_environment)
+
+    def check(self, headers: Headers) -> None:
+        """Accept a request that carries a key, as `Authorization: Bearer KEY` or `X-Api-Key: KEY`.
+
+        Raises:
+            RequestError: 401.
+        """
+        if not self.required:
+            return
+        self._reload()
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+        digest = hashlib.sha256(given.encode()).digest()
+        # Every key is compared, so that the time says nothing of which one, or how much of it, was right.
+        matches = [hmac.compare_digest(digest, key) for key in self._from_environment | self._from_file]
+        if not any(matches):
+            reason = "unknown API key" if given else "an API key is needed"
+            message = f"{reason}: send a valid one as Authorization: Bearer KEY."
+            raise RequestError(401, "invalid_api_key", message, headers={"WWW-Authenticate": "Bearer"})
+
+    def _reload(self) -> None:
+        """Read a changed file; one that cannot be read leaves the keys as they were."""
+        if self.path is None or time.monotonic() - self._checked < RELOAD_SECONDS:
+            return
+        try:
+            self._read(self.path)
+        except ConfigError as error:
+            log.error("%s The keys stay as they were.", error)
+
+    def _read(self, path: Path) -> None:
+        self._checked = time.monotonic()
+        try:
+            stat = path.stat()
+            stamp = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+            if stamp == self._stamp:
+                return
+            lines = path.read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not a text file"
+            raise ConfigError(f"cannot read the API keys in {path} ({reason}): write one key per line.") from error
+        self._from_file = _digests([line for line in lines if not line.lstrip().startswith("#")], str(path))
+        self._stamp = stamp
+
+
+def _digests(keys: list[str], source: str) -> frozenset[bytes]:
+    """SHA-256 of each key: comparisons take the same time for every length, and no key stays in memory."""
+    stripped = [key.strip() for key in keys if key.strip()]
+    if any(len(key) < MIN_LENGTH for key in stripped):
+        raise ConfigError(f"{source} has an API key of fewer than {MIN_LENGTH} characters: use a longer one.")
+    return frozenset(hashlib.sha256(key.encode()).digest() for key in stripped)

@@ -1,0 +1,116 @@
+"""The OpenAPI document. Bodies and answers are written by hand: routes read bodies themselves.
+
+A committed copy (docs/openapi.json) shows every change in review; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+from mixmim_serve.service.openapi import images, jobs, openai
+from mixmim_serve.service.openapi.parts import (
+    ERRORS,
+    IDENTITY_SCHEMA,
+    INTEGER,
+    STRING,
+    error_response,
+    get_operation,
+    object_schema,
+    ref,
+)
+from mixmim_serve.service.options import Json
+from mixmim_serve.service.request import Endpoint
+from mixmim_serve.version import __version__
+
+PLAIN: Json = {"type": "string"}
+OPERATIONS: dict[tuple[str, str], Callable[[Sequence[Json]], Json]] = {
+    ("POST", "/embed"): images.embed,
+    ("POST", "/classify"): images.classify,
+    ("POST", "/features"): images.features,
+    ("POST", "/score"): images.score,
+    ("POST", "/reconstruct"): images.reconstruct,
+    ("POST", "/embed/stream"): images.embed_stream,
+    ("POST", "/v1/embeddings"): openai.embeddings,
+    ("GET", "/v1/models"): openai.models,
+    ("GET", "/v1/models/{name}"): openai.model,
+    ("POST", "/jobs"): jobs.create,
+    ("GET", "/jobs"): jobs.show,
+    ("DELETE", "/jobs"): jobs.remove,
+    ("POST", "/jobs/cancel"): jobs.cancel,
+    ("POST", "/jobs/resume"): jobs.resume,
+    ("GET", "/jobs/file"): jobs.file,
+    ("GET", "/model"): lambda _: get_operation(
+        "What is served: network, preprocessing, labels, engine, fingerprint", ref("Model")
+    ),
+    ("GET", "/livez"): lambda _: _plain("Whether the process lives"),
+    ("GET", "/healthz"): lambda _: _plain("The same as /livez"),
+    ("GET", "/readyz"): lambda _: _plain("Whether a known photo gets the right answer", errors=(503,)),
+    ("GET", "/metrics"): lambda _: _plain("For Prometheus"),
+    ("GET", "/openapi.json"): lambda _: get_operation("This document", {"type": "object"}, errors=()),
+    ("GET", "/docs"): lambda _: _plain("A page to try it", media="text/html"),
+}
+
+
+@functools.cache
+def document(endpoints: tuple[Endpoint, ...]) -> Json:
+    """The document of a route table.
+
+    Raises:
+        KeyError: for a documented endpoint that has no operation here.
+    """
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "mixmim-serve",
+            "version": __version__,
+            "description": "Embeddings, classes, features, scores and reconstructions of images by a MixMIM backbone.",
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
+        "paths": _paths(endpoints),
+        "components": {
+            "schemas": _schemas(),
+            "responses": {str(status): error_response(text) for status, text in ERRORS.items()},
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "header": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
+            },
+        },
+        "security": [{}, {"bearer": []}, {"header": []}],
+    }
+
+
+def _paths(endpoints: Sequence[Endpoint]) -> Json:
+    paths: Json = {}
+    for endpoint in endpoints:
+        if endpoint.is_documented:
+            path = endpoint.path.replace(":path}", "}")
+            parameters = [option.parameter() for option in endpoint.options or ()]
+            paths.setdefault(path, {})[endpoint.method.lower()] = OPERATIONS[endpoint.method, path](parameters)
+    return paths
+
+
+def _plain(summary: str, *, media: str = "text/plain", errors: tuple[int, ...] = ()) -> Json:
+    return get_operation(summary, PLAIN, media=media, errors=errors)
+
+
+def _schemas() -> Json:
+    return (
+        images.answer_schemas()
+        | images.body_schemas()
+        | openai.request_schema()
+        | openai.answer_schemas()
+        | jobs.schemas()
+        | {
+            "Model": object_schema({**IDENTITY_SCHEMA, "embedding_size": INTEGER, "outputs": {"type": "object"}}),
+            "Error": object_schema(
+                {
+                    "message": STRING,
+                    "type": STRING,
+                    "code": STRING,
+                    "param": {"type": ["string", "null"], "examples": ["input[3]"]},
+                }
+            ),
+            "Refusal": object_schema({"error": ref("Error")}),
+        }
+    )

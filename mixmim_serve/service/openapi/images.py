@@ -1,0 +1,129 @@
+"""Image routes in the OpenAPI document."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from mixmim_serve.bundle import STAGE_OUTPUTS
+from mixmim_serve.service.openapi.parts import (
+    BINARY,
+    CLOSED,
+    IDENTITY,
+    IDENTITY_SCHEMA,
+    INTEGER,
+    NUMBERS,
+    PHOTO,
+    STRING,
+    image_operation,
+    object_schema,
+    ref,
+)
+from mixmim_serve.service.options import Json
+from mixmim_serve.service.settings import Settings
+
+BASE64 = r"^(data:[A-Za-z0-9/+.=-]*;base64,)?([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$"
+IMAGE: Json = {"type": "string", "description": "A data URI, or base64 alone.", "pattern": BASE64, "examples": [PHOTO]}
+IMAGES: Json = {"type": "array", "items": IMAGE, "minItems": 1, "maxItems": Settings().max_items}
+
+
+def embed(parameters: Sequence[Json]) -> Json:
+    """POST /embed."""
+    example = {"embedding": [0.12, -0.5]}
+    return _operation("Embed images", "Embedding", parameters, example, ("x-npy", "x-npz", "x-safetensors"))
+
+
+def classify(parameters: Sequence[Json]) -> Json:
+    """POST /classify."""
+    example = {"classes": [{"index": 3, "label": "hat", "probability": 0.91}]}
+    return _operation("Classify images", "Classes", parameters, example, ("x-npy", "x-npz", "x-safetensors"))
+
+
+def features(parameters: Sequence[Json]) -> Json:
+    """POST /features."""
+    summary, example = "Dense features of the encoder's stages", {"stage4": [[[0.1, 0.2]]]}
+    return _operation(summary, "Features", parameters, example, ("x-npy", "x-npz", "x-safetensors"))
+
+
+def score(parameters: Sequence[Json]) -> Json:
+    """POST /score."""
+    summary, example = "How unlike its training data an image is", {"score": 0.31}
+    return _operation(summary, "Score", parameters, example, ("x-npz", "x-safetensors"))
+
+
+def reconstruct(parameters: Sequence[Json]) -> Json:
+    """POST /reconstruct."""
+    kinds = ("image/png", "application/x-npz", "application/x-safetensors")
+    answer = {"description": "A panel, or the arrays.", "content": {media: {"schema": BINARY} for media in kinds}}
+    body: Json = {
+        "multipart/form-data": {"schema": ref("FormOfTwo")},
+        "application/json": {"schema": ref("InputOfTwo"), "example": {"input": [PHOTO, PHOTO]}},
+    }
+    return image_operation("Mix two images and complete both", parameters, body, answer)
+
+
+def embed_stream(parameters: Sequence[Json]) -> Json:
+    """POST /embed/stream."""
+    line = {"index": 0, "id": "a.jpg", "status": "ok", "embedding": [0.12, -0.5]}
+    body = {
+        "application/x-ndjson": {
+            "schema": {"type": "string"},
+            "example": f'{{"input": "{PHOTO}", "id": "a.jpg"}}\n',
+        },
+        "multipart/form-data": {"schema": ref("FormOfMany")},
+    }
+    lines = {"schema": {"type": "string"}, "example": json.dumps(line) + "\n"}
+    answer = {
+        "description": "A line an image, in order, while the body is still being sent.",
+        "content": {"application/x-ndjson": lines},
+    }
+    return image_operation("Embed a stream of images", parameters, body, answer)
+
+
+def _operation(summary: str, schema: str, parameters: Sequence[Json], example: Json, binary: tuple[str, ...]) -> Json:
+    """A route with one entry per image: flat JSON for one, a list for several, or binary arrays."""
+    several = {"data": [{"index": 0, "status": "ok"} | example]} | IDENTITY
+    content: Json = {
+        "application/json": {
+            "schema": {"anyOf": [ref(schema), ref(f"{schema}List")]},
+            "examples": {"one image": {"value": example | IDENTITY}, "several images": {"value": several}},
+        }
+    }
+    content |= {f"application/{media}": {"schema": BINARY} for media in binary}
+    body = {
+        "multipart/form-data": {"schema": ref("Form")},
+        "application/json": {"schema": ref("Input"), "example": {"input": [PHOTO]}},
+        "image/*": {"schema": BINARY},
+    }
+    return image_operation(summary, parameters, body, {"description": "The answer.", "content": content})
+
+
+def answer_schemas() -> Json:
+    """The answers of the image routes: flat for one image, a list for several."""
+    guess = object_schema({"index": INTEGER, "label": STRING, "probability": {"type": "number"}})
+    flat: dict[str, Json] = {
+        "Embedding": {"embedding": NUMBERS},
+        "Classes": {"classes": {"type": "array", "items": guess}},
+        "Features": {stage: {"type": "array"} for stage in STAGE_OUTPUTS},
+        "Score": {"score": {"type": "number"}, "map": {"type": "array", "items": NUMBERS}},
+    }
+    schemas: Json = {}
+    for name, properties in flat.items():
+        schemas[name] = object_schema(properties | IDENTITY_SCHEMA, required=IDENTITY_SCHEMA)
+        one = {"index": INTEGER, "status": {"enum": ["ok", "error"]}, "error": ref("Error")} | properties
+        data = {"data": {"type": "array", "items": object_schema(one, required=("index", "status"))}}
+        schemas[f"{name}List"] = object_schema(data | IDENTITY_SCHEMA)
+    return schemas
+
+
+def body_schemas() -> Json:
+    """The bodies of the image routes."""
+    files = {"type": "array", "items": BINARY, "minItems": 1, "maxItems": Settings().max_items}
+    two = {"minItems": 2, "maxItems": 2}
+    return {
+        "Form": object_schema({"image": files}),
+        "FormOfMany": object_schema({"image": {"type": "array", "items": BINARY}}, required=()),
+        "FormOfTwo": object_schema({"image": files | two}),
+        "Input": object_schema({"input": {"oneOf": [IMAGE, IMAGES]}}) | CLOSED,
+        "InputOfTwo": object_schema({"input": IMAGES | two}) | CLOSED,
+    }

@@ -1,0 +1,163 @@
+"""Response formats: what the client accepts, and how results are written in it.
+
+JSON is for people and small results. The binary formats (npy, npz, safetensors) hold one row per image; a row of NaN is
+an image that could not be read, and `errors` says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+from safetensors.numpy import save
+from starlette.requests import Request
+from starlette.responses import Response
+
+from mixmim_serve.service.errors import RequestError, describe_error
+from mixmim_serve.service.options import DTYPE
+
+JSON = "application/json"
+MEDIA_TYPES = {
+    JSON: "json",
+    "application/x-npy": "npy",
+    "application/x-npz": "npz",
+    "application/x-safetensors": "safetensors",
+    "application/safetensors": "safetensors",
+    "image/png": "png",
+}
+CANONICAL = {kind: media for media, kind in reversed(MEDIA_TYPES.items())}  # the first media type of each kind
+FloatType = type[np.float32] | type[np.float16]
+FLOAT_TYPES: dict[str, FloatType] = {"float32": np.float32, "float16": np.float16}
+
+ImageResult = Mapping[str, Any] | RequestError  # of one image: values by name, or why there are none
+
+
+@dataclass(frozen=True)
+class ResponseFormat:
+    """The kind of a response, and the type of the floats in it."""
+
+    kind: str
+    dtype: FloatType = np.float32
+
+    @property
+    def media_type(self) -> str:
+        """The content type."""
+        return CANONICAL[self.kind]
+
+
+def negotiate(request: Request, *kinds: str) -> ResponseFormat:
+    """The format that Accept and `dtype` ask for, among the kinds that a route can write; the first is the default.
+
+    Raises:
+        RequestError: 406 when Accept names none of them, 400 for another dtype.
+    """
+    dtype = FLOAT_TYPES[DTYPE.read(request)]
+    accepted = request.headers.get("accept", "*/*").lower()
+    for entry in accepted.split(","):
+        media = entry.partition(";")[0].strip()
+        if media in ("", "*/*", f"{CANONICAL[kinds[0]].partition('/')[0]}/*"):
+            return ResponseFormat(kinds[0], dtype)
+        if MEDIA_TYPES.get(media) in kinds:
+            return ResponseFormat(MEDIA_TYPES[media], dtype)
+    available = ", ".join(CANONICAL[kind] for kind in kinds)
+    raise RequestError(406, "not_acceptable", f"cannot answer as {accepted!r}: accept {available}.")
+
+
+def write(format_: ResponseFormat, results: Sequence[ImageResult], identity: dict[str, str], *, flat: bool) -> Response:
+    """A response with one entry per image: 200 if any image is good, else 422. `flat` for an image that came alone.
+
+    Raises:
+        RequestError: the error of an image that came alone.
+    """
+    if flat and isinstance(results[0], RequestError):
+        raise results[0]
+    good = [result for result in results if not isinstance(result, RequestError)]
+    if format_.kind == "json" or not good:
+        return _write_json(format_, results, identity, flat)
+    arrays = stack(results, format_.dtype)
+    if format_.kind == "npy":
+        (array,) = arrays.values()
+        return Response(npy_bytes(array), media_type=format_.media_type)
+    errors = {
+        str(index): describe_error(result)[1]
+        for index, result in enumerate(results)
+        if isinstance(result, RequestError)
+    }
+    metadata = identity | {"errors": json_bytes(errors).decode()}
+    to_bytes = npz_bytes if format_.kind == "npz" else safetensors_bytes
+    return Response(to_bytes(arrays, metadata), media_type=format_.media_type)
+
+
+def stack(results: Sequence[ImageResult], dtype: FloatType) -> dict[str, NDArray[Any]]:
+    """Arrays of all images by name, (images, ...); NaN where an image failed."""
+    first = next(result for result in results if not isinstance(result, RequestError))
+    arrays = {}
+    for name, like in first.items():
+        array = np.full((len(results), *np.shape(like)), np.nan, dtype)
+        for row, result in enumerate(results):
+            if not isinstance(result, RequestError):
+                array[row] = result[name]
+        arrays[name] = array
+    return arrays
+
+
+def _write_json(
+    format_: ResponseFormat, results: Sequence[ImageResult], identity: dict[str, str], flat: bool
+) -> Response:
+    entries = [json_entry(result, format_.dtype) for result in results]
+    if flat:
+        del entries[0]["status"]
+        return json_response(entries[0] | identity)
+    data = [{"index": index, **entry} for index, entry in enumerate(entries)]
+    if any(entry["status"] == "ok" for entry in entries):
+        return json_response({"data": data} | identity)
+    error = RequestError(422, "no_good_image", f"none of the {len(results)} images can be used: see data.", "input")
+    return json_response({"error": describe_error(error)[1], "data": data} | identity, 422)
+
+
+def json_entry(result: ImageResult, dtype: FloatType) -> dict[str, Any]:
+    """One image in a JSON response."""
+    if isinstance(result, RequestError):
+        return {"status": "error", "error": describe_error(result)[1]}
+    return {"status": "ok"} | {name: _cast_floats(value, dtype) for name, value in result.items()}
+
+
+def _cast_floats(value: Any, dtype: FloatType) -> Any:
+    """Arrays of floats as `dtype`; anything else unchanged."""
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+        return np.ascontiguousarray(value, dtype)
+    return value
+
+
+def json_bytes(value: Any) -> bytes:
+    """JSON with arrays as lists, each number in its shortest exact form; 20 times as fast as `json`."""
+    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A JSON response."""
+    return Response(json_bytes(value), status, headers, JSON)
+
+
+def npy_bytes(array: NDArray[Any]) -> bytes:
+    """One array as a .npy file."""
+    buffer = BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def npz_bytes(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> bytes:
+    """Arrays as an .npz file, metadata as arrays of one string; uncompressed, since compression takes longer."""
+    buffer = BytesIO()
+    np.savez(buffer, **arrays, **{name: np.array(text) for name, text in metadata.items()})  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def safetensors_bytes(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> bytes:
+    """Arrays as a .safetensors file with metadata."""
+    return save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, dict(metadata))

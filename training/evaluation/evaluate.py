@@ -1,0 +1,59 @@
+"""`mixmim evaluate`: a classifier's report on labelled images, and a picture of its confusion matrix."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from mixmim_serve.errors import CheckpointError, ConfigError
+from mixmim_serve.files import atomic_path
+from mixmim_serve.sources import Source
+from training.distributed import World
+from training.evaluation.confusion import confusions, draw_confusion, per_class
+from training.evaluation.embed import OnImages
+from training.evaluation.labelled import ClassifierResult, Labelled, evaluate_classifier
+from training.start import Start
+
+
+def evaluate(
+    start: Start, source: Source, world: World, workers: int = 0, progress: OnImages = lambda _: None
+) -> ClassifierResult:
+    """Run a checkpoint's classifier on labelled images.
+
+    Raises:
+        CheckpointError: when the checkpoint has no head.
+        DataError: when the images have no labels, or some that the classifier does not know.
+    """
+    if not start.description.labels:
+        raise CheckpointError(
+            f"{start.path} has no classification head with class names: make one with mixmim finetune."
+        )
+    model = start.model().to(world.device)
+    images = Labelled.from_source(source, start.description.labels)
+    return evaluate_classifier(model, start.description.preprocessing, images, world, workers, progress)
+
+
+def write_report(out: Path, start: Start, source: Source, result: ClassifierResult) -> None:
+    """Write OUT/report.json and OUT/confusion.png.
+
+    Raises:
+        ConfigError: when OUT is a file.
+    """
+    if out.is_file():
+        raise ConfigError(f"{out} is a file: give a folder for --out.")
+    names = start.description.labels
+    report = {
+        "checkpoint": start.identity,
+        "images": source.name,
+        "accuracy": dataclasses.asdict(result.accuracy),
+        "classes": [dataclasses.asdict(row) for row in per_class(result.matrix, names)],
+        "confused": [dataclasses.asdict(pair) for pair in confusions(result.matrix, names)],
+        "confusion_matrix": result.matrix.tolist(),
+        "unreadable": list(result.unreadable),
+    }
+    with atomic_path(out / "report.json") as path:
+        path.write_text(json.dumps(report, indent=2) + "\n")
+    title = f"{result.accuracy.top1:.1f} % of {result.accuracy.images} images"
+    with atomic_path(out / "confusion.png") as path:
+        draw_confusion(result.matrix, names, title).save(path, "PNG")
