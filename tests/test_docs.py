@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import json
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 import yaml
 from conftest import REPOSITORY
+from test_layout import LAYERS
+from test_readme import README, shown
 
 from mixmim_serve.cli import app
 from mixmim_serve.errors import ImageError
@@ -176,6 +179,26 @@ def test_every_route_is_generated(hooks: ModuleType) -> None:
     assert set(re.findall(r"\]\(#([\w-]+)\)", text)) <= anchors
 
 
+ROOTS = ("", "mixmim_serve", "mixmim_serve/service", "mixmim_serve/engines", "mixmim_serve/extract", "training")
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_named_files_exist(page: str) -> None:
+    """As paths from the repository, a package, or the part of it that the section is about."""
+    text = (REPOSITORY / page).read_text()
+    named = {name for name in re.findall(r"`([\w/]+(?:\.py|/))`", text) if "NAME" not in name}
+    assert len(named) > 10
+    missing = [name for name in named if not any((REPOSITORY / root / name).exists() for root in ROOTS)]
+    assert not missing
+
+
+def test_the_layers_are_those_of_the_layout_test() -> None:
+    section = (DOCS / "architecture.md").read_text().split("## Layers\n")[1].split("\n## ")[0]
+    for number, layer in enumerate(LAYERS, start=1):
+        (line,) = re.findall(rf"^{number}\. (.*)$", section, re.MULTILINE)
+        assert {module.removeprefix("mixmim_serve.") for module in layer} <= set(names(line))
+
+
 def test_decisions_are_dated() -> None:
     headings = re.findall(r"^## (.*)$", (DOCS / "decisions.md").read_text(), re.MULTILINE)
     dates = [heading[:10] for heading in headings]
@@ -203,3 +226,22 @@ def defined(tree: ast.Module) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             found |= {alias.asname or alias.name for alias in node.names}
     return found
+
+
+def test_tutorials_show_what_the_readme_shows() -> None:
+    """The README's outputs are compared with the real ones by its own test; the same commands look the same here."""
+    known = {each.command.partition("  ")[0]: each.output for each in shown(README)}
+    repeated = 0
+    for page in sorted((DOCS / "tutorials").glob("*.md")):
+        for each in shown(page.read_text()):
+            if output := known.get(each.command.partition("  ")[0]):
+                assert each.output[: len(output)] == output, each.command
+                repeated += 1
+    assert repeated >= 3
+
+
+def test_every_extra_is_listed() -> None:
+    extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    section = (DOCS / "index.md").read_text().split("## Install\n")[1].split("\n## ")[0]
+    listed = {name for line in section.splitlines() if line.startswith("| `") for name in names(line.split("|")[1])}
+    assert listed == extras.keys() - {"test"}

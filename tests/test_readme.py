@@ -36,10 +36,10 @@ class Shown:
         return shlex.split(self.command, comments=True)
 
 
-def shown() -> list[Shown]:
-    """Every `$ command` in order; one may go on behind a backslash."""
+def shown(page: str) -> list[Shown]:
+    """Every `$ command` of a page in order; one may go on behind a backslash."""
     found: list[Shown] = []
-    for line in (line[4:] for line in README.splitlines() if line.startswith("    ")):
+    for line in (line[4:] for line in page.splitlines() if line.startswith("    ")):
         if line.startswith("$ "):
             found.append(Shown(line[2:]))
         elif found and found[-1].command.endswith("\\"):
@@ -49,7 +49,7 @@ def shown() -> list[Shown]:
     return found
 
 
-SHOWN = shown()
+SHOWN = shown(README)
 CURL = [each for each in SHOWN if each.words[0] == "curl"]
 TRAINING = ("pretrain", "probe", "finetune", "export", "evaluate")  # run by tests of their own
 LOCAL = [each for each in SHOWN if each.words[0] == "mixmim" and each.words[1] not in TRAINING]
