@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import yaml
@@ -21,7 +21,7 @@ from test_readme import README, shown
 
 from mixmim_serve.cli import app
 from mixmim_serve.errors import ImageError
-from mixmim_serve.extract.job import Job
+from mixmim_serve.extract import lead
 from mixmim_serve.service.metrics import Metrics
 from mixmim_serve.service.settings import Settings
 from training.config import AugmentConfig, FinetuneConfig, PretrainConfig
@@ -118,7 +118,7 @@ def test_server_settings() -> None:
 
 
 def test_extraction_settings() -> None:
-    parts = {field.name: field for field in dataclasses.fields(Job)}
+    parts = {field.name: field for field in dataclasses.fields(get_type_hints(lead.run)["job"])}
     expected = {}
     for name in ("options", "effort"):
         factory = parts[name].default_factory
@@ -207,20 +207,28 @@ def test_decisions_are_dated() -> None:
 
 
 def test_python_reference_names_what_exists() -> None:
-    """Without importing torch: each `::: a.b.Name` is a module, or a name that its module defines or imports."""
-    for name in re.findall(r"^::: (\S+)$", (DOCS / "reference" / "python.md").read_text(), re.MULTILINE):
-        folder = REPOSITORY / Path(*name.split("."))
-        if folder.is_dir() or folder.with_suffix(".py").is_file():
-            continue
-        parent = REPOSITORY / Path(*name.split(".")[:-1])
-        file = parent / "__init__.py" if parent.is_dir() else parent.with_suffix(".py")
-        assert name.rpartition(".")[2] in defined(ast.parse(file.read_text())), name
+    """Without importing torch: `::: a.b` is a module, or a name of one; so are the members that are picked of it."""
+    text = (DOCS / "reference" / "python.md").read_text()
+    for name, members in re.findall(r"^::: (\S+)$(?:\n    options: \{ members: \[(.*)\] \})?", text, re.MULTILINE):
+        module = source_of(name)
+        if module is None:
+            assert name.rpartition(".")[2] in defined(source_of(name.rpartition(".")[0])), name
+        elif members:
+            assert set(members.split(", ")) <= defined(module), name
 
 
-def defined(tree: ast.Module) -> set[str]:
+def source_of(module: str) -> Path | None:
+    """The file of a module or package; None for what is neither."""
+    place = REPOSITORY / Path(*module.split("."))
+    file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+    return file if file.is_file() else None
+
+
+def defined(file: Path | None) -> set[str]:
     """Names that a module defines or imports at its top."""
+    assert file is not None
     found: set[str] = set()
-    for node in tree.body:
+    for node in ast.parse(file.read_text()).body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
             found.add(node.name)
         elif isinstance(node, ast.ImportFrom):
