@@ -160,19 +160,23 @@ class Text(Option):
         return request.query_params.get(self.name, "")
 
 
-NORMALIZE = Switch("normalize", "Give each vector length 1.")
-DTYPE = Choice("dtype", "Of the numbers in the answer.", ("float32", "float16"))
-TOP = Number("top", "How many classes, at most all.", default=5, minimum=1)
-STAGES = Words("stages", f"Of {', '.join(STAGE_OUTPUTS)}; several between commas.", tuple(STAGE_OUTPUTS), "stage4")
-LAYOUT = Choice("layout", "(D, H, W), or (H * W, D).", ("map", "tokens"))
-MASKS = Number("masks", "Pairs of masks.", default=2, minimum=1, maximum=16)
-WITH_MAP = Switch("map", "Also the error of each unit of 32 pixels.")
-SEED = Number("seed", "Of the mask.", default=0, minimum=0, maximum=2**32 - 1)
-RATIO = Number[float]("ratio", "Share of units that B covers: some, and not all.", default=0.5, minimum=0, maximum=1)
+NORMALIZE = Switch("normalize", "Scale each vector to length 1.")
+DTYPE = Choice("dtype", "Type of the floats in the result.", ("float32", "float16"))
+TOP = Number("top", "Number of classes, at most all of them.", default=5, minimum=1)
+STAGES = Words(
+    "stages", f"One or more of {', '.join(STAGE_OUTPUTS)}, separated by commas.", tuple(STAGE_OUTPUTS), "stage4"
+)
+LAYOUT = Choice("layout", "Shape per image: map is (D, H, W), tokens is (H * W, D).", ("map", "tokens"))
+MASKS = Number("masks", "Number of mask pairs; each covers every unit once.", default=2, minimum=1, maximum=16)
+WITH_MAP = Switch("map", "Add the error of each unit of 32 x 32 pixels.")
+SEED = Number("seed", "Seed of the random mask.", default=0, minimum=0, maximum=2**32 - 1)
+RATIO = Number[float](
+    "ratio", "Share of units that image B covers; at least one unit, and not all.", default=0.5, minimum=0, maximum=1
+)
 
-JOB_ID = Text("id", "Of the job.", required=True)
-SHOWN_JOB_ID = Text("id", "One job, with its files; without it all jobs, the newest first.")
-JOB_STATES = Words("state", "Of a list: only jobs in these.", STATES)
-JOB_LIMIT = Number("limit", "Of a list.", default=100, minimum=1, maximum=1000)
-RETRY_FAILED = Switch("retry_failed", "Then try again what could not be read.")
-FILE_NAME = Text("name", "As the job gives it.", required=True)
+JOB_ID = Text("id", "Id of the job.", required=True)
+SHOWN_JOB_ID = Text("id", "Id of one job, shown with its files; without it all jobs, the newest first.")
+JOB_STATES = Words("state", "List only jobs in these states, separated by commas.", STATES)
+JOB_LIMIT = Number("limit", "Maximum number of jobs in the list.", default=100, minimum=1, maximum=1000)
+RETRY_FAILED = Switch("retry_failed", "Afterwards, try images that could not be read again.")
+FILE_NAME = Text("name", "Name of the file, as the job lists it.", required=True)

@@ -16,7 +16,13 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "format": {"enum": ["parquet", "npy"], "default": Options.format},
     "dtype": {"enum": list(DTYPES), "default": Options.dtype},
     "batch": {"type": "integer", "minimum": 1, "maximum": 256, "default": Options.batch},
-    "images": {"type": "integer", "minimum": 0, "maximum": 1_000_000, "default": 0, "description": "Of a shard."},
+    "images": {
+        "type": "integer",
+        "minimum": 0,
+        "maximum": 1_000_000,
+        "default": 0,
+        "description": "Images per shard; 0 chooses.",
+    },
     "fast_jpeg": {"type": "boolean", "default": False},
     MAX_FAILURES: {"type": "number", "minimum": 0, "maximum": 1, "default": Resources.max_failures},
 }

@@ -1,4 +1,4 @@
-"""The OpenAPI document. Bodies and answers are written by hand: routes read bodies themselves.
+"""The OpenAPI document. Bodies and results are described by hand, since routes read bodies themselves.
 
 A committed copy (docs/openapi.json) shows every change in review; a test compares the two.
 """
@@ -41,14 +41,14 @@ OPERATIONS: dict[tuple[str, str], Callable[[Sequence[Json]], Json]] = {
     ("POST", "/jobs/resume"): jobs.resume,
     ("GET", "/jobs/file"): jobs.file,
     ("GET", "/model"): lambda _: get_operation(
-        "What is served: network, preprocessing, labels, engine, fingerprint", ref("Model")
+        "Describe the served model: network, preprocessing, labels, engine, fingerprint", ref("Model")
     ),
-    ("GET", "/livez"): lambda _: _plain("Whether the process lives"),
-    ("GET", "/healthz"): lambda _: _plain("The same as /livez"),
-    ("GET", "/readyz"): lambda _: _plain("Whether a known photo gets the right answer", errors=(503,)),
-    ("GET", "/metrics"): lambda _: _plain("For Prometheus"),
-    ("GET", "/openapi.json"): lambda _: get_operation("This document", {"type": "object"}, errors=()),
-    ("GET", "/docs"): lambda _: _plain("A page to try it", media="text/html"),
+    ("GET", "/livez"): lambda _: _plain("Check that the process is alive"),
+    ("GET", "/healthz"): lambda _: _plain("Same as /livez"),
+    ("GET", "/readyz"): lambda _: _plain("Check that a known photo gets the right answer", errors=(503,)),
+    ("GET", "/metrics"): lambda _: _plain("Get metrics in Prometheus' text format"),
+    ("GET", "/openapi.json"): lambda _: get_operation("Get this document", {"type": "object"}, errors=()),
+    ("GET", "/docs"): lambda _: _plain("Open a page to try the routes", media="text/html"),
 }
 
 

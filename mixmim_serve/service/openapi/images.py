@@ -41,20 +41,20 @@ def classify(parameters: Sequence[Json]) -> Json:
 
 def features(parameters: Sequence[Json]) -> Json:
     """POST /features."""
-    summary, example = "Dense features of the encoder's stages", {"stage4": [[[0.1, 0.2]]]}
+    summary, example = "Get dense feature maps of the encoder's stages", {"stage4": [[[0.1, 0.2]]]}
     return _operation(summary, "Features", parameters, example, ("x-npy", "x-npz", "x-safetensors"))
 
 
 def score(parameters: Sequence[Json]) -> Json:
     """POST /score."""
-    summary, example = "How unlike its training data an image is", {"score": 0.31}
+    summary, example = "Score how unlike its training data an image is", {"score": 0.31}
     return _operation(summary, "Score", parameters, example, ("x-npz", "x-safetensors"))
 
 
 def reconstruct(parameters: Sequence[Json]) -> Json:
     """POST /reconstruct."""
     kinds = ("image/png", "application/x-npz", "application/x-safetensors")
-    answer = {"description": "A panel, or the arrays.", "content": {media: {"schema": BINARY} for media in kinds}}
+    answer = {"description": "A PNG panel, or the arrays.", "content": {media: {"schema": BINARY} for media in kinds}}
     body: Json = {
         "multipart/form-data": {"schema": ref("FormOfTwo")},
         "application/json": {"schema": ref("InputOfTwo"), "example": {"input": [PHOTO, PHOTO]}},
@@ -74,7 +74,7 @@ def embed_stream(parameters: Sequence[Json]) -> Json:
     }
     lines = {"schema": {"type": "string"}, "example": json.dumps(line) + "\n"}
     answer = {
-        "description": "A line an image, in order, while the body is still being sent.",
+        "description": "One line per image, in order, while the body is still being sent.",
         "content": {"application/x-ndjson": lines},
     }
     return image_operation("Embed a stream of images", parameters, body, answer)
@@ -95,7 +95,7 @@ def _operation(summary: str, schema: str, parameters: Sequence[Json], example: J
         "application/json": {"schema": ref("Input"), "example": {"input": [PHOTO]}},
         "image/*": {"schema": BINARY},
     }
-    return image_operation(summary, parameters, body, {"description": "The answer.", "content": content})
+    return image_operation(summary, parameters, body, {"description": "The result.", "content": content})
 
 
 def answer_schemas() -> Json:

@@ -17,11 +17,11 @@ def create(parameters: Sequence[Json]) -> Json:
     example = {"source": "photos/2026", "options": {"features": ["stage4"], "dtype": "float16"}}
     body = {"required": True, "content": {"application/json": {"schema": ref("JobRequest"), "example": example}}}
     answers = {
-        "200": JOB | {"description": "The job that does the same already."},
+        "200": JOB | {"description": "The unfinished job with the same source and options."},
         "201": JOB | {"description": "The new job."},
     }
     return {
-        "summary": "Extract features of many images on the server",
+        "summary": "Queue a job that extracts features of many images",
         "requestBody": body,
         "responses": answers | error_refs(400, 401, 404, 408, 413, 415, 429, 503, 504),
     }
@@ -30,24 +30,24 @@ def create(parameters: Sequence[Json]) -> Json:
 def show(parameters: Sequence[Json]) -> Json:
     """GET /jobs."""
     content = {"application/json": {"schema": {"anyOf": [ref("Job"), ref("JobList")]}}}
-    answers = {"200": {"description": "The job, or jobs.", "content": content}}
-    return _operation("A job and its results, or all jobs", parameters, answers, 400)
+    answers = {"200": {"description": "The job, or a list of jobs.", "content": content}}
+    return _operation("Get a job and its results, or list all jobs", parameters, answers, 400)
 
 
 def remove(parameters: Sequence[Json]) -> Json:
     """DELETE /jobs."""
-    answers = {"204": {"description": "Done."}}
-    return _operation("Delete a job that has ended, with its results", parameters, answers, 400, 409)
+    answers = {"204": {"description": "Deleted."}}
+    return _operation("Delete a finished job and its results", parameters, answers, 400, 409)
 
 
 def cancel(parameters: Sequence[Json]) -> Json:
     """POST /jobs/cancel."""
-    return _operation("Stop a job; what is whole stays", parameters, {"200": JOB}, 400, 503)
+    return _operation("Stop a job and keep its complete shards", parameters, {"200": JOB}, 400, 503)
 
 
 def resume(parameters: Sequence[Json]) -> Json:
     """POST /jobs/resume."""
-    return _operation("Go on with a job that has ended", parameters, {"200": JOB}, 400, 409, 503)
+    return _operation("Resume a job that has ended", parameters, {"200": JOB}, 400, 409, 503)
 
 
 def file(parameters: Sequence[Json]) -> Json:
@@ -57,7 +57,7 @@ def file(parameters: Sequence[Json]) -> Json:
         "application/json": {"schema": {"type": "object"}},
     }
     answers = {"200": {"description": "The file.", "content": content}}
-    return _operation("A file of a job's results", parameters, answers, 400)
+    return _operation("Download a file of a job's results", parameters, answers, 400)
 
 
 def _operation(summary: str, parameters: Sequence[Json], answers: Json, *errors: int) -> Json:

@@ -31,21 +31,21 @@ def embeddings(parameters: Sequence[Json]) -> Json:
     } | IDENTITY
     body = {"application/json": {"schema": ref("OpenAIRequest"), "example": request}}
     answer = {
-        "description": "The answer.",
+        "description": "The result.",
         "content": {"application/json": {"schema": ref("OpenAIEmbeddings"), "example": example}},
     }
-    return image_operation("Embeddings, as OpenAI's clients ask for them", parameters, body, answer)
+    return image_operation("Embed images through an OpenAI client", parameters, body, answer)
 
 
 def models(parameters: Sequence[Json]) -> Json:
     """GET /v1/models."""
-    return get_operation("The model that is served, as OpenAI's clients ask for it", ref("OpenAIModels"))
+    return get_operation("List the served model for an OpenAI client", ref("OpenAIModels"))
 
 
 def model(parameters: Sequence[Json]) -> Json:
     """GET /v1/models/{name}."""
     name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
-    return get_operation("The same, by name", ref("OpenAIModel"), parameters=[name], errors=(401, 404, 503))
+    return get_operation("Get the served model by name", ref("OpenAIModel"), parameters=[name], errors=(401, 404, 503))
 
 
 def request_schema() -> Json:
@@ -54,7 +54,7 @@ def request_schema() -> Json:
         "model": STRING,
         "input": {"oneOf": [IMAGE, IMAGES]},
         "encoding_format": {"enum": ["float", "base64"], "default": "float"},
-        "dimensions": {"type": "integer", "description": "Must be the embedding's own length."},
+        "dimensions": {"type": "integer", "description": "Must equal the length of the embedding."},
         "user": STRING,
     }
     return {"OpenAIRequest": object_schema(properties, required=("model", "input")) | CLOSED}

@@ -18,18 +18,18 @@ IDENTITY: Json = {"model": "tiny", "fingerprint": "00112233445566778899aabbccdde
 IDENTITY_SCHEMA: Json = {"model": STRING, "fingerprint": STRING}  # in every answer
 
 ERRORS = {
-    400: "Malformed: the body, an option or a header.",
+    400: "The body, an option or a header is malformed.",
     401: "The API key is missing or wrong.",
-    404: "No such thing: a part of this model (a head, a decoder), a model, a job, or jobs at all.",
-    406: "None of the media types in Accept can be written.",
-    408: "The body came too slowly.",
+    404: "Not found: a part of this model (head or decoder), a model, a job; or the server takes no jobs.",
+    406: "The route can write none of the media types in Accept.",
+    408: "The body arrived too slowly.",
     409: "The job has not ended.",
     413: "Too many bytes, pixels or images.",
-    415: "The body, or an image in it, is of another type.",
-    422: "The image, or all of them, cannot be decoded.",
-    429: "The server is full: Retry-After says when to come again.",
-    500: "A bug; the server's log has the reason.",
-    503: "Not ready, or shutting down.",
+    415: "The body, or an image in it, is of a type that is not accepted.",
+    422: "The image cannot be decoded, or none of several can.",
+    429: "The server is full: retry after the time in Retry-After.",
+    500: "The server failed; its log has the reason.",
+    503: "The server is starting or shutting down.",
     504: "The deadline passed.",
 }
 
@@ -63,8 +63,8 @@ def header(name: str, description: str, schema: Json) -> Json:
 def image_operation(summary: str, parameters: Sequence[Json], body: Json, answer: Json) -> Json:
     """An operation that takes images."""
     seconds = {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_REQUEST_TIMEOUT}
-    timeout = header("X-Request-Timeout", "Seconds until the answer is of no more use.", seconds)
-    request_id = header("X-Request-Id", "Comes back in the answer and stands in the log.", {"type": "string"})
+    timeout = header("X-Request-Timeout", "Deadline in seconds; work that misses it is cancelled.", seconds)
+    request_id = header("X-Request-Id", "Returned in the response and written to the log.", {"type": "string"})
     return {
         "summary": summary,
         "parameters": [*parameters, timeout, request_id],
@@ -82,6 +82,6 @@ def get_operation(
     errors: tuple[int, ...] = (401, 503),
 ) -> Json:
     """An operation that only reads."""
-    answer = {"description": "The answer.", "content": {media: {"schema": schema}}}
+    answer = {"description": "The result.", "content": {media: {"schema": schema}}}
     operation = {"summary": summary, "responses": {"200": answer} | error_refs(*errors)}
     return operation | ({"parameters": list(parameters)} if parameters else {})
