@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 GPU_BIN := .venv-gpu/bin
 GPU_PIP := $(GPU_BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve test test-slow fuzz gpu check format bench clean
+.PHONY: serve test test-slow fuzz gpu check format bench docs clean
 
 serve: .venv/serve.ok  ## install what serving needs (no torch) and serve the shipped model
 	$(BIN)/mixmim serve $(BUNDLE) --port $(PORT)
@@ -40,6 +40,9 @@ format: .venv/dev.ok
 bench: .venv/dev.ok  ## k-nearest-neighbour accuracy of the shipped model; DATA is a folder with clothing10 in it
 	$(BIN)/python -m benchmarks.knn $(BUNDLE) $(DATA)/clothing10 --untrained
 
+docs: .venv/docs.ok  ## build the documentation into site/; `.venv/bin/mkdocs serve` shows it while you write
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 .venv/python.ok:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "mixmim-serve needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ..."; exit 1; }
@@ -54,6 +57,10 @@ bench: .venv/dev.ok  ## k-nearest-neighbour accuracy of the shipped model; DATA 
 	$(PIP) --editable '.[dev]'
 	@touch $@ .venv/serve.ok
 
+.venv/docs.ok: .venv/python.ok pyproject.toml constraints.txt
+	$(PIP) --editable '.[docs]'
+	@touch $@
+
 # An environment of its own: onnxruntime and onnxruntime-gpu must not meet. The package of TensorRT fetches the rest of
 # itself from elsewhere; where that fails, its rows are missing and nothing else.
 .venv-gpu/gpu.ok: pyproject.toml constraints.txt
@@ -63,4 +70,4 @@ bench: .venv/dev.ok  ## k-nearest-neighbour accuracy of the shipped model; DATA 
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-gpu build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-gpu build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
