@@ -20,6 +20,10 @@ test: .venv/dev.ok  ## the whole default test suite
 test-slow: .venv/dev.ok  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
+test-serving: .venv/dev.ok .venv-serving/ok  ## what serves without torch, on another Python: make test-serving PYTHON=python3.13
+	$(BIN)/python tests/exporting.py .venv-serving/bundle
+	MIXMIM_TEST_BUNDLE=.venv-serving/bundle .venv-serving/bin/python -m pytest -m "not slow and not gpu" -n 2
+
 fuzz: .venv/dev.ok  ## the fuzzers on FUZZ times as many cases, new ones each time; what fails is left in tests/data/fuzz
 	FUZZ=$(FUZZ) $(BIN)/python -m pytest tests/test_fuzz.py
 
@@ -61,6 +65,12 @@ docs: .venv/docs.ok  ## build the documentation into site/; `.venv/bin/mkdocs se
 	$(PIP) --editable '.[docs]'
 	@touch $@
 
+.venv-serving/ok: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-serving
+	.venv-serving/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[cpu,test-serving]'
+	@touch $@
+
 # An environment of its own: onnxruntime and onnxruntime-gpu must not meet. The package of TensorRT fetches the rest of
 # itself from elsewhere; where that fails, its rows are missing and nothing else.
 .venv-gpu/gpu.ok: pyproject.toml constraints.txt
@@ -70,4 +80,4 @@ docs: .venv/docs.ok  ## build the documentation into site/; `.venv/bin/mkdocs se
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-gpu build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-gpu .venv-serving build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache

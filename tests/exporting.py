@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +32,23 @@ def write_checkpoint(path: Path, arch: Architecture, noise: float = 0.1) -> Path
         parameter.data.add_(torch.randn_like(parameter), alpha=noise)
     save_checkpoint(path, model.state_dict(), Description(arch, Preprocessing.evaluation(arch.image_size)))
     return path
+
+
+def write_small_checkpoint(path: Path) -> None:
+    """A very small random network at 64 px, with a decoder and a head of three classes."""
+    torch.manual_seed(0)
+    arch = Architecture(8, (1, 1, 1, 1), (1, 1, 2, 2), 64, decoder=DecoderConfig(16, 1, 2), num_classes=3)
+    description = Description(arch, Preprocessing.evaluation(64), ("cat", "dog", "owl"), {"made_by": "tests"})
+    save_checkpoint(path, build_model(arch).state_dict(), description)
+
+
+def export_small_bundle(target: Path) -> None:
+    """The bundle of `write_small_checkpoint`, for tests that run without torch."""
+    from export.build import export_bundle
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_small_checkpoint(Path(folder) / "small.safetensors")
+        export_bundle(Path(folder) / "small.safetensors", target)
 
 
 @contextmanager
@@ -63,3 +82,8 @@ def assert_engines_are_whole(bundle: Bundle, hardware: str, batches: tuple[int, 
     assert not list(bundle.path.glob(".*"))  # graphs that were written for TensorRT alone
     assert open_bundle(bundle.path) == bundle
     bundle.verify()
+
+
+if __name__ == "__main__":
+    shutil.rmtree(sys.argv[1], ignore_errors=True)
+    export_small_bundle(Path(sys.argv[1]))

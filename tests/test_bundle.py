@@ -26,6 +26,8 @@ PAIR = {"image_a": PIXELS, "image_b": PIXELS, "from_partner": MASKS}
 
 @pytest.fixture(scope="module", params=["onnx", "openvino", "torch"])  # those that need no GPU
 def engine(request: pytest.FixtureRequest, exported_bundle: Path) -> Engine:
+    if request.param == "torch":
+        pytest.importorskip("torch")
     return open_engine(exported_bundle, request.param, "fp32")
 
 
@@ -272,6 +274,7 @@ def test_both_onnx_packages_are_refused(exported_bundle: Path, monkeypatch: pyte
     monkeypatch.setattr("mixmim_serve.engines.onnx._installed", lambda package: True)
     with pytest.raises(EngineError, match=r"onnxruntime and onnxruntime-gpu are both installed.*pip uninstall"):
         open_engine(exported_bundle, "onnx")
+    pytest.importorskip("torch")
     open_engine(exported_bundle, "torch")
 
 

@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from pictures import photo
 from PIL import ExifTags, Image
-from training_data import SMALL, STEPS_PER_EPOCH, photo
+from training_data import SMALL, STEPS_PER_EPOCH
 
 from mixmim_serve.config import Preprocessing
 from mixmim_serve.errors import ConfigError, DataError, ResourceError

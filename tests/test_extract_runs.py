@@ -323,6 +323,7 @@ def test_other_options_are_refused(engine: Engine, source: Path, tmp_path: Path)
 
 
 def test_another_engine_or_bundle_is_refused(engine: Engine, bundle_copy: Path, source: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
     features(small(engine, source, tmp_path / "out"), engine)
     half = open_engine(bundle_copy, "torch", "bf16", threads=1)
     with pytest.raises(OutputError, match=r"by onnx-cpu in fp32 \(fingerprint .*\), not of .* by torch-cpu in bf16"):

@@ -7,8 +7,6 @@ import io
 import json
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
 from rich.console import Console
 
 from mixmim_serve.sources import open_source
@@ -31,12 +29,6 @@ SMALL = PretrainConfig(
 )
 STEPS_PER_EPOCH = 3
 MEASURED = ("rate", "waiting", "memory")  # log values that differ between equal runs
-
-
-def photo(seed: int, width: int = 96, height: int = 80) -> Image.Image:
-    """Soft coloured clouds, smooth like photos, so that there is something to learn."""
-    cells = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), np.uint8)
-    return Image.fromarray(cells).resize((width, height), Image.Resampling.BICUBIC)
 
 
 @dataclasses.dataclass(frozen=True)
