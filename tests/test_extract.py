@@ -362,7 +362,7 @@ def test_a_folder_of_somebody_elses_features_is_left_alone(engine: Engine, photo
 
 def test_an_empty_source_is_refused(engine: Engine, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    with pytest.raises(DataError, match="holds no images"):
+    with pytest.raises(DataError, match="has no images"):
         run(ExtractJob(engine.bundle.path, str(tmp_path / "in"), str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
 

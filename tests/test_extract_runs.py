@@ -267,7 +267,7 @@ def test_a_folder_that_vanishes_is_told_from_bad_images(
 
     slow = Around(engine, lambda: (vanish(), time.sleep(0.05)))
     few = small(engine, source, job.out, images=SHARD, threads=1)
-    with pytest.raises(DataError, match="is no longer there: bring it back, and run again"):
+    with pytest.raises(DataError, match="no longer exists: restore it, and run again"):
         features(few, slow)
     assert 0 < len(whole(Path(job.out))) < 5
     assert pq.read_table(Path(job.out) / "errors.parquet").num_rows == 0
@@ -285,7 +285,7 @@ def test_a_tar_that_is_altered_meanwhile_is_told_from_bad_images(engine: Engine,
         os.truncate(path, 20_000)
 
     job = small(engine, path, tmp_path / "out", images=SHARD, threads=1)
-    with pytest.raises(DataError, match=r"photos\.tar was altered while it was read"):
+    with pytest.raises(DataError, match=r"photos\.tar was altered while it was being read"):
         features(job, Around(engine, cut))
 
 

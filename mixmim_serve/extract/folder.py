@@ -36,7 +36,7 @@ class Folder:
 
     def path(self, name: str) -> str:
         """The path or URL of a file."""
-        return storage.below(self.place, name)
+        return storage.join(self.place, name)
 
     @contextlib.contextmanager
     def write(self, name: str) -> Iterator[Path]:
@@ -45,7 +45,7 @@ class Folder:
         Raises:
             OutputError: it cannot be written, for example because the disk is full.
         """
-        with self.explained(name):
+        with self.translated_errors(name):
             if not self.is_url:
                 with atomic_path(Path(self.path(name))) as temporary:
                     yield temporary
@@ -72,7 +72,7 @@ class Folder:
         Raises:
             DataError: it cannot be read.
         """
-        with storage.explained(self.path(name), DataError):
+        with storage.translated_errors(self.path(name), DataError):
             try:
                 with storage.open_binary(self.path(name)) as file:
                     return file.read()
@@ -85,7 +85,7 @@ class Folder:
             with contextlib.suppress(FileNotFoundError), os.scandir(self.path(below)) as entries:
                 return {f"{below}/{entry.name}": entry.stat().st_size for entry in entries if entry.is_file()}
             return {}
-        with storage.explained(self.path(below), DataError):
+        with storage.translated_errors(self.path(below), DataError):
             filesystem, path = storage.connect(self.path(below))
             filesystem.invalidate_cache()
             infos = filesystem.ls(path, detail=True) if filesystem.exists(path) else []
@@ -93,7 +93,7 @@ class Folder:
 
     def remove(self, name: str) -> None:
         """Delete a file, if it exists."""
-        with self.explained(name), contextlib.suppress(FileNotFoundError):
+        with self.translated_errors(name), contextlib.suppress(FileNotFoundError):
             if self.is_url:
                 filesystem, path = storage.connect(self.path(name))
                 filesystem.rm_file(path)
@@ -108,7 +108,7 @@ class Folder:
                     path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def explained(self, name: str) -> Iterator[None]:
+    def translated_errors(self, name: str) -> Iterator[None]:
         """Turn any failure to write a file into an `OutputError`."""
         try:
             yield

@@ -44,7 +44,7 @@ class LanceSink:
         """See `Sink.write`."""
         batches = (batch for group in self.table.groups(rows) for batch in group.to_batches())
         reader = pa.RecordBatchReader.from_batches(self.table.schema, batches)
-        with self.folder.explained(DATASET):
+        with self.folder.translated_errors(DATASET):
             fragments = write_fragments(reader, self.folder.path(DATASET))
         return dict(self._entry(fragment) for fragment in fragments)
 
@@ -70,6 +70,6 @@ def commit(folder: Folder, shards: Mapping[str, ShardResult]) -> None:
         return
     schema = LanceFileReader(folder.path(next(iter(files)))).metadata().schema
     fragments = [FragmentMetadata.from_json(json.dumps(entry["fragment"])) for entry in files.values()]
-    with folder.explained(DATASET):
+    with folder.translated_errors(DATASET):
         dataset = lance.LanceDataset.commit(folder.path(DATASET), lance.LanceOperation.Overwrite(schema, fragments))
         dataset.cleanup_old_versions(older_than=timedelta(0), delete_unverified=True)
