@@ -298,8 +298,8 @@ def test_paths_that_cannot_be_used_are_refused(mixmim: Mixmim, exported_bundle: 
     (tmp_path / "empty").mkdir()
     cases: dict[str, tuple[object, ...]] = {
         "missing.jpg: no such file or folder": ("embed", exported_bundle, tmp_path / "missing.jpg"),
-        "empty holds no images": ("embed", exported_bundle, tmp_path / "empty"),
-        "hat.jpg is no source of images": ("extract", exported_bundle, HAT, tmp_path / "out"),
+        "empty has no images": ("embed", exported_bundle, tmp_path / "empty"),
+        "hat.jpg is not a source of images": ("extract", exported_bundle, HAT, tmp_path / "out"),
         "unknown executor 'cloud'": ("extract", exported_bundle, EXAMPLES, tmp_path / "out", "--executor", "cloud"),
         "unknown setting 'threads'": ("extract", exported_bundle, EXAMPLES, tmp_path / "out", "--set", "threads=2"),
         "cannot read": ("reconstruct", exported_bundle, HAT, tmp_path / "missing.jpg"),

@@ -208,17 +208,17 @@ def test_the_query_is_embedded_as_the_features_were(
     np.testing.assert_allclose(vector / np.linalg.norm(vector), everything[4], atol=1e-5)
     np.testing.assert_array_equal(vector, embed_query(features.manifest, (source / key).read_bytes(), bundle_copy))
     other = features.manifest | {"fingerprint": "0" * 32}
-    with pytest.raises(OutputError, match="does not give the numbers of these features"):
+    with pytest.raises(OutputError, match="did not make these features"):
         embed_query(other, b"")
     with pytest.raises(BundleError):
         embed_query(features.manifest | {"bundle": "/nowhere"}, b"")
 
 
 def test_features_that_are_none_are_refused(tmp_path: Path, features: FeatureFolder, out: Path) -> None:
-    with pytest.raises(OutputError, match=r"holds no manifest\.json: expected a folder that `mixmim extract` wrote"):
+    with pytest.raises(OutputError, match=r"has no manifest\.json: expected a folder written by `mixmim extract`"):
         FeatureFolder(tmp_path)
     (tmp_path / "manifest.json").write_text(json.dumps(features.manifest | {"shards": []}))
-    with pytest.raises(OutputError, match="holds no features yet"):
+    with pytest.raises(OutputError, match="has no features yet"):
         FeatureFolder(tmp_path)
 
 

@@ -30,7 +30,7 @@ from mixmim_serve.extract.job import ExtractJob
 from mixmim_serve.extract.lead import run
 from mixmim_serve.extract.options import ExtractOptions
 from mixmim_serve.extract.pipeline import AHEAD, decode_small, map_ahead, run_files
-from mixmim_serve.extract.plan import images_a_shard, plan
+from mixmim_serve.extract.plan import images_per_shard, plan
 from mixmim_serve.preprocess import preprocess
 from mixmim_serve.sources import open_source
 
@@ -135,8 +135,8 @@ def test_shards_respect_where_the_source_is_cut(runs: list[int], images: int, ex
 
 
 def test_a_billion_images_make_a_sane_number_of_files() -> None:
-    assert images_a_shard(1000) == images_a_shard(100_000_000) == 4096
-    assert 60_000 < 1_000_000_000 / images_a_shard(1_000_000_000) <= 65_536
+    assert images_per_shard(1000) == images_per_shard(100_000_000) == 4096
+    assert 60_000 < 1_000_000_000 / images_per_shard(1_000_000_000) <= 65_536
 
 
 # What is written
@@ -334,8 +334,8 @@ def test_fast_jpeg_keeps_the_size_and_nearly_the_pixels(engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"features": ("stage5",)}, "no features named 'stage5': choose among stage1, stage2, stage3, stage4, logits"),
-        ({"features": ("stage1", "stage1")}, "each of the features once"),
+        ({"features": ("stage5",)}, "no features 'stage5': choose among stage1, stage2, stage3, stage4, logits"),
+        ({"features": ("stage1", "stage1")}, "listed twice: list each one once"),
     ],
 )
 def test_features_that_the_model_lacks_are_refused(
@@ -355,14 +355,14 @@ def test_options_are_checked_when_built(options: dict[str, Any]) -> None:
 def test_a_folder_of_somebody_elses_features_is_left_alone(engine: Engine, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "features").mkdir()
     (tmp_path / "features" / "mine.parquet").write_bytes(b"x")
-    with pytest.raises(OutputError, match=r"that no manifest\.json describes"):
+    with pytest.raises(OutputError, match=r"has features but no manifest\.json"):
         features(small(engine, photos, tmp_path), engine)
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [".lock", "mine.parquet"]
 
 
 def test_an_empty_source_is_refused(engine: Engine, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    with pytest.raises(DataError, match="holds no images"):
+    with pytest.raises(DataError, match="has no images"):
         run(ExtractJob(engine.bundle.path, str(tmp_path / "in"), str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
 

@@ -48,5 +48,5 @@ def test_what_is_left_of_other_runs_does_not_count(job: ExtractJob, engine: Engi
 
 
 def test_lance_behind_a_url_is_refused(job: ExtractJob, engine: Engine) -> None:
-    with pytest.raises(ConfigError, match="written to a local folder"):
+    with pytest.raises(ConfigError, match="written to local folders only"):
         features(dataclasses.replace(job, out="memory://bucket/lance"), engine)

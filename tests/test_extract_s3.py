@@ -93,5 +93,5 @@ def test_a_changed_bucket_and_a_second_run_are_refused(bucket: Any, engine: Engi
         features(job, engine)
     features(job, engine)
     bucket.rm(f"bucket/photos/{PHOTOS[0].name}")
-    with pytest.raises(OutputError, match="is not what s3://bucket/out was begun with"):
+    with pytest.raises(OutputError, match="has changed since s3://bucket/out was started"):
         features(job, engine)

@@ -258,7 +258,7 @@ def test_a_shard_behind_a_link_is_refused(root: Path, monkeypatch: pytest.Monkey
         ({"format": "csv"}, "format must be one of parquet, npy, got 'csv'."),
         ({"dtype": "int8"}, "dtype must be one of float32, float16, got 'int8'."),
         ({"features": "stage4"}, "features must be a list of names"),
-        ({"features": ["stage5"]}, "this model has no features named 'stage5'"),
+        ({"features": ["stage5"]}, "this model has no features 'stage5'"),
         ({"features": ["stage4", "stage4"]}, "name each of the features once."),
     ],
 )
@@ -523,7 +523,7 @@ def test_a_server_with_another_model_does_not_go_on_with_it(start: Callable[...,
     served.under_way(id_)
     served.jobs.close()
     back = start(bundle=open_bundle(DEFAULT_BUNDLE))
-    assert back.ended(id_)["error"].startswith("the folder of results holds features of custom by onnx-cpu in fp32")
+    assert back.ended(id_)["error"].startswith("the folder of results has features of custom on onnx-cpu in fp32")
     assert back.ended(id_)["state"] == "failed"
 
 
