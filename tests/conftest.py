@@ -27,6 +27,35 @@ GOLDEN = Path(__file__).parent / "golden"
 SHARED_GOLDEN = REPOSITORY.parent / "shared" / "golden"  # the larger originals, where they lie beside the checkout
 
 
+# The files that take longest, measured in seconds of a processor; a process that is given one of them at last is alone.
+LONGEST = (
+    "test_distributed",
+    "test_precisions",
+    "test_export",
+    "test_jobs",
+    "test_training",
+    "test_readme",
+    "test_publish",
+    "test_resume",
+    "test_benchmarks",
+    "test_tensorrt",
+    "test_bench",
+    "test_faults",
+    "test_bento",
+    "test_cli",
+    "test_finetuning",
+    "test_engines",
+    "test_service_robustness",
+    "test_openapi",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files of LONGEST."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 def golden_sets() -> list[pytest.param]:
     """Every set of golden arrays at hand: (folder, name of the network, resized to)."""
     sets = [pytest.param((GOLDEN, "mini", "96_to_128"), id="mini")]
@@ -58,19 +87,10 @@ def build_once(tmp_path_factory: pytest.TempPathFactory) -> BuildOnce:
 @pytest.fixture(scope="session")
 def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a very small random network at 64 px, with a decoder and a head of three classes."""
-    import torch
+    from exporting import WITH_HEAD, write_checkpoint
 
-    from mixmim_serve.config import Architecture, DecoderConfig, Preprocessing
-    from mixmim_serve.description import Description
-    from mixmim_serve.model import build_model
-    from mixmim_serve.model.checkpoint import save_checkpoint
-
-    torch.manual_seed(0)
-    arch = Architecture(8, (1, 1, 1, 1), (1, 1, 2, 2), 64, decoder=DecoderConfig(16, 1, 2), num_classes=3)
     path = tmp_path_factory.mktemp("checkpoint") / "small.safetensors"
-    description = Description(arch, Preprocessing.evaluation(64), ("cat", "dog", "owl"), {"made_by": "tests"})
-    save_checkpoint(path, build_model(arch).state_dict(), description)
-    return path
+    return write_checkpoint(path, WITH_HEAD, labels=("cat", "dog", "owl"), provenance={"made_by": "tests"})
 
 
 @pytest.fixture(scope="session")
@@ -83,6 +103,18 @@ def exported_bundle(small_checkpoint: Path, build_once: BuildOnce) -> Path:
         export_bundle(small_checkpoint, folder / "small")
 
     return build_once("exported", export) / "small"
+
+
+@pytest.fixture(scope="session")
+def bundle_in_every_precision(small_checkpoint: Path, exported_bundle: Path, build_once: BuildOnce) -> Path:
+    """The bundle of `small_checkpoint` with graphs in fp32 (those of `exported_bundle`), fp16 and bf16; read-only."""
+
+    def export(folder: Path) -> None:
+        from exporting import export_every_precision
+
+        export_every_precision(small_checkpoint, folder / "small", exported_bundle)
+
+    return build_once("precisions", export) / "small"
 
 
 @pytest.fixture

@@ -7,10 +7,13 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import export.build
+from export.build import Options, export_bundle
 from mixmim_serve.bundle import Bundle, open_bundle
 from mixmim_serve.config import Architecture, DecoderConfig, Preprocessing
 from mixmim_serve.description import Description
@@ -20,23 +23,23 @@ from mixmim_serve.model.checkpoint import save_checkpoint
 
 ENCODER_ONLY = Architecture(8, (1, 1, 1, 1), (1, 1, 2, 2), 64)
 WITH_DECODER = dataclasses.replace(ENCODER_ONLY, decoder=DecoderConfig(16, 1, 2))
+WITH_HEAD = dataclasses.replace(WITH_DECODER, num_classes=3)
 
 
-def write_checkpoint(path: Path, arch: Architecture, noise: float = 0.1) -> Path:
+def write_checkpoint(path: Path, arch: Architecture, noise: float = 0.1, **description: Any) -> Path:
     """Random weights, biases and norms too, so that none of them can be lost unseen."""
     torch.manual_seed(1)
     model = build_model(arch)
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter), alpha=noise)
-    save_checkpoint(path, model.state_dict(), Description(arch, Preprocessing.evaluation(arch.image_size)))
+    said = Description(arch, Preprocessing.evaluation(arch.image_size), **description)
+    save_checkpoint(path, model.state_dict(), said)
     return path
 
 
 @contextmanager
 def graphs_from(bundle: Path) -> Iterator[None]:
     """Make `export_bundle` take each graph that `bundle` has of the same name, to save the seconds of tracing."""
-    import export.build
-
     trace = export.build.export_graph
 
     def reuse(graph: object, images: torch.Tensor, weights: Path, target: Path) -> None:
@@ -48,6 +51,17 @@ def graphs_from(bundle: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export.build, "export_graph", reuse)
         yield
+
+
+def export_every_precision(checkpoint: Path, target: Path, bundle: Path) -> None:
+    """Export, with the fp32 graphs of `bundle`, and look at how the runtimes agree with torch."""
+    options = Options(("fp32", "fp16", "bf16"), ("onnx", "openvino"))
+    with graphs_from(bundle):
+        exported = export_bundle(checkpoint, target, options)
+    assert exported.agreement.keys() == {"fp32", "fp16", "bf16", "fp32, OpenVINO"}
+    for precision, outputs in exported.agreement.items():
+        assert len(outputs) == 9, precision
+    assert max(each.error for each in exported.agreement["fp16"].values()) > 1e-5  # it is rounded
 
 
 def assert_engines_are_whole(bundle: Bundle, hardware: str, batches: tuple[int, int, int]) -> None:
