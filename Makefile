@@ -4,6 +4,8 @@ PORT ?= 3000
 BUNDLE ?= tiny
 FUZZ ?= 50
 BIN := .venv/bin
+# Two processes; a file stays in one of them, because its tests share what they build, and the longest come first.
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 GPU_BIN := .venv-gpu/bin
@@ -15,14 +17,14 @@ serve: .venv/serve.ok  ## install what serving needs (no torch) and serve the sh
 	$(BIN)/mixmim serve $(BUNDLE) --port $(PORT)
 
 test: .venv/dev.ok  ## the whole default test suite
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(PARALLEL)
 
 test-slow: .venv/dev.ok  ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not gpu" $(PARALLEL)
 
 test-serving: .venv/dev.ok .venv-serving/ok  ## what serves without torch, on another Python: make test-serving PYTHON=python3.13
 	$(BIN)/python tests/exporting.py .venv-serving/bundle
-	MIXMIM_TEST_BUNDLE=.venv-serving/bundle .venv-serving/bin/python -m pytest -m "not slow and not gpu" -n 2
+	MIXMIM_TEST_BUNDLE=.venv-serving/bundle .venv-serving/bin/python -m pytest -m "not slow and not gpu" $(PARALLEL)
 
 fuzz: .venv/dev.ok  ## the fuzzers on FUZZ times as many cases, new ones each time; what fails is left in tests/data/fuzz
 	FUZZ=$(FUZZ) $(BIN)/python -m pytest tests/test_fuzz.py

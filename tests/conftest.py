@@ -29,6 +29,35 @@ GOLDEN = Path(__file__).parent / "golden"
 SHARED_GOLDEN = REPOSITORY.parent / "shared" / "golden"  # the larger originals, where they lie beside the checkout
 
 
+# The files that take longest, measured in seconds of a processor; a process that is given one of them at last is alone.
+LONGEST = (
+    "test_distributed",
+    "test_precisions",
+    "test_export",
+    "test_jobs",
+    "test_training",
+    "test_readme",
+    "test_publish",
+    "test_resume",
+    "test_benchmarks",
+    "test_tensorrt",
+    "test_bench",
+    "test_faults",
+    "test_bento",
+    "test_cli",
+    "test_finetuning",
+    "test_engines",
+    "test_service_robustness",
+    "test_openapi",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files of LONGEST."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 def golden_sets() -> list[pytest.param]:
     """Every set of golden arrays at hand: (folder, name of the network, resized to)."""
     sets = [pytest.param((GOLDEN, "mini", "96_to_128"), id="mini")]
@@ -70,9 +99,7 @@ def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a very small random network at 64 px, with a decoder and a head of three classes."""
     from exporting import write_small_checkpoint
 
-    path = tmp_path_factory.mktemp("checkpoint") / "small.safetensors"
-    write_small_checkpoint(path)
-    return path
+    return write_small_checkpoint(tmp_path_factory.mktemp("checkpoint") / "small.safetensors")
 
 
 @pytest.fixture(scope="session")
@@ -88,6 +115,18 @@ def exported_bundle(request: pytest.FixtureRequest, build_once: BuildOnce) -> Pa
         export_bundle(request.getfixturevalue("small_checkpoint"), folder / "small")
 
     return build_once("exported", export) / "small"
+
+
+@pytest.fixture(scope="session")
+def bundle_in_every_precision(small_checkpoint: Path, exported_bundle: Path, build_once: BuildOnce) -> Path:
+    """The bundle of `small_checkpoint` with graphs in fp32 (those of `exported_bundle`), fp16 and bf16; read-only."""
+
+    def export(folder: Path) -> None:
+        from exporting import export_every_precision
+
+        export_every_precision(small_checkpoint, folder / "small", exported_bundle)
+
+    return build_once("precisions", export) / "small"
 
 
 @pytest.fixture

@@ -9,10 +9,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import export.build
+from export.build import Options, export_bundle
 from mixmim_serve.bundle import Bundle, open_bundle
 from mixmim_serve.config import Architecture, DecoderConfig, Preprocessing
 from mixmim_serve.description import Description
@@ -22,40 +25,34 @@ from mixmim_serve.model.checkpoint import save_checkpoint
 
 ENCODER_ONLY = Architecture(8, (1, 1, 1, 1), (1, 1, 2, 2), 64)
 WITH_DECODER = dataclasses.replace(ENCODER_ONLY, decoder=DecoderConfig(16, 1, 2))
+WITH_HEAD = dataclasses.replace(WITH_DECODER, num_classes=3)
 
 
-def write_checkpoint(path: Path, arch: Architecture, noise: float = 0.1) -> Path:
-    """Random weights, biases and norms too, so that none of them can be lost unseen."""
+def write_checkpoint(path: Path, arch: Architecture, noise: float = 0.1, **description: Any) -> Path:
+    """Random weights, including biases and norms, so that a lost one shows."""
     torch.manual_seed(1)
     model = build_model(arch)
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter), alpha=noise)
-    save_checkpoint(path, model.state_dict(), Description(arch, Preprocessing.evaluation(arch.image_size)))
+    said = Description(arch, Preprocessing.evaluation(arch.image_size), **description)
+    save_checkpoint(path, model.state_dict(), said)
     return path
 
 
-def write_small_checkpoint(path: Path) -> None:
+def write_small_checkpoint(path: Path) -> Path:
     """A very small random network at 64 px, with a decoder and a head of three classes."""
-    torch.manual_seed(0)
-    arch = Architecture(8, (1, 1, 1, 1), (1, 1, 2, 2), 64, decoder=DecoderConfig(16, 1, 2), num_classes=3)
-    description = Description(arch, Preprocessing.evaluation(64), ("cat", "dog", "owl"), {"made_by": "tests"})
-    save_checkpoint(path, build_model(arch).state_dict(), description)
+    return write_checkpoint(path, WITH_HEAD, labels=("cat", "dog", "owl"), provenance={"made_by": "tests"})
 
 
 def export_small_bundle(target: Path) -> None:
     """The bundle of `write_small_checkpoint`, for tests that run without torch."""
-    from export.build import export_bundle
-
     with tempfile.TemporaryDirectory() as folder:
-        write_small_checkpoint(Path(folder) / "small.safetensors")
-        export_bundle(Path(folder) / "small.safetensors", target)
+        export_bundle(write_small_checkpoint(Path(folder) / "small.safetensors"), target)
 
 
 @contextmanager
 def graphs_from(bundle: Path) -> Iterator[None]:
     """Make `export_bundle` take each graph that `bundle` has of the same name, to save the seconds of tracing."""
-    import export.build
-
     trace = export.build.export_graph
 
     def reuse(graph: object, images: torch.Tensor, weights: Path, target: Path) -> None:
@@ -67,6 +64,17 @@ def graphs_from(bundle: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export.build, "export_graph", reuse)
         yield
+
+
+def export_every_precision(checkpoint: Path, target: Path, bundle: Path) -> None:
+    """Export, with the fp32 graphs of `bundle`, and look at how the runtimes agree with torch."""
+    options = Options(("fp32", "fp16", "bf16"), ("onnx", "openvino"))
+    with graphs_from(bundle):
+        exported = export_bundle(checkpoint, target, options)
+    assert exported.agreement.keys() == {"fp32", "fp16", "bf16", "fp32, OpenVINO"}
+    for precision, outputs in exported.agreement.items():
+        assert len(outputs) == 9, precision
+    assert max(each.error for each in exported.agreement["fp16"].values()) > 1e-5  # it is rounded
 
 
 def assert_engines_are_whole(bundle: Bundle, hardware: str, batches: tuple[int, int, int]) -> None:

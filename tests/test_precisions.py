@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from exporting import ENCODER_ONLY, WITH_DECODER, assert_engines_are_whole, graphs_from, write_checkpoint
+from exporting import ENCODER_ONLY, assert_engines_are_whole, graphs_from, write_checkpoint
 from onnx import TensorProto
 from safetensors.numpy import load_file
 
 from export.build import Options, export_bundle
 from export.tensorrt import EngineOptions, build_engine
 from export.verify import widen
-from mixmim_serve.bundle import Bundle
+from mixmim_serve.bundle import Bundle, open_bundle
 from mixmim_serve.config import architecture
 from mixmim_serve.engines import open_engine
 from mixmim_serve.engines.certificate import TOLERANCES
@@ -28,20 +28,9 @@ CAPABILITY = ("8.9",)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "small.safetensors", WITH_DECODER)
-
-
-@pytest.fixture(scope="module")
-def bundle(checkpoint: Path) -> Bundle:
+def bundle(bundle_in_every_precision: Path) -> Bundle:
     """With every precision; read-only."""
-    options = Options(("fp32", "fp16", "bf16"), ("onnx", "openvino"))
-    exported = export_bundle(checkpoint, checkpoint.parent / "bundle", options)
-    assert exported.agreement.keys() == {"fp32", "fp16", "bf16", "fp32, OpenVINO"}
-    for precision, outputs in exported.agreement.items():
-        assert len(outputs) == 8, precision
-    assert max(each.error for each in exported.agreement["fp16"].values()) > 1e-5  # it is rounded
-    return exported.bundle
+    return open_bundle(bundle_in_every_precision)
 
 
 def graph_of(bundle: Bundle, name: str, precision: str) -> onnx.ModelProto:
@@ -86,17 +75,18 @@ def test_the_encoder_has_no_slices_and_few_transposes(bundle: Bundle) -> None:
     assert count["Transpose"] <= 19
 
 
-def test_large_activations_do_not_overflow_in_fp16(tmp_path: Path) -> None:
+def test_large_activations_do_not_overflow_in_fp16(bundle: Bundle, small_checkpoint: Path, tmp_path: Path) -> None:
     """Squares of 3,000 are beyond fp16; a norm that was computed in it would give zeros or NaN."""
     import torch
 
     from mixmim_serve.model.checkpoint import read_checkpoint, save_checkpoint
 
-    path = write_checkpoint(tmp_path / "large.safetensors", ENCODER_ONLY)
-    description, weights = read_checkpoint(path)
+    path = tmp_path / "large.safetensors"
+    description, weights = read_checkpoint(small_checkpoint)
     weights["patch_embed.norm.weight"] = torch.full_like(weights["patch_embed.norm.weight"], 3000.0)
     save_checkpoint(path, weights, description)
-    exported = export_bundle(path, tmp_path / "bundle", Options(("fp16",)))
+    with graphs_from(bundle.path):
+        exported = export_bundle(path, tmp_path / "bundle", Options(("fp16",)))
     assert all(each.within(TOLERANCES["fp16"]) for each in exported.agreement["fp16"].values())
     stage = load_file(tmp_path / "bundle" / "golden.safetensors")["encoder.stage1"]
     assert np.abs(stage).max() > 3000
@@ -109,13 +99,13 @@ def test_half_weights_are_not_stored_twice(tmp_path: Path) -> None:
     assert (exported.bundle.weights, exported.bundle.precisions) == ("float16", ("fp32", "fp16"))
 
 
-def test_onnx_runtime_runs_what_the_bundle_has(bundle: Bundle, checkpoint: Path, tmp_path: Path) -> None:
+def test_onnx_runtime_runs_what_the_bundle_has(bundle: Bundle, small_checkpoint: Path, tmp_path: Path) -> None:
     assert open_engine(bundle, "onnx").precision == "fp32"
     assert open_engine(bundle, "onnx", "fp16").precision == "fp16"
     with pytest.raises(EngineError, match=r"ONNX Runtime \S+ cannot load .*encoder\.bf16\.onnx"):
         open_engine(bundle, "onnx", "bf16")  # no kernels for it on a CPU
     with graphs_from(bundle.path):
-        alone = export_bundle(checkpoint, tmp_path / "fp16", Options(("fp16",))).bundle
+        alone = export_bundle(small_checkpoint, tmp_path / "fp16", Options(("fp16",))).bundle
     assert open_engine(alone, "onnx").precision == "fp16"
     with pytest.raises(BundleError, match="has no fp32 graphs, only fp16: export it with --precision fp32"):
         open_engine(alone, "openvino")
@@ -158,14 +148,14 @@ def test_a_target_that_is_not_installed_is_refused_before_any_work(
 
 
 @pytest.mark.slow  # four engines take a minute; test_tensorrt.py builds one
-def test_tensorrt_builds_both_graphs_in_each_precision(checkpoint: Path, bundle: Bundle) -> None:
+def test_tensorrt_builds_both_graphs_in_each_precision(small_checkpoint: Path, bundle: Bundle, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no package for this platform")
-    cache = checkpoint.parent / "timing.cache"
+    cache = tmp_path / "timing.cache"
     engine = EngineOptions(capabilities=CAPABILITY, batches=(1, 4, 8), timing_cache=cache)
     options = Options(("fp32", "fp16"), ("tensorrt-rtx",), engine=engine)
     phases: list[str] = []
     with graphs_from(bundle.path):
-        exported = export_bundle(checkpoint, checkpoint.parent / "engines", options, phases.append).bundle
+        exported = export_bundle(small_checkpoint, tmp_path / "engines", options, phases.append).bundle
     assert "fp16 reconstruct engine for tensorrt-rtx" in phases
     assert any(" of " in phase for phase in phases)  # TensorRT's own steps
     assert cache.stat().st_size > 0

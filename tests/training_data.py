@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from mixmim_serve.config import Architecture, DecoderConfig
 from mixmim_serve.sources import open_source
 from training.config import PretrainConfig
 from training.pretraining import Pretraining
@@ -28,6 +29,7 @@ SMALL = PretrainConfig(
     bf16=False,
 )
 STEPS_PER_EPOCH = 3
+NARROW = Architecture(8, (1, 1, 1, 1), (1, 1, 1, 1), 64, decoder=DecoderConfig(16, 1, 2))  # a few thousand weights
 MEASURED = ("rate", "waiting", "memory")  # log values that differ between equal runs
 
 
