@@ -105,7 +105,11 @@ def test_an_unknown_tag_lists_what_is_there(home: Path) -> None:
 
 def test_a_version_is_stored_once(home: Path, tmp_path: Path) -> None:
     """And it is said before the checkpoint is read."""
-    for tag, reason in (("shoes:1", "already has shoes:1"), ("A/b", "'A/b' is no name"), ("a:latest", "is no name")):
+    for tag, reason in (
+        ("shoes:1", "already has shoes:1"),
+        ("A/b", "'A/b' is not a valid tag"),
+        ("a:latest", "is not a valid tag"),
+    ):
         done = run("export", tmp_path / "none", tmp_path / "bundle", "--store", tag, BENTOML_HOME=str(home))
         assert (done.returncode, done.stdout) == (1, "")
         assert reason in done.stderr
