@@ -42,7 +42,7 @@ def client(jobs_url: str) -> Iterator[Client]:
 
 
 def test_from_start_to_results(client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PIECE", 1000)
+    monkeypatch.setattr(module, "CHUNK", 1000)
     heard: list[Job] = []
     begun = client.jobs.start("photos", images=10, features=["stage4"])
     assert (begun.source, begun.files, begun.about["options"]["images"]) == ("photos", (), 10)
@@ -67,20 +67,20 @@ def test_a_download_goes_on_where_it_was(client: Client, tmp_path: Path, monkeyp
     before = files_of(folder)
     (folder / "features" / "000001.parquet").unlink()
     asked: list[str] = []
-    pieces = module._Pieces
+    pieces = module._Chunks
 
     def noted(job: str, name: str) -> Any:
         asked.append(name)
         return pieces(job, name)
 
-    monkeypatch.setattr(module, "_Pieces", noted)
+    monkeypatch.setattr(module, "_Chunks", noted)
     assert files_of(client.jobs.download(job.id, folder)) == before
     assert asked == ["features/000001.parquet", "manifest.json", "errors.parquet"]
 
 
 @pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "", "c:x", "a\\x"])
 def test_names_that_lead_elsewhere_are_refused(name: str) -> None:
-    with pytest.raises(ServerError, match="which is none that could be written here"):
+    with pytest.raises(ServerError, match="whose name is not safe to write"):
         module._inside(name)
 
 

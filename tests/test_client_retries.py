@@ -99,8 +99,8 @@ def test_all_tries_are_one_request_with_what_is_left_of_its_time() -> None:
         assert send.timeout.connect == pytest.approx(min(2, left))
     assert clock.now <= 110
     assert str(error) == (
-        f"/embed was not answered in {len(clock.sent)} tries within 10 s (broken): "
-        "see whether the server runs, or wait longer."
+        f"/embed failed after {len(clock.sent)} attempts within 10 s (broken): "
+        "check that the server is running, or allow more time."
     )
     assert error.request == clock.sent[0].headers["X-Request-Id"]
 
@@ -109,7 +109,7 @@ def test_a_wait_beyond_the_end_is_not_begun() -> None:
     clock, error = run(Policy(total=10), Reply(503, {"retry-after": "60"}, b""))
     assert (clock.waits, len(clock.sent), clock.now) == ([], 1, 100.0)
     assert (error.status, type(error)) == (503, UnavailableError)
-    assert "in 1 try within 10 s; the last answer was 503: the server gave no reason" in str(error)
+    assert "after 1 attempt within 10 s; the last response was 503: the server gave no reason" in str(error)
 
 
 def test_without_a_number_of_retries_only_time_counts() -> None:
@@ -218,7 +218,7 @@ class Trickle(httpx.SyncByteStream, httpx.AsyncByteStream):
 def test_an_answer_that_trickles_is_given_up_at_the_end_of_the_time(kind: str) -> None:
     transport = httpx.MockTransport(lambda request: httpx.Response(200, stream=Trickle()))
     began = time.monotonic()
-    with pytest.raises(UnavailableError, match="the answer was not complete in time"):
+    with pytest.raises(UnavailableError, match="the response was not complete in time"):
         ask(kind, transport, Policy(total=0.3))
     assert 0.25 < time.monotonic() - began < 5
 
@@ -247,7 +247,7 @@ def test_leaving_many_in_the_middle_ends_their_retries() -> None:
 def test_many_end_with_the_error_when_nobody_answers() -> None:
     transport = httpx.MockTransport(flaky([503] * 99, []))
     client = Client("http://x", http=httpx.Client(transport=transport))
-    with pytest.raises(UnavailableError, match="the last answer was 503"):
+    with pytest.raises(UnavailableError, match="the last response was 503"):
         [*client.embed_many([b"i"] * 9, patience=0.2)]
 
 

@@ -107,7 +107,7 @@ def test_an_index_is_kept_for_its_own_features_only(
 
 @pytest.mark.parametrize("query", [np.ones(3), np.zeros(64), np.full(64, np.nan)])
 def test_a_query_that_is_no_direction_is_refused(features: FeatureFolder, query: np.ndarray) -> None:
-    with pytest.raises(OutputError, match="a query has 64 finite numbers"):
+    with pytest.raises(OutputError, match="a query must have 64 finite numbers"):
         neighbours(features, query)
 
 
@@ -142,7 +142,7 @@ def test_doubles_do_not_chain_and_none_is_missed(
 
 def test_a_threshold_that_is_no_cosine_is_refused(features: FeatureFolder) -> None:
     for threshold in (0.0, 1.5, float("nan")):
-        with pytest.raises(ConfigError, match="a threshold is a cosine"):
+        with pytest.raises(ConfigError, match="threshold must be a cosine"):
             duplicates(features, threshold)
 
 

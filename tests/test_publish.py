@@ -98,12 +98,18 @@ def test_an_unknown_tag_lists_what_is_there(home: Path) -> None:
     for tag in ("hats", "shoes:2"):
         done = run("info", tag, BENTOML_HOME=str(home))
         assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr == f"mixmim: {tag} is no bundle: no folder is so named, and BentoML's store has shoes:1.\n"
+        assert (
+            done.stderr == f"mixmim: {tag} is not a bundle: no folder has this name, and BentoML's store has shoes:1.\n"
+        )
 
 
 def test_a_version_is_stored_once(home: Path, tmp_path: Path) -> None:
     """And it is said before the checkpoint is read."""
-    for tag, reason in (("shoes:1", "has shoes:1 already"), ("A/b", "'A/b' is no name"), ("a:latest", "is no name")):
+    for tag, reason in (
+        ("shoes:1", "already has shoes:1"),
+        ("A/b", "'A/b' is not a valid tag"),
+        ("a:latest", "is not a valid tag"),
+    ):
         done = run("export", tmp_path / "none", tmp_path / "bundle", "--store", tag, BENTOML_HOME=str(home))
         assert (done.returncode, done.stdout) == (1, "")
         assert reason in done.stderr
@@ -127,7 +133,7 @@ store_bundle(bundle, "hats")
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"BENTOML_HOME": str(home)}, capture_output=True, text=True
     )
-    assert done.stdout.startswith("'no/tag' is no name for BentoML's store")
+    assert done.stdout.startswith("'no/tag' is not a valid tag for BentoML's store")
     assert "was altered after the export" in done.stderr
     assert names(home / "models") == {"shoes"}
 
@@ -427,7 +433,7 @@ def test_a_damaged_repository_is_not_pulled(hub: Hub, online: Any, tmp_path: Pat
 
 def test_what_the_hub_does_not_have_is_said_in_a_sentence(hub: Hub, online: Any, tmp_path: Path) -> None:
     for arguments, reason in (
-        (("me/hats", tmp_path / "pulled"), "the hub has no me/hats that you may use"),
+        (("me/hats", tmp_path / "pulled"), "the Hub has no repository me/hats that you can access"),
         (("me/shoes", tmp_path / "pulled", "--revision", "v9"), "me/shoes has no such revision"),
     ):
         done = online("pull", *arguments)
@@ -442,6 +448,6 @@ def test_a_hub_that_is_not_there_is_said_in_a_sentence(hub: Hub, exported_bundle
     for arguments in (("pull", "me/shoes", tmp_path / "pulled"), ("push", exported_bundle, "me/shoes")):
         done = run(*arguments, **environment)
         assert (done.returncode, done.stdout) == (1, "")
-        assert "mixmim: the hub could not be used for me/shoes: " in done.stderr
+        assert "mixmim: cannot access me/shoes on the Hub: " in done.stderr
         assert "Traceback" not in done.stderr
     assert not (tmp_path / "pulled").exists()

@@ -338,7 +338,7 @@ def test_rows_without_an_image_or_with_too_large_a_one(tmp_path: Path) -> None:
     source = open_source(write_parquet(tmp_path / "x.parquet", {"image": rows}))
     assert source.read(0) == b"x"
     for index in (1, 2):
-        with pytest.raises(UndecodableImageError, match=rf"x\.parquet/0000000{index} holds no bytes: store the image"):
+        with pytest.raises(UndecodableImageError, match=rf"x\.parquet/0000000{index} has no bytes: store the image"):
             source.read(index)
     with pytest.raises(ImageTooLargeError, match=r"x\.parquet/00000003: the image has more than 20,000,000 bytes"):
         source.read(3)

@@ -1,12 +1,12 @@
-"""A client of the server: typed, sync and async, with a time limit on everything.
+"""The client: typed, sync and async, with a timeout on every call.
 
     with Client("http://127.0.0.1:3000") as client:
         client.embed("photo.jpg").vector                # (D,) float32
-        for found in client.embed_many(paths): ...      # thousands, in order, in bounded memory
+        for result in client.embed_many(paths): ...     # thousands, in order, in bounded memory
 
-Calls change nothing on the server (a job that is asked for twice is begun once), so each is tried again when the
-connection breaks or the server is busy, starting or on its way out. The two clients share all but the I/O: a call is a
-generator (`retry.py`) that says what to send and how long to wait, and `sync.py` and `aio.py` do it.
+Calls are idempotent (a job that is requested twice starts once), so they are retried when the connection breaks or the
+server is busy, starting or shutting down. The two clients share everything but the I/O: a call is a generator
+(`retry.py`) that yields what to send and how long to wait, and `sync.py` and `aio.py` carry it out.
 """
 
 from mixmim_serve.client.aio import AsyncClient

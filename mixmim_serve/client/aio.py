@@ -1,4 +1,4 @@
-"""The client for programs with an event loop of asyncio."""
+"""The asynchronous client, for asyncio."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from mixmim_serve.client.answers import Reply
 from mixmim_serve.client.calls import Call, Dtype, Layout
 from mixmim_serve.client.images import Image, encoded
 from mixmim_serve.client.jobs import AsyncJobs
-from mixmim_serve.client.many import Bulk, Embedded, OneModel, Pack, Packer, embedded, load
+from mixmim_serve.client.many import Bulk, Embedded, OneModel, Pack, Packer, embed_pack, load
 from mixmim_serve.client.results import Classes, Embedding, Features, ModelInfo, Reconstruction, Score
 from mixmim_serve.client.retry import Outcome, Policy, Send, Steps, attempts, is_ready
 from mixmim_serve.client.target import Target
 from mixmim_serve.errors import ImageError
 
-Made = TypeVar("Made")
+Value = TypeVar("Value")
 
 
 class AsyncClient:
-    """A server, asked by any number of tasks; each method is that of `Client`. Close it, or use it in `async with`.
+    """A client of one server, for any number of tasks; see `Client`. Close it, or use it in `async with`.
 
     Raises:
-        ConfigError: for a URL or a key that cannot be used.
+        ConfigError: for an invalid URL or API key.
     """
 
     def __init__(
@@ -44,40 +44,40 @@ class AsyncClient:
         self.jobs = AsyncJobs(self._drive, self._target.policy)
 
     async def embed(self, image: Image, *, normalize: bool = False, dtype: Dtype = "float32") -> Embedding:
-        """The embedding of an image; normalised to length 1 if asked for."""
-        (found,) = await self._call(calls.embed([await _encoded(image)], normalize, dtype))
-        if isinstance(found, ImageError):
-            raise found
-        return found
+        """Embed an image; `normalize` scales the vector to length 1."""
+        (result,) = await self._call(calls.embed([await _encoded(image)], normalize, dtype))
+        if isinstance(result, ImageError):
+            raise result
+        return result
 
     async def classify(self, image: Image, *, top: int | None = None) -> Classes:
-        """The most probable classes of an image, best first; 5 unless told otherwise."""
+        """The `top` most probable classes of an image, best first; 5 by default."""
         return await self._call(calls.classify(await _encoded(image), top))
 
     async def features(
         self, image: Image, stages: Sequence[str] = ("stage4",), *, layout: Layout = "map", dtype: Dtype = "float32"
     ) -> Features:
-        """Dense features of an image, of the stages named `stage1` to `stage4`."""
+        """Dense features of an image from any of `stage1` to `stage4`, before pooling."""
         return await self._call(calls.features(await _encoded(image), stages, layout, dtype))
 
     async def score(self, image: Image, *, masks: int | None = None, with_map: bool = False) -> Score:
-        """How unlike the training data an image is: by so many pairs of masks, 2 unless told otherwise."""
+        """How unusual an image is for the model: its reconstruction error over `masks` pairs of masks, 2 by default."""
         return await self._call(calls.score(await _encoded(image), masks, with_map))
 
     async def reconstruct(self, image_a: Image, image_b: Image, *, seed: int = 0, ratio: float = 0.5) -> Reconstruction:
-        """Two images mixed and completed; `seed` and `ratio` choose the units that image B covers."""
+        """Mix two images and complete both; `seed` and `ratio` choose the units that image B covers."""
         images = [await _encoded(image_a), await _encoded(image_b)]
         return await self._call(calls.reconstruct(images, seed, ratio))
 
     async def model(self) -> ModelInfo:
-        """What is served."""
+        """The served model."""
         return await self._call(calls.MODEL)
 
     async def ready(self) -> bool:
-        """Whether the server answers, and rightly; asked once.
+        """Whether the server is ready; checked once, without retries.
 
         Raises:
-            ServerError: when something answers that is no server of ours.
+            ServerError: when the response is not from mixmim-serve.
         """
         return await self._drive(is_ready(self._target.policy))
 
@@ -92,17 +92,17 @@ class AsyncClient:
         patience: float = 600.0,
         same_model: bool = True,
     ) -> AsyncIterator[Embedded]:
-        """One result an image, in order, while `images` are read, as by `Client.embed_many`.
+        """One result per image, in order; see `Client.embed_many`.
 
         Raises:
-            ModelChangedError: when another model answers than at first, unless `same_model` is False.
-            ConfigError, RefusedError, UnavailableError, ServerError: when nothing was wrong with the images.
+            ModelChangedError: when the model changes between requests, unless `same_model` is False.
+            ConfigError, RefusedError, UnavailableError, ServerError: for failures that the images did not cause.
         """
         options = Bulk(self._target.policy, patience, normalize, dtype, per_request, in_flight)
         model, waiting = OneModel(same_model), deque[asyncio.Task[list[Embedded]]]()
         try:
             async for pack in _packs(images, per_request):
-                waiting.append(asyncio.create_task(self._drive(embedded(pack, options))))
+                waiting.append(asyncio.create_task(self._drive(embed_pack(pack, options))))
                 if len(waiting) == in_flight:
                     for result in model.checked(await waiting[0]):
                         yield result
@@ -124,20 +124,20 @@ class AsyncClient:
     async def __aenter__(self) -> AsyncClient:
         return self
 
-    async def __aexit__(self, *about: object) -> None:
+    async def __aexit__(self, *exception: object) -> None:
         await self.close()
 
-    async def _call(self, call: Call[Made]) -> Made:
+    async def _call(self, call: Call[Value]) -> Value:
         return await self._drive(attempts(call, self._target.policy))
 
-    async def _drive(self, steps: Steps[Made]) -> Made:
-        """Do what the steps say until they have a result."""
+    async def _drive(self, steps: Steps[Value]) -> Value:
+        """Carry out the steps until they return a result."""
         outcome: Outcome | None = None
         while True:
             try:
                 step = steps.send(outcome)
-            except StopIteration as done:
-                result: Made = done.value
+            except StopIteration as end:
+                result: Value = end.value
                 return result
             outcome = None
             if isinstance(step, Send):
@@ -152,18 +152,18 @@ class AsyncClient:
                 async with contextlib.aclosing(await self._http.send(request, stream=True)) as response:
                     return Reply(response.status_code, response.headers, await response.aread())
         except TimeoutError:
-            return httpx.ReadTimeout("the answer was not complete in time")
+            return httpx.ReadTimeout("the response was not complete in time")
         except httpx.RequestError as error:
             return error
 
 
 async def _encoded(image: Image) -> bytes:
-    """Files are read, and pixels packed, beside the event loop."""
+    """Encode in a thread, as files are read and pixels compressed."""
     return image if isinstance(image, bytes) else await asyncio.to_thread(encoded, image)
 
 
 async def _packs(images: Iterable[Image] | AsyncIterable[Image], per_request: int) -> AsyncIterator[Pack]:
-    """`packs`, beside the event loop."""
+    """Like `packs`, with images loaded in a thread."""
     packer = Packer(per_request)
     async for image in images if isinstance(images, AsyncIterable) else _one_by_one(images):
         for pack in packer.add(image if isinstance(image, bytes) else await asyncio.to_thread(load, image)):

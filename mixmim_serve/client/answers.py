@@ -1,4 +1,4 @@
-"""Answers of the server as arrays, or as errors of ours."""
+"""Convert the server's responses to arrays or exceptions."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from mixmim_serve.errors import (
     UnsupportedImageError,
 )
 
-Made = TypeVar("Made")
+Value = TypeVar("Value")
 Arrays = dict[str, NDArray[Any]]
 
 IMAGE_ERRORS = {
     kind.code: kind for kind in (ImageError, UnsupportedImageError, ImageTooLargeError, UndecodableImageError)
 }
-NONE_GOOD = "no_good_image"  # the code of an answer with a reason for each image
+NONE_GOOD = "no_good_image"  # error code of a response with an error for each image
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A whole answer."""
+    """A complete HTTP response."""
 
     status: int
     headers: Mapping[str, str]  # names in lower case
@@ -41,41 +41,41 @@ class Reply:
 
     @property
     def problem(self) -> dict[str, Any]:
-        """The error's `message`, `code` and `param`; empty when it is none of our server's."""
+        """The error's `message`, `code` and `param`; empty if the response has no error of mixmim-serve."""
         try:
-            found = json.loads(self.content)["error"]
+            error = json.loads(self.content)["error"]
         except (ValueError, KeyError, TypeError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return error if isinstance(error, dict) else {}
 
     @property
     def reason(self) -> str:
-        """In words."""
-        return self.problem.get("message") or "the server gave no reason: see whether the URL is that of mixmim-serve."
+        """The error's message."""
+        return self.problem.get("message") or "the server gave no reason: check that the URL is that of mixmim-serve."
 
 
 def is_result(reply: Reply) -> bool:
-    """Whether an answer has something for each image, be it the reason why none is good."""
+    """Whether a response has a result or an error for each image."""
     return 200 <= reply.status < 300 or reply.problem.get("code") == NONE_GOOD
 
 
-def read_as(read: Callable[[Reply], Made], reply: Reply) -> Made:
-    """What `read` makes of a result.
+def read_as(read: Callable[[Reply], Value], reply: Reply) -> Value:
+    """Parse a response with `read`.
 
     Raises:
-        ServerError: when that fails, because the answer is of another kind than was asked for.
+        ServerError: when it cannot be parsed, because it is not of the requested type.
     """
     try:
         return read(reply)
     except (SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
-        kind = reply.headers.get("content-type", "nothing")
+        kind = reply.headers.get("content-type", "no content type")
         raise ServerError(
-            f"the answer is {kind} that cannot be read: see whether the URL is that of mixmim-serve.", reply.status
+            f"the response ({kind}) cannot be read: check that the URL is that of mixmim-serve.", reply.status
         ) from error
 
 
 def error_of(reply: Reply, images: int, request: str) -> MixMIMError:
-    """An answer that is no result; `images` is how many were sent."""
+    """The exception for an error response to a request with `images` images."""
     problem = reply.problem
     code, param = problem.get("code"), problem.get("param")
     if code in IMAGE_ERRORS:
@@ -87,48 +87,49 @@ def error_of(reply: Reply, images: int, request: str) -> MixMIMError:
 
 
 def image_error(problem: Mapping[str, Any]) -> ImageError:
-    """Why one image was refused; a code that this version does not know is an `ImageError` all the same."""
+    """The exception for one rejected image; an unknown code gives a plain `ImageError`."""
     error = IMAGE_ERRORS.get(problem.get("code", ""), ImageError)(problem["message"])
     error.param = problem.get("param")
     return error
 
 
 def read_json(reply: Reply) -> dict[str, Any]:
-    """A JSON object."""
-    found: dict[str, Any] = json.loads(reply.content)
-    return found
+    """Parse a JSON object."""
+    values: dict[str, Any] = json.loads(reply.content)
+    return values
 
 
 def read_arrays(reply: Reply) -> tuple[Arrays, dict[str, str]]:
-    """Arrays of a safetensors file, and the texts in its header."""
+    """The arrays of a safetensors file, and the metadata in its header."""
     header = json.loads(reply.content[8 : 8 + int.from_bytes(reply.content[:8], "little")])
     return load(reply.content), header["__metadata__"]
 
 
-def each(reply: Reply, images: int, make: Callable[[Arrays, dict[str, str]], Made]) -> list[Made | ImageError]:
-    """What `make` makes of each image's arrays, or why that image was refused.
+def read_each(reply: Reply, images: int, make: Callable[[Arrays, dict[str, str]], Value]) -> list[Value | ImageError]:
+    """A result per image, built by `make` from its arrays and the metadata, or the error of a rejected image.
 
     Raises:
-        ServerError: when the answer is for another number of images.
+        ServerError: when the response has another number of images.
     """
     if reply.status != 200:
         entries = read_json(reply)["data"]
         _check_count(len(entries), images)
         return [image_error(entry["error"]) for entry in entries]
-    arrays, about = read_arrays(reply)
+    arrays, metadata = read_arrays(reply)
     for array in arrays.values():
         _check_count(len(array), images)
-    errors = json.loads(about.get("errors", "{}"))
+    errors = json.loads(metadata.get("errors", "{}"))
     return [
-        image_error(errors[str(row)]) if str(row) in errors else make(_row(arrays, row), about) for row in range(images)
+        image_error(errors[str(row)]) if str(row) in errors else make(_row(arrays, row), metadata)
+        for row in range(images)
     ]
 
 
 def _row(arrays: Arrays, row: int) -> Arrays:
-    """Copied, so that one result does not keep those beside it in memory."""
+    """Copies, so that one result does not keep the whole batch in memory."""
     return {name: np.array(array[row]) for name, array in arrays.items()}
 
 
-def _check_count(found: int, images: int) -> None:
-    if found != images:
-        raise ServerError(f"the server gave {found} results for {images} images: its version may not fit this client.")
+def _check_count(results: int, images: int) -> None:
+    if results != images:
+        raise ServerError(f"the server sent {results} results for {images} images: check that its version matches.")

@@ -1,4 +1,4 @@
-"""One function a route: what is sent, and what is made of the answer."""
+"""One function per route: the request, and how to read its response."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
-from mixmim_serve.client.answers import Reply, each, read_arrays, read_json
+from mixmim_serve.client.answers import Reply, read_arrays, read_each, read_json
 from mixmim_serve.client.results import Classes, Embedding, Features, ModelInfo, Reconstruction, Score
 from mixmim_serve.errors import ImageError
 from mixmim_serve.tasks import Class
 
-Made = TypeVar("Made", covariant=True)
+Value = TypeVar("Value", covariant=True)
 
 Dtype = Literal["float32", "float16"]
 Layout = Literal["map", "tokens"]
@@ -20,11 +20,11 @@ JSON, SAFETENSORS = "application/json", "application/x-safetensors"
 
 
 @dataclass(frozen=True)
-class Call(Generic[Made]):
-    """A request, whatever sends it: POST with images, GET without, unless `method` says otherwise."""
+class Call(Generic[Value]):
+    """A request: POST with images and GET without, unless `method` is set; `read` parses the response."""
 
     path: str
-    read: Callable[[Reply], Made]
+    read: Callable[[Reply], Value]
     images: Sequence[bytes] = ()
     params: Mapping[str, str] = field(default_factory=dict)
     accept: str = SAFETENSORS
@@ -37,17 +37,19 @@ def embed(images: Sequence[bytes], normalize: bool, dtype: Dtype) -> Call[list[E
     """POST /embed."""
 
     def read(reply: Reply) -> list[Embedding | ImageError]:
-        return each(reply, len(images), lambda arrays, about: Embedding(vector=arrays["embedding"], **_named(about)))
+        return read_each(
+            reply, len(images), lambda arrays, metadata: Embedding(vector=arrays["embedding"], **_model_of(metadata))
+        )
 
-    return Call("/embed", read, images, {"normalize": _word(normalize), "dtype": dtype})
+    return Call("/embed", read, images, {"normalize": _as_text(normalize), "dtype": dtype})
 
 
 def classify(image: bytes, top: int | None) -> Call[Classes]:
-    """POST /classify, as JSON: the labels come with it."""
+    """POST /classify, as JSON, which includes the labels."""
 
     def read(reply: Reply) -> Classes:
-        found = read_json(reply)
-        return Classes(classes=tuple(Class(**each) for each in found["classes"]), **_named(found))
+        values = read_json(reply)
+        return Classes(classes=tuple(Class(**entry) for entry in values["classes"]), **_model_of(values))
 
     return Call("/classify", read, [image], {} if top is None else {"top": str(top)}, JSON)
 
@@ -56,8 +58,8 @@ def features(image: bytes, stages: Sequence[str], layout: Layout, dtype: Dtype) 
     """POST /features."""
 
     def read(reply: Reply) -> Features:
-        arrays, about = read_arrays(reply)
-        return Features(stages={name: array[0] for name, array in arrays.items()}, **_named(about))
+        arrays, metadata = read_arrays(reply)
+        return Features(stages={name: array[0] for name, array in arrays.items()}, **_model_of(metadata))
 
     return Call("/features", read, [image], {"stages": ",".join(stages), "layout": layout, "dtype": dtype})
 
@@ -66,42 +68,42 @@ def score(image: bytes, masks: int | None, with_map: bool) -> Call[Score]:
     """POST /score."""
 
     def read(reply: Reply) -> Score:
-        arrays, about = read_arrays(reply)
-        return Score(score=float(arrays["score"][0]), map=arrays["map"][0] if with_map else None, **_named(about))
+        arrays, metadata = read_arrays(reply)
+        return Score(score=float(arrays["score"][0]), map=arrays["map"][0] if with_map else None, **_model_of(metadata))
 
     options = {} if masks is None else {"masks": str(masks)}
-    return Call("/score", read, [image], options | {"map": _word(with_map)})
+    return Call("/score", read, [image], options | {"map": _as_text(with_map)})
 
 
 def reconstruct(images: Sequence[bytes], seed: int, ratio: float) -> Call[Reconstruction]:
     """POST /reconstruct."""
 
     def read(reply: Reply) -> Reconstruction:
-        arrays, about = read_arrays(reply)
+        arrays, metadata = read_arrays(reply)
         values: dict[str, Any] = {name: arrays[name] for name in RECONSTRUCTED}
-        return Reconstruction(**(values | _named(about)))
+        return Reconstruction(**(values | _model_of(metadata)))
 
     return Call("/reconstruct", read, images, {"seed": str(seed), "ratio": str(ratio)})
 
 
-def _model(reply: Reply) -> ModelInfo:
-    found = read_json(reply)
+def _model_info(reply: Reply) -> ModelInfo:
+    values = read_json(reply)
     return ModelInfo(
-        embedding_size=found["embedding_size"],
-        labels=tuple(found["labels"]),
-        outputs={graph: tuple(names) for graph, names in found["outputs"].items()},
-        about=found,
-        **_named(found),
+        embedding_size=values["embedding_size"],
+        labels=tuple(values["labels"]),
+        outputs={graph: tuple(names) for graph, names in values["outputs"].items()},
+        about=values,
+        **_model_of(values),
     )
 
 
-MODEL = Call("/model", _model, accept=JSON)
+MODEL = Call("/model", _model_info, accept=JSON)
 READY = Call("/readyz", lambda reply: True, accept="*/*")
 
 
-def _named(about: Mapping[str, str]) -> dict[str, str]:
-    return {"model": about["model"], "fingerprint": about["fingerprint"]}
+def _model_of(metadata: Mapping[str, str]) -> dict[str, str]:
+    return {"model": metadata["model"], "fingerprint": metadata["fingerprint"]}
 
 
-def _word(value: bool) -> str:
+def _as_text(value: bool) -> str:
     return "true" if value else "false"

@@ -1,4 +1,4 @@
-"""What a caller may give as an image, as the bytes that are sent."""
+"""Encode whatever the caller passes as an image to the bytes that are sent."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from mixmim_serve.preprocess import read_limited
 Image = bytes | bytearray | memoryview | str | os.PathLike[str] | PIL.Image.Image | NDArray[np.uint8]
 """An encoded image, the path of one, a Pillow image, or uint8 RGB (H, W, 3)."""
 
-LARGEST = 64 * 2**20  # bytes of a file; whether less is too much is for the server to say
+MAX_FILE_BYTES = 64 * 2**20  # the server may have a lower limit
 
 
 def encoded(image: Image) -> bytes:
-    """The bytes of an image file: as they are where there is one, else a PNG of the pixels as they are seen upright.
+    """An image as encoded bytes: files and bytes unchanged, pixels as an upright PNG.
 
     Raises:
-        ImageError: a file that cannot be read, or something that cannot be a PNG.
+        ImageError: a file that cannot be read, or pixels that PNG cannot represent.
     """
     if isinstance(image, bytes | bytearray | memoryview):
         return bytes(image)
     if isinstance(image, str | os.PathLike):
-        return read_limited(image, LARGEST)
+        return read_limited(image, MAX_FILE_BYTES)
     if isinstance(image, np.ndarray):
         return _png(_from_array(image))
     if isinstance(image, PIL.Image.Image):
@@ -46,11 +46,11 @@ def _from_array(array: NDArray[np.uint8]) -> PIL.Image.Image:
 
 
 def _png(image: PIL.Image.Image) -> bytes:
-    """Lossless and fast rather than small: zlib's level 1."""
+    """Lossless and fast rather than small: zlib level 1."""
     buffer = BytesIO()
     try:
         ImageOps.exif_transpose(image).save(buffer, "PNG", compress_level=1)
-    except Exception as error:  # a mode that PNG lacks, or a file behind the image that is damaged
+    except Exception as error:  # a mode that PNG lacks, or a damaged file behind a lazily loaded image
         reason = str(error) or type(error).__name__
-        raise ImageError(f"the Pillow image cannot be sent as PNG ({reason}): convert it to RGB.") from error
+        raise ImageError(f"the Pillow image cannot be encoded as PNG ({reason}): convert it to RGB.") from error
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Jobs of a server: `client.jobs.start("photos")`, `wait`, `download`; the same to `await` in the async client."""
+"""Extraction jobs on a server: `client.jobs.start("photos")`, `wait`, `download`; awaitable in the async client."""
 
 from __future__ import annotations
 
@@ -13,60 +13,60 @@ from mixmim_serve.client.retry import Policy, Steps, Wait, attempts
 from mixmim_serve.errors import ServerError
 from mixmim_serve.files import atomic_path
 
-Made = TypeVar("Made")
+Value = TypeVar("Value")
 
 ENDED = ("done", "failed", "cancelled")
-PIECE = 16 * 2**20  # bytes of a file that are asked for at once, and again if they are lost
+CHUNK = 16 * 2**20  # bytes per request of a download, retried together
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobFile:
-    """A file of results."""
+    """An output file of a job."""
 
     name: str  # with `/` between parts
-    size: int  # bytes
+    size: int  # in bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A job as it was when it was asked for."""
+    """The state of a job at the time of the response."""
 
     id: str
     state: str  # queued, running, cancelling, done, failed, cancelled
     source: str
-    error: str | None  # of one that failed
+    error: str | None  # of a failed job
     progress: Mapping[str, Any] | None  # images, done, errors, images_per_second, waiting, seconds_left
-    files: tuple[JobFile, ...]  # once it has ended
-    about: Mapping[str, Any]  # the whole answer
+    files: tuple[JobFile, ...]  # of a job that has ended
+    about: Mapping[str, Any]  # the complete response
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more comes of it."""
+        """Whether the job is done, failed or cancelled."""
         return self.state in ENDED
 
 
 class Drive(Protocol):
-    """Does what steps say until they have a result."""
+    """Carries out steps until they return a result."""
 
-    def __call__(self, steps: Steps[Made], /) -> Made:
-        """The result."""
+    def __call__(self, steps: Steps[Value], /) -> Value:
+        """Carry out the steps."""
 
 
 class AsyncDrive(Protocol):
-    """The same, beside other work."""
+    """The asynchronous `Drive`."""
 
-    def __call__(self, steps: Steps[Made], /) -> Awaitable[Made]:
-        """The result."""
+    def __call__(self, steps: Steps[Value], /) -> Awaitable[Value]:
+        """Carry out the steps."""
 
 
 class Jobs:
-    """Of a `Client`. Every call may raise RefusedError (no such job, no jobs), UnavailableError and ServerError."""
+    """The jobs of a `Client`; calls raise RefusedError (unknown job, no jobs), UnavailableError and ServerError."""
 
     def __init__(self, drive: Drive, policy: Policy) -> None:
         self._drive, self._policy = drive, policy
 
     def start(self, source: str, **options: Any) -> Job:
-        """A new job, with `features`, `dtype` and so on; the one that does the same if it has not ended."""
+        """Start a job, with options such as `features` and `dtype`; returns an unfinished job that does the same."""
         return self._drive(attempts(_start(source, options), self._policy))
 
     def get(self, job: str) -> Job:
@@ -74,32 +74,32 @@ class Jobs:
         return self._drive(attempts(_by_id("/jobs", job), self._policy))
 
     def list(self, states: Sequence[str] = ()) -> Sequence[Job]:
-        """The newest 1,000 jobs, of these states, or all."""
+        """The newest 1,000 jobs, in any of these states or in all."""
         return self._drive(attempts(_list(states), self._policy))
 
     def cancel(self, job: str) -> Job:
-        """Stop it; what is whole stays."""
+        """Cancel a job; its complete shards stay."""
         return self._drive(attempts(_by_id("/jobs/cancel", job, "POST"), self._policy))
 
     def resume(self, job: str, *, retry_failed: bool = False) -> Job:
-        """Go on with one that has ended; with `retry_failed` images that could not be read are tried again."""
+        """Resume a job that has ended; `retry_failed` retries the images that could not be read."""
         return self._drive(attempts(_by_id("/jobs/resume", job, "POST", retry_failed=retry_failed), self._policy))
 
     def delete(self, job: str) -> None:
-        """Delete one that has ended, with its results."""
+        """Delete a job that has ended, with its output."""
         return self._drive(attempts(_delete(job), self._policy))
 
     def wait(self, job: str, *, every: float = 1.0, progress: Callable[[Job], None] = lambda job: None) -> Job:
-        """The job once it has ended, however; asked `every` so many seconds, `progress` hears each answer."""
+        """Wait until the job has ended, polling it `every` so many seconds; `progress` is called with each state."""
         return self._drive(_wait(job, every, progress, self._policy))
 
     def download(self, job: str, folder: str | Path) -> Path:
-        """Its results in a folder; files that are there already are left alone, but for the lists."""
+        """Download a job's output to a folder; data files that exist with the right size are skipped."""
         return self._drive(_download(job, Path(folder), self._policy))
 
 
 class AsyncJobs:
-    """Of an `AsyncClient`; see `Jobs`."""
+    """The jobs of an `AsyncClient`; see `Jobs`."""
 
     def __init__(self, drive: AsyncDrive, policy: Policy) -> None:
         self._drive, self._policy = drive, policy
@@ -157,52 +157,54 @@ def _delete(job: str) -> Call[None]:
 
 def _wait(job: str, every: float, progress: Callable[[Job], None], policy: Policy) -> Steps[Job]:
     while True:
-        found = yield from attempts(_by_id("/jobs", job), policy)
-        progress(found)
-        if found.ended:
-            return found
+        current = yield from attempts(_by_id("/jobs", job), policy)
+        progress(current)
+        if current.ended:
+            return current
         yield Wait(every)
 
 
 def _download(job: str, folder: Path, policy: Policy) -> Steps[Path]:
-    found = yield from attempts(_by_id("/jobs", job), policy)
-    for file in found.files:
+    current = yield from attempts(_by_id("/jobs", job), policy)
+    for file in current.files:
         target = folder / _inside(file.name)
         if "/" not in file.name or not target.exists() or target.stat().st_size != file.size:
             with atomic_path(target) as temporary, temporary.open("wb") as written:
-                for piece in _Pieces(job, file.name):
-                    reply = yield from attempts(piece, policy)
+                for chunk in _Chunks(job, file.name):
+                    reply = yield from attempts(chunk, policy)
                     written.write(reply.content)
     return folder
 
 
-class _Pieces:
-    """The calls that bring one file."""
+class _Chunks:
+    """The calls that download one file."""
 
     def __init__(self, job: str, name: str) -> None:
         self.params, self.done, self.size = {"id": job, "name": name}, 0, 1
 
     def __iter__(self) -> Iterator[Call[Reply]]:
         while self.done < self.size:
-            wanted = {"Range": f"bytes={self.done}-{self.done + PIECE - 1}"}
-            yield Call("/jobs/file", self._read, params=self.params, accept="*/*", headers=wanted)
+            headers = {"Range": f"bytes={self.done}-{self.done + CHUNK - 1}"}
+            yield Call("/jobs/file", self._read, params=self.params, accept="*/*", headers=headers)
 
     def _read(self, reply: Reply) -> Reply:
-        """Note how far the file has come; an answer that is not a part is the whole."""
+        """Track the progress of the download; a response other than 206 has the complete file."""
         self.size = int(reply.headers["content-range"].rpartition("/")[2]) if reply.status == 206 else 0
         self.done += len(reply.content)
         return reply
 
 
 def _inside(name: str) -> PurePosixPath:
-    """A name from a server as a path that stays below a folder.
+    """A file name from a server as a relative path.
 
     Raises:
-        ServerError: it would not.
+        ServerError: for a path that would leave the folder.
     """
     path = PurePosixPath(name)
     if path.is_absolute() or not path.parts or ".." in path.parts or "\\" in name or ":" in name:
-        raise ServerError(f"the server names a file {name!r}, which is none that could be written here.")
+        raise ServerError(
+            f"the server lists a file {name!r}, whose name is not safe to write: check that the URL is right."
+        )
     return path
 
 
@@ -210,7 +212,7 @@ def _read(reply: Reply) -> Job:
     return _job(read_json(reply))
 
 
-def _job(found: Mapping[str, Any]) -> Job:
-    files = tuple(JobFile(name=file["name"], size=file["bytes"]) for file in found.get("files", ()))
-    shared = {name: found[name] for name in ("id", "state", "source", "error", "progress")}
-    return Job(files=files, about=found, **shared)
+def _job(values: Mapping[str, Any]) -> Job:
+    files = tuple(JobFile(name=file["name"], size=file["bytes"]) for file in values.get("files", ()))
+    shared = {name: values[name] for name in ("id", "state", "source", "error", "progress")}
+    return Job(files=files, about=values, **shared)

@@ -1,4 +1,4 @@
-"""Thousands of images as requests of several: packed lazily, each request tried again as a whole, results in order."""
+"""`embed_many`: thousands of images in requests of several, packed lazily and retried as a whole, results in order."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from mixmim_serve.client.results import Embedding
 from mixmim_serve.client.retry import Policy, Steps, attempts
 from mixmim_serve.errors import ConfigError, ImageError, ModelChangedError, ServerError
 
-PACK_BYTES = 16 * 2**20  # in one request; half of what the server takes by default
+PACK_BYTES = 16 * 2**20  # per request; half of the server's default limit
 TOO_MUCH, FAILED = 413, 500
 
 Embedded = Embedding | ImageError | ServerError
-"""What becomes of one image: the error of one that is refused, or on which the server fails, stands in its place."""
+"""The result of one image: its embedding, or the error of an image that is rejected or fails the server."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class Bulk:
     """The options of `embed_many`.
 
     Raises:
-        ConfigError: for numbers below 1, or a patience of no seconds.
+        ConfigError: for numbers below 1, or a patience that is not above 0.
     """
 
-    policy: Policy  # of single calls
-    patience: float  # seconds for which a request is tried again
+    policy: Policy  # for single calls
+    patience: float  # seconds for which a request is retried
     normalize: bool
     dtype: Dtype
     per_request: int
@@ -37,7 +37,7 @@ class Bulk:
 
     @property
     def patient(self) -> Policy:
-        """The policy of each request: only time ends it."""
+        """The policy of each request: limited by time, not by the number of retries."""
         return dataclasses.replace(self.policy, total=self.patience, retries=None)
 
     def __post_init__(self) -> None:
@@ -50,15 +50,15 @@ class Bulk:
 
 @dataclass(frozen=True)
 class Pack:
-    """The images of one request, or why one of them cannot be sent."""
+    """The images of one request; an error stands for an image that cannot be sent."""
 
-    start: int  # index of the first one
+    start: int  # index of the first image
     images: Sequence[bytes | ImageError]
 
 
 @dataclass
 class Packer:
-    """Collects images until they are enough for a request."""
+    """Collects images into packs."""
 
     per_request: int
     start: int = 0
@@ -66,7 +66,7 @@ class Packer:
     size: int = 0
 
     def add(self, image: bytes | ImageError) -> Iterator[Pack]:
-        """A pack, where this image fills it or no longer fits into it."""
+        """Add an image; yields the pack that it completes or no longer fits into."""
         size = 0 if isinstance(image, ImageError) else len(image)
         if self.size + size > PACK_BYTES:
             yield from self.rest()
@@ -76,14 +76,14 @@ class Packer:
             yield from self.rest()
 
     def rest(self) -> Iterator[Pack]:
-        """What is left."""
+        """Yield the remaining images, if any."""
         if self.images:
             yield Pack(self.start, self.images)
         self.start, self.images, self.size = self.start + len(self.images), [], 0
 
 
 def packs(images: Iterable[Image], per_request: int) -> Iterator[Pack]:
-    """Requests, made as they are asked for."""
+    """Pack images lazily."""
     packer = Packer(per_request)
     for image in images:
         yield from packer.add(load(image))
@@ -91,21 +91,21 @@ def packs(images: Iterable[Image], per_request: int) -> Iterator[Pack]:
 
 
 def load(image: Image) -> bytes | ImageError:
-    """An image as bytes, or why not."""
+    """An image as encoded bytes, or the error if it cannot be encoded."""
     try:
         return encoded(image)
     except ImageError as error:
         return error
 
 
-def embedded(pack: Pack, bulk: Bulk) -> Steps[list[Embedded]]:
-    """One result an image, in order; errors name the image by its place among all.
+def embed_pack(pack: Pack, bulk: Bulk) -> Steps[list[Embedded]]:
+    """One result per image, in order; `param` of an error is the image's index among all images.
 
     Raises:
-        RefusedError, UnavailableError, ServerError: when nothing was wrong with the images.
+        RefusedError, UnavailableError, ServerError: for failures that the images did not cause.
     """
-    found = iter((yield from _split([image for image in pack.images if isinstance(image, bytes)], bulk)))
-    results = [next(found) if isinstance(image, bytes) else image for image in pack.images]
+    embedded = iter((yield from _split([image for image in pack.images if isinstance(image, bytes)], bulk)))
+    results = [next(embedded) if isinstance(image, bytes) else image for image in pack.images]
     for index, result in enumerate(results, pack.start):
         if not isinstance(result, Embedding):
             result.param = f"input[{index}]"
@@ -113,13 +113,13 @@ def embedded(pack: Pack, bulk: Bulk) -> Steps[list[Embedded]]:
 
 
 def _split(images: Sequence[bytes], bulk: Bulk) -> Steps[list[Embedded]]:
-    """Ask for all at once; where that is too much, or the server fails on it, halve until the culprit is alone."""
+    """Send all images at once; if they are too large or fail the server, halve them until the culprit is alone."""
     if not images:
         return []
     try:
         return [*(yield from attempts(calls.embed(images, bulk.normalize, bulk.dtype), bulk.patient))]
     except ImageError as error:
-        return [error]  # of an image that came alone
+        return [error]  # of a single image
     except ServerError as error:
         if error.status not in (TOO_MUCH, FAILED):
             raise
@@ -132,16 +132,16 @@ def _split(images: Sequence[bytes], bulk: Bulk) -> Steps[list[Embedded]]:
 
 @dataclass
 class OneModel:
-    """Looks at results as they come."""
+    """Checks that all results come from one model."""
 
     required: bool
     fingerprint: str | None = None
 
     def checked(self, results: Sequence[Embedded]) -> Sequence[Embedded]:
-        """The same results.
+        """Return the results unchanged.
 
         Raises:
-            ModelChangedError: when one is of another model than the first.
+            ModelChangedError: when one comes from another model than the first.
         """
         for result in results:
             if not isinstance(result, Embedding):
@@ -149,7 +149,7 @@ class OneModel:
             self.fingerprint = self.fingerprint or result.fingerprint
             if self.required and result.fingerprint != self.fingerprint:
                 raise ModelChangedError(
-                    f"the fingerprint changed from {self.fingerprint} to {result.fingerprint} on the way, and such "
-                    "vectors do not compare: start again, or allow it with same_model=False."
+                    f"the fingerprint changed from {self.fingerprint} to {result.fingerprint}, and embeddings of "
+                    "different models do not compare: start again, or allow it with same_model=False."
                 )
         return results

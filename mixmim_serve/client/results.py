@@ -1,4 +1,4 @@
-"""What the calls return. Each result says which model it is of; results of two fingerprints do not compare."""
+"""What the calls return. Each result names its model; results with different fingerprints do not compare."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Floats = NDArray[np.float32] | NDArray[np.float16]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Result:
-    """What all results have."""
+    """Base class of all results."""
 
     model: str
     fingerprint: str  # of weights, preprocessing, runtime and precision
@@ -24,40 +24,40 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Embedding(Result):
-    """One image as a vector."""
+    """The embedding of one image."""
 
     vector: Floats  # (D,)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Classes(Result):
-    """What one image shows."""
+    """The most probable classes of one image."""
 
     classes: tuple[Class, ...]  # best first
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Features(Result):
-    """The encoder's stages before pooling."""
+    """Dense features of one image, before pooling."""
 
-    stages: Mapping[str, Floats]  # by name, (D, H, W), or (H * W, D) as tokens
+    stages: Mapping[str, Floats]  # by name, (D, H, W), or (H * W, D) with layout "tokens"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Score(Result):
-    """How unlike the model's training data an image is."""
+    """How unusual one image is for the model: its reconstruction error."""
 
     score: float  # 0 is perfect reconstruction
-    map: Floats | None  # of each unit, (rows, columns), where it was asked for
+    map: Floats | None  # of each unit, (rows, columns), if requested
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Reconstruction(Result):
-    """Two images, mixed and completed: normalised pixels (3, H, W), and which units of the mixture are of image B."""
+    """Two images, mixed and completed, as normalised pixels (3, H, W)."""
 
     image_a: Floats
     image_b: Floats
-    from_partner: NDArray[np.bool_]  # (units,)
+    from_partner: NDArray[np.bool_]  # (units,), True where the mixed image shows image B
     mixed: Floats
     reconstruction_a: Floats
     reconstruction_b: Floats
@@ -65,9 +65,9 @@ class Reconstruction(Result):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ModelInfo(Result):
-    """What is served."""
+    """The served model."""
 
     embedding_size: int
     labels: tuple[str, ...]  # empty without a head
     outputs: Mapping[str, tuple[str, ...]]  # by graph
-    about: Mapping[str, Any]  # the whole answer of GET /model
+    about: Mapping[str, Any]  # the complete response of GET /model

@@ -1,6 +1,6 @@
-"""How often and how long a call is tried: a generator that says what to do next and is told what came of it.
+"""Retries: a generator that yields what to do next and receives the outcome.
 
-It neither sends nor waits, so that both clients, and a test with a clock of its own, drive the same code.
+It neither sends nor waits, so that both clients, and tests with their own clock, run the same code.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from mixmim_serve.client.answers import Reply, error_of, is_result, read_as
 from mixmim_serve.client.calls import READY, Call
 from mixmim_serve.errors import ConfigError, UnavailableError
 
-AGAIN = frozenset({408, 429, 502, 503, 504})  # statuses that say nothing against the request
-LONGEST_DEADLINE = 3600.0  # seconds that the server takes as X-Request-Timeout
-SHORTEST = 0.001  # seconds below which there is no use in sending
+RETRIED = frozenset({408, 429, 502, 503, 504})  # statuses that do not reject the request itself
+LONGEST_DEADLINE = 3600.0  # seconds that the server accepts as X-Request-Timeout
+SHORTEST = 0.001  # seconds; with less time left no request is sent
 
 
 @dataclass(frozen=True)
 class Policy:
-    """How patient a client is, in seconds.
+    """Timeouts, in seconds, and retries of a client.
 
     Raises:
-        ConfigError: for values that cannot work.
+        ConfigError: for invalid values.
     """
 
-    connect: float = 5.0  # until a connection stands
-    read: float = 30.0  # without a byte of the answer; the server is told, and drops what nobody waits for
-    total: float = 120.0  # for one call with all its tries
-    retries: int | None = 8  # after the first try; None: until `total` is over
-    first_wait: float = 0.2  # before the first retry; doubled for each one more, less up to half of it by chance
-    longest_wait: float = 5.0  # between two tries, unless the server asks for more
+    connect: float = 5.0  # to establish a connection
+    read: float = 30.0  # without a byte of the response; also sent to the server, which drops expired requests
+    total: float = 120.0  # for one call with all its retries
+    retries: int | None = 8  # after the first attempt; None: until `total` is over
+    first_wait: float = 0.2  # before the first retry; doubled for each further one, minus a random part of up to half
+    longest_wait: float = 5.0  # between two attempts, unless the server asks for more
 
     def __post_init__(self) -> None:
         for name in ("connect", "read", "total", "first_wait", "longest_wait"):
@@ -49,43 +49,43 @@ class Policy:
             raise ConfigError(f"retries must be 0 or more, or None, got {self.retries}.")
 
     def wait(self, tries: int, outcome: Outcome) -> float:
-        """Seconds after so many tries: what the server asks for and a little more, so that not all come at once."""
-        asked = retry_after(outcome.headers) if isinstance(outcome, Reply) else None
-        if asked is not None:
-            return asked * random.uniform(1, 1.25)  # noqa: S311 - no secret
+        """Seconds to wait after `tries` attempts: what the server asks for, plus jitter, or exponential backoff."""
+        requested = retry_after(outcome.headers) if isinstance(outcome, Reply) else None
+        if requested is not None:
+            return requested * random.uniform(1, 1.25)  # noqa: S311 - no secret
         return min(self.first_wait * 2.0 ** min(tries - 1, 60), self.longest_wait) * random.uniform(0.5, 1)  # noqa: S311
 
 
 @dataclass(frozen=True)
 class Send:
-    """Do this, and answer with the reply or the error."""
+    """Step: send this request; the outcome is the reply or the error."""
 
     call: Call[Any]
     headers: Mapping[str, str]
     timeout: httpx.Timeout
-    seconds: float  # after which to give up, whatever arrives meanwhile
+    seconds: float  # total time for the response
 
 
 @dataclass(frozen=True)
 class Wait:
-    """Do nothing for so long."""
+    """Step: wait."""
 
     seconds: float
 
 
 Outcome = Reply | httpx.RequestError
-Made = TypeVar("Made")
-Steps = Generator[Send | Wait, Outcome | None, Made]
+Value = TypeVar("Value")
+Steps = Generator[Send | Wait, Outcome | None, Value]
 
 
-def attempts(call: Call[Made], policy: Policy, clock: Callable[[], float] = time.monotonic) -> Steps[Made]:
-    """Try until there is an answer, with one X-Request-Id for all tries.
+def attempts(call: Call[Value], policy: Policy, clock: Callable[[], float] = time.monotonic) -> Steps[Value]:
+    """Send a call until there is a final response, with one X-Request-Id for all attempts.
 
     Raises:
-        ImageError: when the image is refused.
+        ImageError: when the image is rejected.
         RefusedError: when the request is wrong.
-        ServerError: when the server failed, or its answer cannot be read.
-        UnavailableError: when time or tries are used up.
+        ServerError: when the server fails, or its response cannot be read.
+        UnavailableError: when time or retries run out.
     """
     request, end = uuid.uuid4().hex, clock() + policy.total
     outcome: Outcome | None = None
@@ -94,7 +94,7 @@ def attempts(call: Call[Made], policy: Policy, clock: Callable[[], float] = time
         if left < SHORTEST:
             raise _given_up(call, tries - 1, policy, outcome, request)
         outcome = yield _send(call, policy, left, request)
-        if isinstance(outcome, Reply) and outcome.status not in AGAIN:
+        if isinstance(outcome, Reply) and outcome.status not in RETRIED:
             if is_result(outcome):
                 return read_as(call.read, outcome)
             raise error_of(outcome, len(call.images), request)
@@ -103,14 +103,14 @@ def attempts(call: Call[Made], policy: Policy, clock: Callable[[], float] = time
         if (policy.retries is not None and tries > policy.retries) or clock() + wait > end:
             raise _given_up(call, tries, policy, outcome, request)
         yield Wait(wait)
-    raise AssertionError  # `count` has no end
+    raise AssertionError  # `count` never ends
 
 
 def is_ready(policy: Policy) -> Steps[bool]:
-    """One look at the probe.
+    """Check the readiness probe once.
 
     Raises:
-        ServerError: when something answers that is no server of ours.
+        ServerError: when the response is not from mixmim-serve.
     """
     try:
         return (yield from attempts(READY, dataclasses.replace(policy, retries=0)))
@@ -119,7 +119,7 @@ def is_ready(policy: Policy) -> Steps[bool]:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that an answer asks to wait: `Retry-After-Ms`, or `Retry-After` as seconds or a date."""
+    """Seconds that a response asks to wait: `Retry-After-Ms`, or `Retry-After` as seconds or a date."""
     for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         try:
             return max(0.0, float(headers[name]) * unit)
@@ -144,13 +144,15 @@ def _send(call: Call[Any], policy: Policy, left: float, request: str) -> Send:
 
 
 def _given_up(call: Call[Any], tries: int, policy: Policy, last: Outcome | None, request: str) -> UnavailableError:
-    what = f"{call.path} was not answered in {tries} {'try' if tries == 1 else 'tries'} within {policy.total:g} s"
+    what = f"{call.path} failed after {tries} {'attempt' if tries == 1 else 'attempts'} within {policy.total:g} s"
     if isinstance(last, Reply):
         return UnavailableError(
-            f"{what}; the last answer was {last.status}: {last.reason}",
+            f"{what}; the last response was {last.status}: {last.reason}",
             last.status,
             last.problem.get("code"),
             request=request,
         )
     reason = "there was no time to send it" if last is None else str(last) or type(last).__name__
-    return UnavailableError(f"{what} ({reason}): see whether the server runs, or wait longer.", request=request)
+    return UnavailableError(
+        f"{what} ({reason}): check that the server is running, or allow more time.", request=request
+    )

@@ -1,4 +1,4 @@
-"""Where requests go, and how they look on the wire."""
+"""The server's address, API key and policy, and how requests to it are built."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ class Target:
     """One server.
 
     Raises:
-        ConfigError: for a URL or a key that cannot be used.
+        ConfigError: for an invalid URL or API key.
     """
 
     def __init__(self, url: str, api_key: str | None, policy: Policy | None) -> None:
         try:
             parsed = httpx.URL(url)
         except httpx.InvalidURL as error:
-            raise ConfigError(f"{url!r} is no URL ({error}): use one such as http://127.0.0.1:3000.") from error
+            raise ConfigError(f"{url!r} is not a URL ({error}): use one such as http://127.0.0.1:3000.") from error
         if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
-            raise ConfigError(f"{url!r} is no server's URL: use one such as http://127.0.0.1:3000.")
+            raise ConfigError(f"{url!r} is not the URL of a server: use one such as http://127.0.0.1:3000.")
         if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip()):
-            raise ConfigError("the API key must be printable ASCII: look for a line end or a space in it.")
+            raise ConfigError("the API key must be printable ASCII: check it for line breaks and spaces.")
         self.url = url.rstrip("/")
         self.policy = policy or Policy()
         self.headers = {"User-Agent": f"mixmim-serve/{__version__}"}
@@ -34,7 +34,7 @@ class Target:
             self.headers["Authorization"] = f"Bearer {api_key}"
 
     def request(self, send: Send) -> dict[str, Any]:
-        """Arguments of httpx's `build_request`."""
+        """The arguments for httpx's `build_request`."""
         call = send.call
         return {
             "method": call.method or ("POST" if call.images else "GET"),

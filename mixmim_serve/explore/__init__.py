@@ -1,1 +1,1 @@
-"""What people do with features: nearest neighbours, near-doubles, a map; and pages of pictures to look at."""
+"""Explore features: nearest neighbours, near-duplicates, a map, and HTML pages that show them."""

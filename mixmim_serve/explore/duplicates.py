@@ -1,4 +1,4 @@
-"""Near-doubles: rows whose cosine with an earlier row is above a threshold. Exact: every pair counts."""
+"""Near-duplicates: rows whose cosine with an earlier row reaches a threshold. Exact: every pair is compared."""
 
 from __future__ import annotations
 
@@ -11,43 +11,43 @@ from numpy.typing import NDArray
 from mixmim_serve.errors import ConfigError
 from mixmim_serve.extract.features import FeatureFolder, Vectors
 
-THRESHOLD = 0.995  # docs/extract.md says what it finds with the shipped model
-TILE = 4096  # rows on one side of a block of cosines: 64 MiB
+THRESHOLD = 0.995  # docs/extract.md shows what it finds with the shipped model
+TILE = 4096  # rows on each side of a tile of cosines: 64 MiB
 
 
 @dataclass(frozen=True)
 class Group:
-    """An image and its doubles, in the order of the source; all are near the first, not always near each other."""
+    """An image and its near-duplicates, in the order of the source; all are near the first, not always each other."""
 
     keys: tuple[str, ...]
-    cosines: tuple[float, ...]  # of each with the first
+    cosines: tuple[float, ...]  # of each image with the first
 
 
 def duplicates(
     features: FeatureFolder, threshold: float = THRESHOLD, progress: Callable[[int], None] = lambda pairs: None
 ) -> list[Group]:
-    """Groups of near-doubles, the largest first. Time grows with the square of the rows, memory with the rows.
+    """Groups of near-duplicates, the largest first. Time is quadratic in the number of rows, memory linear.
 
-    A row joins the first row before it that is near and has joined none itself. (Joining whatever is near to any
-    member would chain: of 2,000 flowers 99 made one group at 0.97, with cosines down to 0.74.)
+    A row joins the first earlier row that is near and has not joined a row itself. (Joining any near member would
+    chain: of 2,000 flowers 99 formed one group at 0.97, with cosines down to 0.74.)
 
     Raises:
-        ConfigError: for a threshold that is no cosine, or not positive.
+        ConfigError: for a threshold outside (0, 1].
     """
     if not 0 < threshold <= 1:
-        raise ConfigError(f"a threshold is a cosine above 0 and up to 1, got {threshold}.")
+        raise ConfigError(f"threshold must be a cosine above 0 and at most 1, got {threshold}.")
     nearest = threshold - 1e-6  # rounding may leave the cosine of equal rows just below 1
-    firsts = np.arange(len(features))  # of each row: the one that it joins, or itself
-    done = 0
-    for left in range(len(features.shards)):
-        for start, vectors in _tiles(features, left):
+    firsts = np.arange(len(features))  # the row that each row joins, or itself
+    compared = 0
+    for shard in range(len(features.shards)):
+        for start, vectors in _tiles(features, shard):
             _join_within(firsts, start, vectors, nearest)
-            for right in range(left, len(features.shards)):
-                for across, others in _tiles(features, right):
-                    if across > start:
-                        _join_across(firsts, start, vectors, across, others, nearest)
-                        done += len(vectors) * len(others)
-                progress(done)
+            for later_shard in range(shard, len(features.shards)):
+                for later_start, later in _tiles(features, later_shard):
+                    if later_start > start:
+                        _join_across(firsts, start, vectors, later_start, later, nearest)
+                        compared += len(vectors) * len(later)
+                progress(compared)
     return _groups(features, firsts)
 
 
@@ -58,27 +58,27 @@ def _tiles(features: FeatureFolder, shard: int) -> Iterator[tuple[int, Vectors]]
 
 
 def _join_within(firsts: NDArray[np.int64], start: int, vectors: Vectors, nearest: float) -> None:
-    """Rows of one tile, in order, since a row that joined another is joined by none."""
+    """Join rows within a tile, in order, since no row may join one that has joined another."""
     near = np.triu(vectors @ vectors.T >= nearest, 1)
-    here = firsts[start : start + len(vectors)]
+    own_firsts = firsts[start : start + len(vectors)]  # a view
     for row in np.flatnonzero(near.any(1)):
-        if here[row] == start + row:
+        if own_firsts[row] == start + row:
             joining = np.flatnonzero(near[row])
-            joining = joining[here[joining] == start + joining]
-            here[joining] = start + row
+            joining = joining[own_firsts[joining] == start + joining]
+            own_firsts[joining] = start + row
 
 
 def _join_across(
-    firsts: NDArray[np.int64], start: int, vectors: Vectors, across: int, others: Vectors, nearest: float
+    firsts: NDArray[np.int64], start: int, vectors: Vectors, later_start: int, later: Vectors, nearest: float
 ) -> None:
-    """Rows of a later tile to those of an earlier one, whose own firsts are settled."""
+    """Join rows of a later tile to those of an earlier one, whose own firsts are final."""
     leaders = np.flatnonzero(firsts[start : start + len(vectors)] == start + np.arange(len(vectors)))
     if not len(leaders):
         return
-    near = vectors[leaders] @ others.T >= nearest
-    there = firsts[across : across + len(others)]
-    joining = near.any(0) & (there == across + np.arange(len(others)))
-    there[joining] = start + leaders[near.argmax(0)[joining]]
+    near = vectors[leaders] @ later.T >= nearest
+    later_firsts = firsts[later_start : later_start + len(later)]  # a view
+    joining = near.any(0) & (later_firsts == later_start + np.arange(len(later)))
+    later_firsts[joining] = start + leaders[near.argmax(0)[joining]]
 
 
 def _groups(features: FeatureFolder, firsts: NDArray[np.int64]) -> list[Group]:

@@ -1,4 +1,4 @@
-"""Rows laid out in a plane, so that what is alike lies together: scikit-learn's t-SNE."""
+"""Lay out rows in a plane so that similar images lie close together: scikit-learn's t-SNE."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from numpy.typing import NDArray
 from mixmim_serve.errors import DataError, OutputError
 from mixmim_serve.extract.features import FeatureFolder
 
-IMAGES = 3000  # on a map, evenly from all: more would hide each other
-FEWEST = 4
-PERPLEXITY = 30.0  # about how many neighbours a row is kept beside; t-SNE's usual value
+IMAGES = 3000  # on a map, evenly spaced rows: more would cover each other
+MIN_IMAGES = 4
+PERPLEXITY = 30.0  # about the number of neighbours that a row stays close to; t-SNE's usual value
 
 
 @dataclass(frozen=True)
 class MapLayout:
-    """Keys and where they lie, (rows, 2), both coordinates from 0 to 1."""
+    """Keys and their positions on the map."""
 
     keys: tuple[str, ...]
-    places: NDArray[np.float64]
+    places: NDArray[np.float64]  # (rows, 2), both coordinates from 0 to 1
 
 
 def layout(features: FeatureFolder, images: int = IMAGES) -> MapLayout:
-    """The places of at most `images` rows, taken evenly. The same features give the same places.
+    """Lay out at most `images` evenly spaced rows. The same features give the same layout.
 
     Raises:
         OutputError: there are too few rows.
@@ -36,8 +36,8 @@ def layout(features: FeatureFolder, images: int = IMAGES) -> MapLayout:
         raise DataError("scikit-learn is not installed: run pip install 'mixmim-serve[explore]'.") from error
 
     count = min(images, len(features))
-    if count < FEWEST:
-        raise OutputError(f"a map needs {FEWEST} images at least; {features.folder.place} has {len(features)}.")
+    if count < MIN_IMAGES:
+        raise OutputError(f"a map needs at least {MIN_IMAGES} images, {features.folder.place} has {len(features)}.")
     rows = np.unique(np.linspace(0, len(features) - 1, count).round().astype(np.int64)).tolist()
     vectors = features.vectors(rows)
     perplexity = min(PERPLEXITY, (len(rows) - 1) / 3)

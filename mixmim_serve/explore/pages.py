@@ -1,4 +1,4 @@
-"""Pages of pictures: one HTML file each, thumbnails inside, nothing fetched from anywhere."""
+"""HTML pages of pictures, each a single file with embedded thumbnails and no external resources."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from mixmim_serve.extract.features import FeatureFolder
 from mixmim_serve.preprocess import decode, jpeg_reduction
 from mixmim_serve.sources import open_source
 
-THUMBNAIL = 160  # pixels, the longer side
-ON_MAP = 48  # pixels, a square
+THUMBNAIL = 160  # pixels on the longer side
+ON_MAP = 48  # pixels on both sides
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")  # Paul Tol's bright scheme
 
 _PAGE = """<!DOCTYPE html>
@@ -43,7 +43,7 @@ _MAP_STYLE = """
 #map i:hover {{ transform: scale(2.5); z-index: 2; }}
 """
 
-# The places are kept as left and top in per cent; zooming moves them, the pictures keep their size.
+# Positions are left and top in per cent; zooming moves the pictures but keeps their size.
 _MAP_SCRIPT = """<script>
 const map = document.getElementById("map"), dots = [...map.children].map(dot =>
   [dot, parseFloat(dot.style.left), parseFloat(dot.style.top)]);
@@ -66,33 +66,33 @@ addEventListener("pointermove", event => { if (!held) return;
 
 @dataclass(frozen=True)
 class Picture:
-    """One image of a page."""
+    """One image on a page."""
 
     data: str  # a data URI
     caption: str
 
 
-def pictures(features: FeatureFolder, found: Sequence[tuple[str, float]]) -> list[Picture]:
-    """Of keys and cosines, in order; see `thumbnails`."""
-    small = thumbnails(features, [key for key, _ in found])
-    return [Picture(data_uri(small[key]), f"{cosine:.4f} {key}") for key, cosine in found]
+def pictures(features: FeatureFolder, matches: Sequence[tuple[str, float]]) -> list[Picture]:
+    """Pictures of these keys, captioned with their cosines; see `thumbnails`."""
+    images = thumbnails(features, [key for key, _ in matches])
+    return [Picture(data_uri(images[key]), f"{cosine:.4f} {key}") for key, cosine in matches]
 
 
 def thumbnails(features: FeatureFolder, keys: Iterable[str], square: int = 0) -> dict[str, Image.Image]:
-    """Small pictures of some images, read again from the source; those that cannot be read are grey.
+    """Thumbnails of these images by key, read from the source; those that cannot be read are grey.
 
-    `square`: cut to a square of so many pixels; else at most `THUMBNAIL` wide and high.
+    They are at most `THUMBNAIL` pixels wide and high, or cropped to a square of `square` pixels.
 
     Raises:
-        DataError: the source is not where it was.
+        DataError: the source of the features is gone.
     """
     wanted = set(keys)
     source = open_source(features.manifest["source"]["name"])
-    found = [index for index, key in enumerate(source.keys) if key in wanted]
-    if not found:
-        raise DataError(f"{source.name} holds none of these images: bring back the source of the features.")
+    indices = [index for index, key in enumerate(source.keys) if key in wanted]
+    if not indices:
+        raise DataError(f"{source.name} has none of these images: restore the source of the features.")
 
-    def small(index: int) -> Image.Image:
+    def thumbnail(index: int) -> Image.Image:
         try:
             image = decode(source.read(index), reduction=lambda *size: jpeg_reduction(min(size), 2 * THUMBNAIL))
         except ImageError:
@@ -100,12 +100,12 @@ def thumbnails(features: FeatureFolder, keys: Iterable[str], square: int = 0) ->
         return shrink(image, square)
 
     with ThreadPoolExecutor(usable_cores()) as pool:
-        made = dict(zip((source.keys[index] for index in found), pool.map(small, found), strict=True))
-    return {key: made.get(key) or _missing(square) for key in wanted}
+        images = dict(zip((source.keys[index] for index in indices), pool.map(thumbnail, indices), strict=True))
+    return {key: images.get(key) or _missing(square) for key in wanted}
 
 
 def shrink(image: Image.Image, square: int = 0) -> Image.Image:
-    """At most `THUMBNAIL` wide and high; or the middle, as a square of so many pixels."""
+    """Shrink to at most `THUMBNAIL` wide and high, or crop the centre to a square of `square` pixels."""
     if not square:
         image.thumbnail((THUMBNAIL, THUMBNAIL))
         return image
@@ -115,38 +115,38 @@ def shrink(image: Image.Image, square: int = 0) -> Image.Image:
 
 
 def data_uri(image: Image.Image) -> str:
-    """The image inside an address."""
+    """The image as a JPEG data URI."""
     buffer = BytesIO()
     image.save(buffer, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def gallery(title: str, sections: Sequence[tuple[str, Sequence[Picture]]]) -> str:
-    """A page of headings with pictures below."""
+    """A page of sections, each a heading with pictures."""
     body = []
     for heading, pictures in sections:
         figures = "\n".join(
-            f'<figure><img src="{each.data}" alt="{html.escape(each.caption)}"/>'
-            f"<figcaption>{html.escape(each.caption)}</figcaption></figure>"
-            for each in pictures
+            f'<figure><img src="{picture.data}" alt="{html.escape(picture.caption)}"/>'
+            f"<figcaption>{html.escape(picture.caption)}</figcaption></figure>"
+            for picture in pictures
         )
         body.append(f"<h2>{html.escape(heading)}</h2>\n<section>{figures}</section>")
     return _PAGE.format(title=html.escape(title), width=THUMBNAIL, style="", body="\n".join(body))
 
 
-def map_page(title: str, found: MapLayout, small: Mapping[str, Image.Image]) -> str:
-    """A page with every picture at its place; the wheel zooms, dragging moves, a picture tells its key.
+def map_page(title: str, layout: MapLayout, images: Mapping[str, Image.Image]) -> str:
+    """A page with every image at its position; the wheel zooms, dragging pans, hovering shows the key.
 
-    Frames are coloured by the first folder of the keys, where there are at most as many as colours.
+    Frames are coloured by the first folder of the keys, if there are no more folders than colours.
     """
-    across = max(1, int(len(found.keys) ** 0.5))
-    atlas = Image.new("RGB", (across * ON_MAP, -(-len(found.keys) // across) * ON_MAP))
-    folders = sorted({_folder(key) for key in found.keys})
+    columns = max(1, int(len(layout.keys) ** 0.5))
+    atlas = Image.new("RGB", (columns * ON_MAP, -(-len(layout.keys) // columns) * ON_MAP))
+    folders = sorted({_folder(key) for key in layout.keys})
     colours = dict(zip(folders, COLOURS, strict=False)) if 1 < len(folders) <= len(COLOURS) else {}
     dots = []
-    for number, (key, (x, y)) in enumerate(zip(found.keys, found.places, strict=True)):
-        left, top = number % across * ON_MAP, number // across * ON_MAP
-        atlas.paste(small[key], (left, top))
+    for number, (key, (x, y)) in enumerate(zip(layout.keys, layout.places, strict=True)):
+        left, top = number % columns * ON_MAP, number // columns * ON_MAP
+        atlas.paste(images[key], (left, top))
         frame = f"outline:2px solid {colours[_folder(key)]};" if colours else ""
         place = f"left:{2 + 96 * x:.2f}%;top:{2 + 96 * y:.2f}%"
         dots.append(f'<i style="{place};{frame}background-position:-{left}px -{top}px" title="{html.escape(key)}"></i>')

@@ -1,1 +1,1 @@
-"""Bundles into BentoML's model store, and to and from the Hugging Face hub."""
+"""Publish bundles: to BentoML's model store, and to and from the Hugging Face Hub."""

@@ -1,4 +1,4 @@
-"""The model card: README.md of a published bundle, for people and for the hub's search."""
+"""The model card: README.md of a published bundle, for readers and for the Hub's search."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mixmim_serve.bundle import Bundle
 from mixmim_serve.config import size_name
 
 CARD = "README.md"
-_LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.-]*")  # as the hub writes them: apache-2.0, cc-by-4.0
+_LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.-]*")  # in the Hub's spelling: apache-2.0, cc-by-4.0
 
 _TEXT = """{front}
 
@@ -37,7 +37,7 @@ that run without torch, over one file of weights.
 
 
 def model_card(bundle: Bundle, repo: str) -> str:
-    """The card of a bundle that is published as `repo`."""
+    """The model card of a bundle published as `repo`."""
     size = size_name(bundle.arch)
     return _TEXT.format(
         front=_front_matter(bundle),
@@ -50,13 +50,13 @@ def model_card(bundle: Bundle, repo: str) -> str:
 
 
 def _front_matter(bundle: Bundle) -> str:
-    """What the hub reads; JSON strings are YAML strings too."""
+    """The metadata that the Hub reads; JSON strings are valid YAML."""
     lines = ["library_name: mixmim-serve", "pipeline_tag: image-feature-extraction"]
     lines += ["tags:", *(f"- {tag}" for tag in ("mixmim", "onnx", "image-feature-extraction", "masked-image-modeling"))]
     license_ = bundle.description.provenance.get("license")
     if isinstance(license_, str) and license_:
-        known = _LICENSE_ID.fullmatch(license_) is not None
-        lines += [f"license: {license_}"] if known else ["license: other", f"license_name: {json.dumps(license_)}"]
+        is_id = _LICENSE_ID.fullmatch(license_) is not None
+        lines += [f"license: {license_}"] if is_id else ["license: other", f"license_name: {json.dumps(license_)}"]
     return "\n".join(["---", *lines, "---"])
 
 
@@ -73,7 +73,7 @@ def _facts(bundle: Bundle) -> dict[str, str]:
     if labels:
         facts["labels"] = ", ".join((*labels[:20], "...") if len(labels) > 20 else labels)
     if bundle.built:
-        engines = (f"{each.file} for {each.runtime} {each.version} on {each.hardware}" for each in bundle.built)
+        engines = (f"{e.file} for {e.runtime} {e.version} on {e.hardware}" for e in bundle.built)
         facts["engines"] = "; ".join(engines)
     return facts
 

@@ -1,7 +1,7 @@
-"""Push a bundle to the Hugging Face hub, or to a folder, and pull it from there.
+"""Push a bundle to the Hugging Face Hub or to a folder, and pull it from there.
 
-What is published: the bundle's own files and a model card. Certificates stay: they are of one machine. What is pulled
-is compared with the bundle's checksums before the folder appears under its name.
+Published are the bundle's files and a model card, but not the certificates, which belong to one machine. Pulled files
+are compared with the bundle's checksums before the folder appears under its name.
 """
 
 from __future__ import annotations
@@ -24,17 +24,19 @@ _FOLDER = ("/", "./", "../", "~/")
 
 
 def push(path: Path, repo: str, *, public: bool = False, overwrite: bool = False) -> str:
-    """Publish a bundle; says where it lies now.
+    """Publish a bundle; returns its path or the URL of the commit.
 
-    A repository of the hub is made if there is none, private unless `public`; a new version is a new commit. A folder
-    is written whole or not at all, and replaced only with `overwrite`.
+    A missing repository of the Hub is created, private unless `public`; a new version is a new commit. A folder is
+    written atomically, and replaced only with `overwrite`.
 
     Raises:
-        BundleError: when the bundle is none or altered, or something is in the folder's way.
-        HubError: when the hub refuses or cannot be reached.
+        BundleError: when `path` is not a bundle or is altered, or the target folder cannot be replaced.
+        HubError: when the Hub rejects the upload or cannot be reached.
     """
     if path.is_file():
-        raise BundleError(f"{path} is a file, and only bundles are pushed: run `mixmim export` on a checkpoint first.")
+        raise BundleError(
+            f"{path} is a file, but only bundles can be pushed: run `mixmim export` on a checkpoint first."
+        )
     bundle = open_bundle(path)
     bundle.verify()
     if not is_folder(repo):
@@ -49,13 +51,13 @@ def push(path: Path, repo: str, *, public: bool = False, overwrite: bool = False
 
 
 def pull(repo: str, target: Path, *, revision: str = "", overwrite: bool = False) -> Bundle:
-    """Fetch a bundle into a folder that appears only when every file is as its checksum says.
+    """Fetch a bundle into a folder that appears only once every file matches its checksum.
 
-    `revision` is a branch, tag or commit of the hub; without one it is the newest of the main branch.
+    `revision` is a branch, tag or commit of the Hub; the default is the newest commit of the main branch.
 
     Raises:
-        BundleError: when what is there is no bundle, incomplete or altered, or something is in the way.
-        HubError: when there is no such repository, or the hub cannot be reached.
+        BundleError: when `repo` is not a bundle, incomplete or altered, or the target cannot be replaced.
+        HubError: when the repository does not exist, or the Hub cannot be reached.
     """
     check_target(target, overwrite)
     local = is_folder(repo)
@@ -73,7 +75,7 @@ def pull(repo: str, target: Path, *, revision: str = "", overwrite: bool = False
 
 
 def is_folder(repo: str) -> bool:
-    """Whether a repository is a folder, and not one of the hub's.
+    """Whether `repo` is a folder, and not a repository of the Hub.
 
     Raises:
         HubError: when it could be both, or is neither.
@@ -81,9 +83,11 @@ def is_folder(repo: str) -> bool:
     if repo.startswith(_FOLDER):
         return True
     if _REPO.fullmatch(repo) is None:
-        raise HubError(f"{repo!r} is no repository: give user/name for one of the hub, or a folder such as ./{repo}.")
-    if Path(repo).exists():  # nobody should publish by mistake what was meant for a shared disk
-        raise HubError(f"{repo} is a folder here and may be of the hub: write ./{repo}, or run this elsewhere.")
+        raise HubError(f"{repo!r} is not a repository: give user/name for the Hub, or a folder such as ./{repo}.")
+    if Path(repo).exists():  # do not publish by mistake what was meant for a shared disk
+        raise HubError(
+            f"{repo} is a folder here, but may also be on the Hub: write ./{repo}, or run this in another folder."
+        )
     return False
 
 
@@ -106,23 +110,23 @@ def _upload(folder: Path, repo: str, public: bool) -> str:
 
 
 def _download(repo: str, revision: str, folder: Path) -> None:
-    """The files of one commit: config.json first, which names the others; nothing else of the repository is fetched."""
+    """Fetch one commit: config.json first, then only the files that it lists and the model card."""
     with _hub(repo) as hub:
         commit = hub.HfApi(library_name="mixmim-serve").model_info(repo, revision=revision or None).sha
         hub.snapshot_download(repo, revision=commit, local_dir=folder, allow_patterns=[CONFIG])
     bundle = open_bundle(folder)
     with _hub(repo) as hub:
         hub.snapshot_download(repo, revision=commit, local_dir=folder, allow_patterns=[*bundle.checksums, CARD])
-    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's notes
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's metadata
     bundle.verify()
 
 
 @contextlib.contextmanager
 def _hub(repo: str) -> Iterator[ModuleType]:
-    """The hub's client; its errors, which have no common base, become one of ours.
+    """The Hub's client; its exceptions, which have no common base, become a `HubError`.
 
     Raises:
-        HubError: for whatever goes wrong inside.
+        HubError: for any failure inside the block.
     """
     import huggingface_hub
     from huggingface_hub import errors
@@ -131,10 +135,10 @@ def _hub(repo: str) -> Iterator[ModuleType]:
         yield huggingface_hub
     except errors.RepositoryNotFoundError as error:
         raise HubError(
-            f"the hub has no {repo} that you may use: check the name, or sign in with `hf auth login`."
+            f"the Hub has no repository {repo} that you can access: check its name, or sign in with `hf auth login`."
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise HubError(f"{repo} has no such revision: give a branch, tag or commit of it.") from error
+        raise HubError(f"{repo} has no such revision: give one of its branches, tags or commits.") from error
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise HubError(f"the hub could not be used for {repo}: {reason}") from error
+        raise HubError(f"cannot access {repo} on the Hub: {reason}") from error

@@ -1,7 +1,7 @@
 """Bundles in BentoML's model store, under tags such as shoes:2026.
 
-The store is a folder of folders below BENTOML_HOME. Only its own functions touch it; what it knows of frameworks, which
-is deprecated, is not used. Importing BentoML takes a second, so that happens when a tag is really looked up.
+The store is a folder in BENTOML_HOME. Only BentoML's own functions access it; its deprecated support of frameworks is
+not used. Importing BentoML takes a second, so it is imported only when a tag is looked up.
 """
 
 from __future__ import annotations
@@ -16,38 +16,36 @@ from mixmim_serve.config import size_name
 from mixmim_serve.errors import BundleError
 from mixmim_serve.version import __version__
 
-_WORD = r"[a-z0-9](?:[-._a-z0-9]{0,61}[a-z0-9])?"  # as BentoML has it, 63 characters at most
+_WORD = r"[a-z0-9](?:[-._a-z0-9]{0,61}[a-z0-9])?"  # BentoML's rule: at most 63 characters
 _TAG = re.compile(f"{_WORD}(?::{_WORD})?")
 
 
 def is_tag(text: str) -> bool:
-    """Whether this could be NAME, NAME:VERSION or NAME:latest; a path with a slash in it is not."""
+    """Whether a text could be NAME, NAME:VERSION or NAME:latest; a path with a slash cannot."""
     return _TAG.fullmatch(text) is not None
 
 
 def check_new_tag(tag: str) -> None:
-    """Whether a bundle can be stored under a tag, asked before the minutes that its export takes.
+    """Check that a bundle can be stored under a tag, before an export that takes minutes.
 
     Raises:
-        BundleError: when it is no tag, or its version is taken.
+        BundleError: when the tag is invalid, or its version exists.
     """
     if not is_tag(tag) or tag.endswith(":latest"):
-        raise BundleError(
-            f"{tag!r} is no name for BentoML's store: give NAME or NAME:VERSION in small letters and digits."
-        )
+        raise BundleError(f"{tag!r} is not a valid tag for BentoML's store: give NAME or NAME:VERSION in lower case.")
     if ":" in tag and any(str(model.tag) == tag for model in _bentoml().models.list()):
-        raise BundleError(f"BentoML's store has {tag} already: choose another version, or NAME alone for a new one.")
+        raise BundleError(f"BentoML's store already has {tag}: choose another version, or NAME alone for a new one.")
 
 
 def store_bundle(bundle: Bundle, tag: str) -> str:
-    """Copy a bundle into the store and verify the copy; the tag with its version.
+    """Copy a bundle into the store and verify the copy; returns the tag with its version.
 
     Raises:
-        BundleError: for a tag that is none or taken, a bundle that is altered, or a copy that is not whole.
+        BundleError: for an invalid or existing tag, an altered bundle, or an incomplete copy.
     """
     check_new_tag(tag)
     bentoml = _bentoml()
-    about = {
+    metadata = {
         "fingerprint": bundle.fingerprint,
         "image_size": bundle.arch.image_size,
         "embedding_size": bundle.arch.embedding_size,
@@ -57,10 +55,10 @@ def store_bundle(bundle: Bundle, tag: str) -> str:
     }
     labels = {"architecture": size_name(bundle.arch), "made_by": f"mixmim-serve-{__version__}"}
     try:
-        with bentoml.models.create(tag, module="mixmim_serve", labels=labels, metadata=about) as model:
+        with bentoml.models.create(tag, module="mixmim_serve", labels=labels, metadata=metadata) as model:
             bundle.copy(Path(model.path))
     except bentoml.exceptions.BentoMLException as error:
-        raise BundleError(f"BentoML's store did not take {tag}: {error}") from error
+        raise BundleError(f"BentoML's store rejected {tag}: {error}") from error
     stored = bentoml.models.get(model.tag)
     try:
         open_bundle(Path(stored.path)).verify()
@@ -71,16 +69,18 @@ def store_bundle(bundle: Bundle, tag: str) -> str:
 
 
 def stored_path(tag: str) -> Path:
-    """The folder of a bundle in the store; NAME alone and NAME:latest are the newest.
+    """The folder of a bundle in the store; NAME alone and NAME:latest mean the newest version.
 
     Raises:
-        BundleError: when there is none, listing what is there, or when the tag is of something else.
+        BundleError: when the tag does not exist, listing those that do.
     """
     bentoml = _bentoml()
     try:
         model = bentoml.models.get(tag)
     except bentoml.exceptions.BentoMLException as error:
-        raise BundleError(f"{tag} is no bundle: no folder is so named, and BentoML's store {_content()}.") from error
+        raise BundleError(
+            f"{tag} is not a bundle: no folder has this name, and BentoML's store {_content()}."
+        ) from error
     return Path(model.path)
 
 
@@ -88,13 +88,13 @@ def _content() -> str:
     bentoml = _bentoml()
     try:
         tags = [str(model.tag) for model in bentoml.models.list()]
-    except bentoml.exceptions.BentoMLException as error:  # a copy that was interrupted
+    except bentoml.exceptions.BentoMLException as error:  # after an interrupted copy
         return f"cannot be listed ({error})"
     return f"has {', '.join(tags)}" if tags else "is empty"
 
 
 def _bentoml() -> ModuleType:
-    os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")  # storing a model would be reported
+    os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")  # else BentoML reports that a model was stored
     import bentoml
 
     return bentoml
