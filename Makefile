@@ -6,6 +6,8 @@ FUZZ ?= 50
 BIN := .venv/bin
 # Two processes; a file stays in one of them, because its tests share what they build, and the longest come first.
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
+# The tests start a hundred interpreters, and each would compile everything again.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 GPU_BIN := .venv-gpu/bin

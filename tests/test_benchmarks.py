@@ -19,7 +19,7 @@ from mixmim_serve.model.mixmim import random_units
 
 sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks import data_loading, train_step
+from benchmarks import data_loading
 from benchmarks.ablation import VARIANTS
 from benchmarks.engines_gpu import full_bundle, runtimes_here
 from benchmarks.plain import PlainMixMIM
@@ -64,27 +64,14 @@ def run(*arguments: object, folder: Path = REPOSITORY) -> str:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=250, check=True).stdout
 
 
-STEPS = ("--sizes", "tiny", "--device", "cpu", "--variants", "plain", "eager", "--batch-size", "2",
-         "--repeats", "2", "--warmup", "1", "--output")  # fmt: skip
-
-
-def assert_steps_are_timed(out: Path) -> None:
+@pytest.mark.slow
+def test_train_step_runs(tmp_path: Path) -> None:
+    out = tmp_path / "steps.md"
+    options = ("--variants", "plain", "eager", "--batch-size", 2, "--repeats", 2, "--warmup", 1, "--output", out)
+    run("benchmarks.train_step", "--sizes", "tiny", "--device", "cpu", *options)
     rows = json.loads(out.with_suffix(".json").read_text())["rows"]
     assert [(row["size"], row["variant"]) for row in rows] == [("tiny", "plain"), ("tiny", "eager")]
     assert all(row["variant"] in out.read_text() for row in rows)
-
-
-def test_train_step_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for the products of large matrices that tell what the machine can do."""
-    monkeypatch.setattr(train_step, "MATMUL_SIDES", {"cpu": (512,)})
-    train_step.main([*STEPS, str(tmp_path / "steps.md")])
-    assert_steps_are_timed(tmp_path / "steps.md")
-
-
-@pytest.mark.slow
-def test_the_whole_of_train_step_runs(tmp_path: Path) -> None:
-    run("benchmarks.train_step", *STEPS, tmp_path / "steps.md")
-    assert_steps_are_timed(tmp_path / "steps.md")
 
 
 SIZES = {"16 kB": 16e3, "75 kB": 75e3, "2 MB": 2e6}

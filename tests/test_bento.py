@@ -69,6 +69,7 @@ def context(exported_bundle: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_bento_serves_the_bundle_inside_it_without_torch(
     context: Path, exported_bundle: Path, photos: Path, tmp_path: Path
 ) -> None:

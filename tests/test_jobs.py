@@ -539,7 +539,13 @@ def test_a_server_with_another_model_does_not_go_on_with_it(start: Callable[...,
 
 
 @pytest.mark.parametrize(
-    ("by", "to_all"), [(signal.SIGKILL, False), (signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGKILL, True)]
+    ("by", "to_all"),
+    [
+        (signal.SIGKILL, False),
+        (signal.SIGTERM, True),
+        pytest.param(signal.SIGTERM, False, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, True, marks=pytest.mark.slow),
+    ],
 )
 def test_a_job_survives_the_end_of_its_server(
     exported_bundle: Path, root: Path, many: str, tmp_path: Path, by: signal.Signals, to_all: bool,

@@ -92,6 +92,7 @@ def test_large_activations_do_not_overflow_in_fp16(bundle: Bundle, small_checkpo
     assert np.abs(stage).max() > 3000
 
 
+@pytest.mark.slow  # no other test needs these graphs
 def test_half_weights_are_not_stored_twice(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "small.safetensors", ENCODER_ONLY)
     exported = export_bundle(checkpoint, tmp_path / "half", Options(("fp32", "fp16"), half_weights=True))
