@@ -71,8 +71,8 @@ class RequestMiddleware:
             RequestError: 401, 413, 429, 503 or 504.
         """
         headers, endpoint = Headers(scope=scope), context.endpoint
-        if context.path not in self.open_paths:
-            self.keys.check(headers)
+        if context.path not in self.open_paths and (key := self.keys.check(headers)):
+            context.reservation.client = key
         if endpoint is None or endpoint.method != "POST":
             await self.app(scope, receive, send)
             return
@@ -83,8 +83,8 @@ class RequestMiddleware:
         scope[bodies.KEY] = body
         seconds = self._timeout(headers, None if endpoint.streams else self.settings.request_seconds)
         with context.reservation as reservation:
-            if endpoint.takes_place:
-                reservation.reserve(1)
+            if endpoint.takes_place and not endpoint.streams:
+                self.admission.check_room(reservation.client)
             await run_until_disconnect(self.app(scope, body, send), body, seconds, context)
 
     def _timeout(self, headers: Headers, default: float | None) -> float | None:
@@ -99,7 +99,7 @@ class RequestMiddleware:
         if not 0 < value <= MAX_REQUEST_TIMEOUT:
             message = f"X-Request-Timeout must be seconds above 0 and up to {MAX_REQUEST_TIMEOUT:g}, got {text!r}."
             raise RequestError(400, "bad_option", message, "X-Request-Timeout")
-        return value
+        return min(value, self.settings.max_request_seconds)
 
     def _record(self, context: RequestContext, status: int) -> None:
         """Count the request in the metrics, and log it unless its path is open to all."""

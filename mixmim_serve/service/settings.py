@@ -25,7 +25,8 @@ class Settings:
     max_image_bytes: int = 20_000_000
     max_pixels: int = 64_000_000  # per image, by its header, before it is decoded
     max_items: int = 64  # images in one request
-    max_waiting: int = 512  # images inside at once, from the first byte of a request to its answer; above that 429
+    max_client_waiting: int = 256  # images of one client inside at once: by its API key, else its address
+    max_waiting: int = 512  # images inside at once, from the end of their upload to their answer; above that 429
     max_held_bytes: int = 512 * 2**20  # of request bodies and large answers in memory at once; above that 429
     max_batch: int = 32  # images in one call of the engine
     decode_threads: int = 0  # 0: one per usable core
@@ -33,7 +34,13 @@ class Settings:
     header_seconds: float = 10.0  # for the headers of a connection's first request; then it is closed
     request_seconds: float = 60.0  # until the answer must be ready, unless X-Request-Timeout is set; then 504
     grace_seconds: float = 30.0  # for requests in flight after SIGTERM
+    max_request_seconds: float = 600.0  # at most, whatever X-Request-Timeout asks for
+    max_request_megapixels: int = 512  # decode cost of the images of one request; streams have no limit
+    max_client_megapixels: int = 1024  # decode cost of the images of one client that wait to be decoded
+    decode_seconds: float = 10.0  # of CPU time for one large image; small ones need less than 0.1 s
+    decode_bytes: int = 2**30  # of memory for one large image
     stream_window: int = 64  # images of one stream inside at once
+    stream_idle_seconds: float = 60.0  # of a stream without a complete image; then it is closed
     api_keys: str = ""  # a file with one key per line; MIXMIM_API_KEYS in the environment may hold more
     cors: tuple[str, ...] = ()  # origins whose pages may call this server; "*" means any
     log_format: str = "text"  # or json

@@ -50,8 +50,8 @@ class EmbedSession:
         self.request, self.runtime, self.context = request, runtime, context_of(request)
         self.unit_length = NORMALIZE.read(request)
         self.dtype = FLOAT_TYPES[DTYPE.read(request)]
-        window = min(runtime.settings.stream_window, runtime.settings.max_waiting)
-        self.context.reservation.reserve(window)
+        self.body = body_of(request)
+        window = runtime.settings.stream_window
         self.answers: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue(window)
         self.lines: asyncio.Queue[bytes] = asyncio.Queue(MAX_UNREAD_LINES)
 
@@ -71,13 +71,29 @@ class EmbedSession:
     async def _read(self, group: asyncio.TaskGroup) -> None:
         """Start on each image as it arrives; if the body breaks off, the last line says why."""
         try:
-            async for streamed in self._images():
+            images = self._images()
+            while (streamed := await self._next_image(images)) is not None:
+                size = self.body.claim()
+                await self.context.reservation.reserve_when_free()
                 self.context.images += 1
-                await self.answers.put(group.create_task(self._answer(streamed)))
+                await self.answers.put(group.create_task(self._answer(streamed, size)))
         except (RequestError, ClientDisconnect) as error:
             self.context.error_code = describe_error(error)[1]["code"]
             await self.answers.put(group.create_task(_last_line(error)))
         await self.answers.put(None)
+
+    async def _next_image(self, images: AsyncIterator[StreamedImage]) -> StreamedImage | None:
+        """The next image, or None at the end of the body.
+
+        Raises:
+            RequestError: 408 when no image is complete in time.
+        """
+        seconds = self.runtime.settings.stream_idle_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                return await anext(images, None)
+        except TimeoutError as error:
+            raise RequestError(408, "stream_idle", f"no complete image within {seconds:g} s: send faster.") from error
 
     async def _collect(self) -> None:
         """Put answers in the order of their images."""
@@ -115,13 +131,19 @@ class EmbedSession:
     async def _ndjson(self) -> AsyncIterator[StreamedImage]:
         longest = self.runtime.settings.max_image_bytes * 4 // 3 + 1024
         index = 0
-        async for line in split_lines(stream_chunks(body_of(self.request)), longest):
+        async for line in split_lines(stream_chunks(self.body), longest):
             if line.strip():
                 yield parse_line(index, line)
                 index += 1
 
-    async def _answer(self, streamed: StreamedImage) -> bytes:
-        """The line of one image."""
+    async def _answer(self, streamed: StreamedImage, size: int) -> bytes:
+        """The line of one image; afterwards its place and its `size` bytes are free."""
+        try:
+            return await self._embed(streamed)
+        finally:
+            self.context.reservation.release(1, size)
+
+    async def _embed(self, streamed: StreamedImage) -> bytes:
         head = {"index": streamed.index} | ({} if streamed.id is None else {"id": streamed.id})
         try:
             if isinstance(streamed.image, RequestError):
@@ -154,7 +176,7 @@ class EmbedStream:
             message = f"content type {kind or 'missing'!r} is not accepted: send one of {', '.join(MEDIA_TYPES)}."
             raise RequestError(415, "unsupported_body", message)
         session = EmbedSession(request, runtime_of(request))
-        body_of(request).make_stream()
+        session.body.make_stream()
         await session.run(send)
 
 
