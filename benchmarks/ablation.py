@@ -1,12 +1,12 @@
-"""What each part of MixMIM is worth, in the small: the same pretraining with one thing changed, then judged.
+"""A small ablation of MixMIM: the same pretraining with one thing changed, then evaluated on frozen features.
 
     python -m benchmarks.ablation photos data --out runs/ablation --epochs 5
 
 The variants are those of the paper's ablation (arXiv 2205.13137, section 4.3): mask tokens instead of mixing, one
 reconstruction instead of two, attention across the two images, and other mask ratios. Each keeps network size, images,
-order, augmentation, steps and schedule of the first, which is also run with a second seed: a smaller difference than
-that between the two says nothing. Judged are frozen features, on the sets of `benchmarks/learning.py` under DATA.
-What is finished is passed over, a run that was cut goes on; the table is written to OUT/results.md.
+order, augmentation, steps and schedule of the first, which is also run with a second seed: differences smaller than
+between these two are noise. Frozen features are evaluated on the sets of `benchmarks/learning.py` under DATA. Finished
+runs are skipped, interrupted ones resume; the table is written to OUT/results.md.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ NEAREST = 10  # the k of k-NN
 
 
 class AttentionAcross(MixMIM):
-    """Mixes as always; tokens also attend to the other image's."""
+    """Standard mixing; tokens also attend to the other image's."""
 
     def run_stages(
         self, tokens_BHWD: Tensor, from_partner_MU: Tensor | None = None, partner_units: int | None = None
     ) -> list[Tensor]:
-        """Every stage's tokens, with no attention blocked."""
+        """Every stage's tokens, without blocked scores."""
         return super().run_stages(tokens_BHWD, None)
 
 
 class SingleReconstruction(MixMIM):
-    """Mixes as always; only the image's own hidden units are predicted, none of the partner's."""
+    """Standard mixing; only the image's own hidden units are predicted, not the partner's."""
 
     def pretrain(
         self, pixels_BCHW: Tensor, from_partner_MU: Tensor, partner_units: int | None = None
     ) -> PretrainingOutput:
-        """As in `MixMIM`; the decoder sees one view an image."""
+        """As in `MixMIM`; the decoder sees one view per image."""
         tokens_BHWD = self.patch_embed(pixels_BCHW)
         encoded_BUD = self.encode_mixed(tokens_BHWD, tokens_BHWD.flip(0), from_partner_MU, partner_units)
         predicted_BUP = self.decode_one(encoded_BUD, from_partner_MU)
@@ -71,7 +71,7 @@ class SingleReconstruction(MixMIM):
 
 
 class MaskTokens(AttentionAcross, SingleReconstruction):
-    """A learned token stands where the partner would, as in SimMIM (arXiv 2111.09886); all tokens attend to all."""
+    """A learned token replaces the partner's, as in SimMIM (arXiv 2111.09886); all tokens attend to all."""
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__(arch)
@@ -108,11 +108,11 @@ VARIANTS = (
 
 
 def main() -> None:
-    """Pretrain and judge every variant, one after the other."""
+    """Pretrain and evaluate every variant, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", help="what to pretrain on")
-    parser.add_argument("data", type=Path, help="the labelled sets")
-    parser.add_argument("--out", type=Path, required=True, help="a folder for the runs, one each")
+    parser.add_argument("images", help="images to pretrain on")
+    parser.add_argument("data", type=Path, help="folder of the labelled sets")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--epochs", type=int, default=5)
     arguments = parser.parse_args()
     tiny, source = tiny_cpu().with_epochs(arguments.epochs), open_source(arguments.images)
@@ -120,8 +120,8 @@ def main() -> None:
         config = dataclasses.replace(tiny, mask_ratio=variant.mask_ratio, seed=variant.seed)
         run = folder_of(variant, arguments.out)
         if train(Pretraining(config, source, model=variant.model), source, run, resume=run.exists()) is None:
-            raise SystemExit("ended; the same command goes on")
-        record(run / "judged.json", judge, run / "final.safetensors", arguments.data)
+            raise SystemExit("stopped; the same command resumes")
+        record(run / "judged.json", evaluate, run / "final.safetensors", arguments.data)
     table = "\n".join(rows(arguments.out)) + "\n"
     with atomic_path(arguments.out / "results.md") as path:
         path.write_text(table)
@@ -129,12 +129,12 @@ def main() -> None:
 
 
 def folder_of(variant: Variant, out: Path) -> Path:
-    """Of a variant's run."""
+    """The run folder of a variant."""
     return out / variant.name.replace(",", "").replace(" ", "-")
 
 
-def judge(checkpoint: Path, data: Path) -> dict[str, float]:
-    """Top-1 of frozen features, in percent. Every variant's encoder sees whole images alike, and is a plain one."""
+def evaluate(checkpoint: Path, data: Path) -> dict[str, float]:
+    """Top-1 of frozen features, in percent, by the plain encoder on unmixed images."""
     start = read_start(checkpoint)
     arch = dataclasses.replace(start.description.arch, decoder=None)
     model = Encoder(arch)
@@ -142,20 +142,20 @@ def judge(checkpoint: Path, data: Path) -> dict[str, float]:
     description = dataclasses.replace(start.description, arch=arch)
     measured = {}
     for photos in SETS:
-        found = probe(model, description, *photos.open(data), ALONE)
-        measured[f"{photos.name}, k-NN"] = found.neighbours[NEAREST].top1
-        measured[f"{photos.name}, linear"] = found.linear.top1
+        result = probe(model, description, *photos.open(data), ALONE)
+        measured[f"{photos.name}, k-NN"] = result.neighbours[NEAREST].top1
+        measured[f"{photos.name}, linear"] = result.linear.top1
     return measured
 
 
 def rows(out: Path) -> Iterator[str]:
-    """A Markdown table."""
-    found = {each.name: json.loads((folder_of(each, out) / "judged.json").read_text()) for each in VARIANTS}
-    measures = list(found[VARIANTS[0].name])
+    """The lines of a Markdown table."""
+    results = {v.name: json.loads((folder_of(v, out) / "judged.json").read_text()) for v in VARIANTS}
+    measures = list(results[VARIANTS[0].name])
     yield f"| variant | {' | '.join(measures)} |"
     yield "|---" * (len(measures) + 1) + "|"
-    for name, values in found.items():
-        yield f"| {name} | {' | '.join(f'{values[each]:.1f}' for each in measures)} |"
+    for name, values in results.items():
+        yield f"| {name} | {' | '.join(f'{values[measure]:.1f}' for measure in measures)} |"
 
 
 if __name__ == "__main__":

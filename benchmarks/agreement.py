@@ -1,9 +1,9 @@
-"""Do all engines and precisions give the same classes? Top-1 of every engine against torch in float32.
+"""Do all engines and precisions predict the same classes? Top-1 of every engine against torch in float32.
 
     python -m benchmarks.agreement tiny data/clothing10/test
 
-BUNDLE needs a head whose labels are the folders' names. A bundle with fp16 and bf16 graphs
-(`mixmim export ... --precision fp32 --precision fp16 --precision bf16`) has them measured, too.
+The bundle needs a head whose labels are the folder names. fp16 and bf16 graphs are measured too if the bundle has them
+(`mixmim export ... --precision fp32 --precision fp16 --precision bf16`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CONTENDERS = [("torch", "fp32"), ("torch", "bf16")] + [
 def main() -> None:
     """Print a JSON report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path, help="a bundle folder, or the name of a shipped one")
+    parser.add_argument("bundle", type=Path, help="a bundle folder, or tiny")
     parser.add_argument("data", type=Path, help="a folder of CLASS/photo")
     arguments = parser.parse_args()
     bundle = open_bundle(bundle_path(arguments.bundle))

@@ -1,10 +1,9 @@
-"""What a batch's size and company do to an embedding, and what many different sizes do to memory.
+"""How batch size and the other images of a batch change an embedding, and how many batch sizes change memory.
 
     python -m benchmarks.batch_sizes tiny --output benchmarks/results/batch_sizes_epyc_202611.json
 
-Each engine and setting has a process of its own. Embeddings are of real photos, shifted to make them many. Memory is
-the resident set after so many calls with 1 to 32 images in random order, as a server sees them; speed is of all these
-sizes.
+Each engine and setting runs in its own process. Embeddings are of real photos, shifted to get enough of them. Memory is
+the resident set after calls with 1 to 32 images in random order, as in a server; speed covers all these sizes.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ ENGINES = (("onnx", "fp32"), ("openvino", "fp32"), ("openvino", "bf16"))
 LARGEST = 32
 CALLS = 300
 ROUNDS = 6
-TRIES = 6  # other neighbours and rows, for each size
+TRIES = 6  # other batches and rows, for each size
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 Embed = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
 
 def embedder(engine: Engine, bucketed: bool) -> Embed:
-    """Images to embeddings, in batches as they come or in buckets."""
+    """A function from images to embeddings, in batches of any size or in buckets."""
 
     def direct(inputs: Any) -> dict[str, NDArray[Any]]:
         return engine.run("encoder", inputs, ["embedding"])
@@ -62,7 +61,7 @@ def photos(engine: Engine, count: int) -> NDArray[np.uint8]:
 
 
 def equality(embed: Embed, images: NDArray[np.uint8]) -> dict[str, Any]:
-    """Largest differences: to the image alone, by size; and within one size, in other company and another row."""
+    """Largest differences: to the image alone, by size; and within one size, in other batches and rows."""
     alone = np.concatenate([embed(image[None]) for image in images[:LARGEST]])
     others, random = images[LARGEST:], np.random.default_rng(0)
     to_alone, within = [], []
@@ -80,7 +79,7 @@ def equality(embed: Embed, images: NDArray[np.uint8]) -> dict[str, Any]:
 
 
 def memory(embed: Embed, images: NDArray[np.uint8]) -> dict[str, Any]:
-    """MB after opening, and in the course of many calls."""
+    """Memory in MB after opening, and after some numbers of calls."""
     process = psutil.Process()
     embed(images[:1])
     after = {"opened": process.memory_info().rss / 1e6}
@@ -92,7 +91,7 @@ def memory(embed: Embed, images: NDArray[np.uint8]) -> dict[str, Any]:
 
 
 def speed(engine: Engine, images: NDArray[np.uint8]) -> dict[str, Any]:
-    """Images/s when all sizes are equally frequent and all were seen before: best call of each size, in turns."""
+    """Images/s when all sizes are equally frequent and warm: best call of each size, taking turns."""
     ways = {"as it comes": embedder(engine, False), "bucketed": embedder(engine, True)}
     best = {name: np.full(LARGEST, np.inf) for name in ways}
     random = np.random.default_rng(0)
@@ -107,7 +106,7 @@ def speed(engine: Engine, images: NDArray[np.uint8]) -> dict[str, Any]:
 
 
 def measure(what: str, bundle: Path, kind: str, precision: str) -> dict[str, Any]:
-    """In a process of its own."""
+    """One measurement, in its own process."""
     engine = open_engine(bundle, kind, precision)
     images = photos(engine, 3 * LARGEST)
     if what == "equality":
@@ -118,7 +117,7 @@ def measure(what: str, bundle: Path, kind: str, precision: str) -> dict[str, Any
 
 
 def main() -> None:
-    """Measure all, print tables, write JSON."""
+    """Run all measurements, print summaries, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--output", type=Path)
@@ -130,13 +129,13 @@ def main() -> None:
         except MixMIMError as error:
             print(json.dumps({"error": str(error)}))
         return
-    found: dict[str, Any] = {
+    report: dict[str, Any] = {
         "command": f"python -m benchmarks.batch_sizes {options.bundle.name}",
         "hardware": processor(),
         "versions": {name: version(name) for name in ("mixmim-serve", "onnxruntime", "openvino")},
     }
     for kind, precision in ENGINES:
-        rows = found[f"{kind} {precision}"] = {}
+        rows = report[f"{kind} {precision}"] = {}
         for what in ("equality", "as it comes", "bucketed", "speed"):
             command = [
                 sys.executable,
@@ -151,7 +150,7 @@ def main() -> None:
             rows[what] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             print(f"{kind} {precision}, {what}: {_summary(rows[what])}", flush=True)
     if options.output:
-        options.output.write_text(json.dumps(found, indent=2) + "\n")
+        options.output.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def _summary(row: dict[str, Any]) -> str:

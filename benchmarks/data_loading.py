@@ -1,11 +1,11 @@
-"""How many images a second one core loads for training: read, decode, crop and resize.
+"""Images per second that one core loads for training: read, decode, crop and resize.
 
     python -m benchmarks.data_loading --output benchmarks/results/data_loading_epyc_202611.md
 
-One process and one thread, JPEGs of 16 kB, 75 kB and 2 MB (made from one photo of examples/: enlarged, with noise,
-until the file is as large), 224 px crops of 0.2 to 1 of the area as in pretraining. `small` decodes a JPEG
-at the smallest scale that still covers the drawn crop, which is what training does; `full` decodes all of it. Both
-take turns over the same images and seeds, so their ratio holds on a busy machine; rates are of CPU seconds.
+One process and one thread, JPEGs of 16 kB, 75 kB and 2 MB (one photo of examples/, enlarged, with noise added to reach
+the file size), 224 px crops of 0.2 to 1 of the area as in pretraining. `small` decodes a JPEG at the smallest scale
+that still covers the drawn crop, as training does; `full` decodes all of it. Both take turns over the same images and
+seeds, so their ratio holds on a busy machine; rates are per CPU second.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
     """Print a table, and write it with the numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=60, help="crops of each kind")
-    parser.add_argument("--output", type=Path, help="a Markdown file; the numbers go into a .json beside it")
+    parser.add_argument("--output", type=Path, help="a Markdown file; the numbers go into a .json next to it")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = [measure(name, make_jpeg(Path(folder), name), arguments.images) for name in FILES]
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def make_jpeg(folder: Path, name: str) -> Path:
-    """A photo with as much noise as makes its JPEG about as large as its name says."""
+    """A photo with enough noise to make its JPEG about as large as its name says."""
     number, unit = name.split()
     wanted = int(number) * (1000 if unit == "kB" else 1_000_000)
     photo = np.asarray(Image.open(PHOTO).convert("RGB").resize(FILES[name], Image.Resampling.BICUBIC), np.float32)
@@ -68,7 +68,7 @@ def make_jpeg(folder: Path, name: str) -> Path:
 
 
 def measure(name: str, path: Path, images: int) -> dict[str, float | str]:
-    """Milliseconds of each stage, and images a second either way."""
+    """Milliseconds per stage, and images per second both ways."""
     times: dict[str, list[float]] = {
         stage: [] for stage in ("read", "full decode", "full crop", "small decode", "small crop")
     }
@@ -92,7 +92,7 @@ def measure(name: str, path: Path, images: int) -> dict[str, float | str]:
 
 
 def timed(times: list[float], work: Callable[[], Any]) -> Any:
-    """The work's result; its CPU seconds go into `times`."""
+    """The result of `work`; its CPU seconds are appended to `times`."""
     began = time.process_time()
     result = work()
     times.append(time.process_time() - began)
@@ -100,7 +100,7 @@ def timed(times: list[float], work: Callable[[], Any]) -> Any:
 
 
 def table(report: dict[str, object]) -> str:
-    """Markdown."""
+    """The report as a Markdown table."""
     lines = [
         f"# Loading images for training, one core of {report['hardware']}, {report['date']}",
         "",

@@ -1,9 +1,9 @@
-"""Every engine on this machine's GPU: bundles of `tiny` and `base` with what can be built, then `mixmim bench`.
+"""Every engine on this machine's GPU: exports bundles of `tiny` and `base`, then runs `mixmim bench`.
 
     python -m benchmarks.engines_gpu [--base CHECKPOINT]
 
-`tiny` is the shipped model; `base` has random weights unless a checkpoint is given. Writes JSON and pictures into
-benchmarks/results, named for the GPU.
+`tiny` is the shipped model; `base` has random weights unless a checkpoint is given. Writes JSON and charts into
+benchmarks/results, named after the GPU.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PRECISIONS = ("fp32", "fp16")
 
 
 def random_checkpoint(path: Path, size: str = "base") -> Path:
-    """Weights of a network that was never trained: as fast as any."""
+    """A checkpoint with random weights, which run as fast as trained ones."""
     torch.manual_seed(0)
     arch = architecture(size)
     description = Description(
@@ -44,8 +44,8 @@ def random_checkpoint(path: Path, size: str = "base") -> Path:
 
 
 def runtimes_here() -> list[str]:
-    """Each TensorRT that is installed and builds for this GPU: tried with the shipped model."""
-    found = []
+    """Each installed TensorRT runtime that compiles the shipped model for this GPU."""
+    runtimes = []
     for runtime in MODULES:
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -53,17 +53,17 @@ def runtimes_here() -> list[str]:
             except MixMIMError as error:
                 print(f"no {runtime}: {error}")
             else:
-                found.append(runtime)
-    return found
+                runtimes.append(runtime)
+    return runtimes
 
 
 def full_bundle(checkpoint: Path, target: Path, runtimes: Sequence[str]) -> Bundle:
-    """Both precisions, and engines for these runtimes."""
+    """A bundle with both precisions, and engines for these runtimes."""
     return export_bundle(checkpoint, target, Options(PRECISIONS, ("onnx", *runtimes))).bundle
 
 
 def main() -> None:
-    """Build, measure, write."""
+    """Export, benchmark, write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, help="a checkpoint to measure as base")
     options = parser.parse_args()

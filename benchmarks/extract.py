@@ -1,20 +1,20 @@
-"""How near extraction comes to the bare engine, and how much memory it takes.
+"""Throughput of extraction against the bare engine, and its memory.
 
     python -m benchmarks.extract tiny --output benchmarks/results/extract_epyc_202611.md
     python -m benchmarks.extract tiny bundles/base --seconds 6 --rounds 3
     python -m benchmarks.extract tiny --memory 1000 10000 100000
 
-For each bundle, size of JPEG and kind of source, three things take turns: the engine alone on images that are decoded
-already, decoding alone (read, hash, decode, resize in the same threads), and a whole run of `mixmim extract`'s code,
-its files written, the engine and the source open already. The median of the rounds counts.
+For each bundle, JPEG size and kind of source, three measurements take turns: the engine alone on decoded images,
+decoding alone (read, hash, decode, resize in the same threads), and a complete run of `mixmim extract`'s code including
+its files, with engine and source already open. The table shows medians over the rounds.
 
-On a CPU engine and decoding share the cores, so no run can be as fast as the slower of the two alone: the time of an
-image is at least the sum of both (the column `bound`: 1 / (1 / engine + 1 / decoding)). With `--device RATE` the
-engine is a stand-in that takes so long as a device of so many images/s would, and no core's time: all of the cores
-decode, as beside a GPU, and the slower of the two is the bound.
+On a CPU, engine and decoding share the cores, so a run cannot be as fast as the slower of the two alone: the time per
+image is at least the sum of both (column `bound`: 1 / (1 / engine + 1 / decoding)). With `--device RATE` the engine is
+a stand-in that takes as long as a device with that many images/s but no CPU time: all cores decode, as next to a GPU,
+and the slower of the two is the bound.
 
-`CPU` is the engine's processor time for an image over the whole run's, its images/s where nothing else has the cores;
-it holds on a busy machine too, where rates of minutes apart do not compare.
+`CPU` is the engine's CPU time per image divided by that of the whole run. It also holds on a busy machine, where rates
+measured minutes apart do not compare.
 """
 
 from __future__ import annotations
@@ -43,28 +43,32 @@ from benchmarks.provenance import about, heading
 from mixmim_serve.bundle import DEFAULT_BUNDLE
 from mixmim_serve.cores import usable_cores
 from mixmim_serve.engines import Engine, open_engine
-from mixmim_serve.extract.job import Job
+from mixmim_serve.extract.job import ExtractJob
 from mixmim_serve.extract.lead import run
 from mixmim_serve.extract.local import LocalExecutor
 from mixmim_serve.extract.pipeline import BATCH, decode_small
 from mixmim_serve.sources import Source, open_source
 
 KINDS = ("folder", "tar", "parquet")
-FEWEST = 3 * BATCH  # images of a run: fewer would measure its beginning and end
+FEWEST = 3 * BATCH  # images of a run; fewer would measure mostly start and end
 
 
 def main(given: Sequence[str] | None = None) -> None:
-    """Print tables, and write them."""
+    """Print the table, and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", nargs="*", type=Path, default=[Path("tiny")])
     parser.add_argument("--engine", default="auto")
-    parser.add_argument("--sizes", nargs="*", default=list(FILES), help="of JPEGs: " + ", ".join(FILES))
+    parser.add_argument("--sizes", nargs="*", default=list(FILES), help="JPEG sizes: " + ", ".join(FILES))
     parser.add_argument("--kinds", nargs="*", default=list(KINDS))
-    parser.add_argument("--seconds", type=float, default=4.0, help="about, of the slower one alone, in each round")
+    parser.add_argument(
+        "--seconds", type=float, default=4.0, help="approximate duration of the slower part alone, per round"
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--device", type=float, default=0.0, help="images/s of a device that stands in for the engine")
-    parser.add_argument("--memory", nargs="*", type=int, default=[], help="instead: peak memory at so many images")
-    parser.add_argument("--output", type=Path, help="a Markdown file; the numbers go into a .json beside it")
+    parser.add_argument("--device", type=float, default=0.0, help="images/s of a stand-in for the engine")
+    parser.add_argument(
+        "--memory", nargs="*", type=int, default=[], help="measure peak memory for these numbers of images instead"
+    )
+    parser.add_argument("--output", type=Path, help="a Markdown file; the numbers go into a .json next to it")
     arguments = parser.parse_args(given)
     with tempfile.TemporaryDirectory(dir=os.environ.get("SCRATCH")) as folder:
         if arguments.memory:
@@ -81,7 +85,7 @@ def main(given: Sequence[str] | None = None) -> None:
 
 
 def speed(folder: Path, bundle: Path, arguments: argparse.Namespace) -> list[dict[str, object]]:
-    """A row for each size and kind."""
+    """One row per JPEG size and kind of source."""
     engine = open_engine(_bundle(bundle), arguments.engine)
     if arguments.device:
         engine = Device(engine, arguments.device)
@@ -102,25 +106,27 @@ def speed(folder: Path, bundle: Path, arguments: argparse.Namespace) -> list[dic
 
 
 def compare(engine: Engine, source: Source, pixels: np.ndarray, rounds: int) -> dict[str, object]:
-    """Images/s of the three, taking turns."""
+    """Images/s of the three measurements, taking turns."""
     count = len(source.keys)
     work: dict[str, Callable[[], float]] = {
         "engine alone": lambda: alone(engine, pixels, count),
         "decoding alone": lambda: decoding(engine, source),
         "extract": lambda: extracting(engine, source),
     }
-    found: dict[str, list[float]] = {name: [] for name in work}
+    speeds: dict[str, list[float]] = {name: [] for name in work}
     spent: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(rounds):
         for name, function in work.items():
             before = time.process_time()
-            found[name].append(function())
+            speeds[name].append(function())
             spent[name].append(time.process_time() - before)
     cpu = [one / run for one, run in zip(spent["engine alone"], spent["extract"], strict=True)]
-    bounds = [_bound(engine, one, two) for one, two in zip(found["engine alone"], found["decoding alone"], strict=True)]
-    found |= {"bound": bounds}
-    rates = {name: round(statistics.median(values), 1) for name, values in found.items()}
-    shares = {name: [a / b for a, b in zip(found["extract"], found[name], strict=True)] for name in found}
+    bounds = [
+        _bound(engine, one, two) for one, two in zip(speeds["engine alone"], speeds["decoding alone"], strict=True)
+    ]
+    speeds |= {"bound": bounds}
+    rates = {name: round(statistics.median(values), 1) for name, values in speeds.items()}
+    shares = {name: [a / b for a, b in zip(speeds["extract"], speeds[name], strict=True)] for name in speeds}
     return rates | {
         "of engine": round(statistics.median(shares["engine alone"]), 3),
         "of bound": round(statistics.median(shares["bound"]), 3),
@@ -134,21 +140,21 @@ def _bound(engine: Engine, one: float, two: float) -> float:
 
 
 class Device:
-    """An engine that takes time but no core's, as one on a GPU does; it answers with zeros."""
+    """An engine that takes time but no CPU time, like one on a GPU; it returns zeros."""
 
     def __init__(self, engine: Engine, rate: float) -> None:
         self.bundle, self.name, self.precision = engine.bundle, f"device of {rate:g}/s", ""
         self.version, self.hardware, self.rate = engine.version, engine.hardware, rate
 
     def run(self, graph: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> dict[str, np.ndarray]:
-        """Wait as long as the device would work."""
+        """Sleep as long as the device would compute."""
         rows = len(inputs["pixels"])
         time.sleep(rows / self.rate)
         return {name: np.zeros((rows, self.bundle.arch.embedding_size), np.float32) for name in outputs}
 
 
 def alone(engine: Engine, pixels: np.ndarray, images: int) -> float:
-    """Images/s of the engine, with nothing else to do."""
+    """Images/s of the engine alone."""
     began = time.perf_counter()
     for _ in range(images // BATCH):
         engine.run("encoder", {"pixels": pixels}, ["embedding"])
@@ -171,7 +177,7 @@ def decoding(engine: Engine, source: Source) -> float:
 
 
 def decoding_rate(engine: Engine, jpeg: Path) -> float:
-    """Images/s of decoding one image several times, on all cores; roughly."""
+    """Approximate images/s of decoding on all cores, from one image decoded several times."""
     data, repeats = jpeg.read_bytes(), 5
     began = time.perf_counter()
     for _ in range(repeats):
@@ -180,9 +186,9 @@ def decoding_rate(engine: Engine, jpeg: Path) -> float:
 
 
 def extracting(engine: Engine, source: Source) -> float:
-    """Images/s of a whole run."""
+    """Images/s of a complete run."""
     with tempfile.TemporaryDirectory(dir=os.environ.get("SCRATCH")) as out:
-        job = Job(engine.bundle.path, source.name, out)
+        job = ExtractJob(engine.bundle.path, source.name, out)
         began = time.perf_counter()
         summary = run(job, executor=partial(LocalExecutor, engine=engine))
         assert summary.rows == len(source.keys)
@@ -190,7 +196,7 @@ def extracting(engine: Engine, source: Source) -> float:
 
 
 def make_source(root: Path, kind: str, jpeg: Path, images: int) -> Source:
-    """A source with one photo many times over: links, members or rows."""
+    """A source with many copies of one photo: links, members or rows."""
     root.mkdir(parents=True)
     makers: dict[str, Callable[[Path, Path, int], None]] = {"folder": _folder, "tar": _tar, "parquet": _parquet}
     makers[kind](root, jpeg, images)
@@ -225,14 +231,14 @@ def _parquet(root: Path, jpeg: Path, images: int) -> None:
 
 
 def memory(folder: Path, bundle: Path, images: int) -> dict[str, object]:
-    """Peak memory of a process that extracts so many images of 16 kB from a tar shard."""
+    """Peak memory of a process that extracts this many 16 kB images from a tar shard."""
     root = folder / str(images)
     root.mkdir()
     _tar(root, make_jpeg(folder, "16 kB"), images)
     code = (
-        "import json, resource, sys, time; from pathlib import Path; from mixmim_serve.extract.job import Job\n"
+        "import json, resource, sys, time; from pathlib import Path; from mixmim_serve.extract.job import ExtractJob\n"
         "from mixmim_serve.extract.lead import run\n"
-        "began = time.perf_counter(); done = run(Job(Path(sys.argv[1]), sys.argv[2], sys.argv[3]))\n"
+        "began = time.perf_counter(); done = run(ExtractJob(Path(sys.argv[1]), sys.argv[2], sys.argv[3]))\n"
         "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000\n"
         "print(json.dumps({'rows': done.rows, 'peak MB': round(peak), 'seconds': round(time.perf_counter() - began)}))"
     )
@@ -245,7 +251,7 @@ def memory(folder: Path, bundle: Path, images: int) -> dict[str, object]:
 
 
 def table(rows: Sequence[dict[str, object]]) -> str:
-    """Markdown."""
+    """The rows as a Markdown table."""
     names = list(rows[0])
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     lines += ["| " + " | ".join(str(row[name]) for name in names) + " |" for row in rows]

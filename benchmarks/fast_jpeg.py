@@ -1,10 +1,10 @@
-"""How far `--fast-jpeg` moves an embedding: the least cosine, for each scale and margin.
+"""How much `--fast-jpeg` changes embeddings: the lowest cosine similarity for each scale and margin.
 
     python -m benchmarks.fast_jpeg photos/train other-photos --images 48
 
-The margin is the shorter side of the reduced image over the side that preprocessing resizes it to. The photos at hand
-are small, so larger ones are laid out of them, edge to edge, until the shorter side is what the scale and margin need;
-their detail is as fine as the small photos', which is finer than a camera's at that size, and so the harder case.
+The margin is the shorter side of the reduced image over the side that preprocessing resizes it to. The photos are
+small, so larger ones are tiled from them until the shorter side is what scale and margin need. Their detail is as fine
+as in the small photos, finer than a camera's at that size, and so the harder case.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from mixmim_serve.preprocess import Pixels, decode, resize_and_crop
 from mixmim_serve.sources.names import list_images
 
 FACTORS, MARGINS = (2, 4, 8), (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
-TILE, LARGEST = 112, 2400  # pixels: of one photo, and of what is laid out
+TILE, LARGEST = 112, 2400  # pixels: one tile, and the largest tiled image
 
 
 def main() -> None:
-    """Print a table."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", nargs="+", type=Path, help="folders of photos")
     parser.add_argument("--bundle", type=Path, default=DEFAULT_BUNDLE)
-    parser.add_argument("--images", type=int, default=48, help="for each row")
+    parser.add_argument("--images", type=int, default=48, help="images per row")
     arguments = parser.parse_args()
     engine, rng = open_engine(arguments.bundle, "onnx"), random.Random(0)  # noqa: S311
     photos = [path for folder in arguments.photos for path in list_images(folder)]
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def lay_out(photos: Sequence[Path], side: int, rng: random.Random) -> bytes:
-    """A JPEG of (side, side) pixels, of photos beside each other at their own scale."""
+    """A JPEG of (side, side) pixels, tiled from photos at their own scale."""
     across = -(-side // TILE)
     sheet = Image.new("RGB", (across * TILE, across * TILE))
     for place in range(across * across):
@@ -69,9 +69,9 @@ def lay_out(photos: Sequence[Path], side: int, rng: random.Random) -> bytes:
 
 
 def embed(engine: Engine, images: Sequence[Pixels]) -> np.ndarray:
-    """Embeddings of length 1, (images, D)."""
-    found = [engine.run("encoder", {"pixels": image[None]}, ["embedding"])["embedding"] for image in images]
-    vectors = np.concatenate(found)
+    """Embeddings of unit length, (images, D)."""
+    rows = [engine.run("encoder", {"pixels": image[None]}, ["embedding"])["embedding"] for image in images]
+    vectors = np.concatenate(rows)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 

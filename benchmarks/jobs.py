@@ -1,10 +1,10 @@
-"""What a job over HTTP costs the requests beside it.
+"""How an extraction job over HTTP slows down concurrent requests.
 
     python -m benchmarks.jobs DATA tiny --output benchmarks/results/jobs_epyc_202611.md
 
-One server; wrk (apt-get install wrk) sends it JPEGs of one size, made of photos of the folder DATA, while in turns
-there is nothing else, a job of such JPEGs, and the same work as an ordinary process (`mixmim extract` beside the
-server). A cell is the median of the rounds; the job's own images/s are counted over the same seconds.
+wrk (apt-get install wrk) sends JPEGs of one size, made from photos in DATA, to one server. In turns nothing else runs,
+a job on such JPEGs, or the same work as an ordinary process (`mixmim extract` next to the server). A cell is the
+median of the rounds; the job's own images/s are counted over the same seconds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import httpx
 from benchmarks.provenance import about, heading
 from benchmarks.serve import SIZES, Running, load, make_pictures, named_bundle, started
 
-COPIES = 40_000  # hard links to the pictures: more than a job reads while it is watched
+COPIES = 40_000  # hard links to the pictures: more than a job reads while it is measured
 BESIDE = {"nothing": "nothing", "job": "a job", "process": "an ordinary process"}
 
 
@@ -43,76 +43,76 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--clients", nargs="+", type=int, default=(1, 8, 32))
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="a Markdown file; a .json comes beside it")
-    asked = parser.parse_args(arguments)
+    parser.add_argument("--output", type=Path, help="a Markdown file; the numbers go into a .json next to it")
+    options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no server is left behind
     report = about("jobs", arguments, ("uvicorn", "onnxruntime", "openvino", "pillow"))
-    report |= {"size": asked.size, "rounds": asked.rounds, "rows": []}
-    for model, bundle in map(named_bundle, asked.models):
+    report |= {"size": options.size, "rounds": options.rounds, "rows": []}
+    for model, bundle in map(named_bundle, options.models):
         with tempfile.TemporaryDirectory() as folder:
-            report["rows"] += [{"model": model} | row for row in measure(bundle, asked, Path(folder))]
+            report["rows"] += [{"model": model} | row for row in measure(bundle, options, Path(folder))]
     text = markdown(report)
     print(text)
-    if asked.output:
-        asked.output.write_text(text)
-        asked.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    if options.output:
+        options.output.write_text(text)
+        options.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
 
 
-def measure(bundle: Path, asked: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """A row for each number of clients and what goes on beside them."""
-    files = make_pictures(asked.data, folder, asked.size)
+def measure(bundle: Path, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """One row per number of clients and kind of concurrent work."""
+    files = make_pictures(options.data, folder, options.size)
     (folder / "many").mkdir()
     for number in range(COPIES):
         os.link(files[number % len(files)], folder / "many" / f"{number:06d}.jpg")
-    options = ["--jobs-root", str(folder), "--set", f"jobs_dir={folder / 'jobs'}"]
-    found: dict[tuple[int, str], list[dict[str, float]]] = {}
-    with started("ours", bundle, "auto", str(folder), *options) as server:
+    flags = ["--jobs-root", str(folder), "--set", f"jobs_dir={folder / 'jobs'}"]
+    results: dict[tuple[int, str], list[dict[str, float]]] = {}
+    with started("ours", bundle, "auto", str(folder), *flags) as server:
         beside: dict[str, Callable[[], contextlib.AbstractContextManager[Callable[[], int]]]] = {
             "nothing": lambda: contextlib.nullcontext(lambda: 0),
             "job": lambda: job(server),
             "process": lambda: process(bundle, folder),
         }
-        load(server, asked.size, "multipart", 8, 2, files)  # warms up
-        for number in range(asked.rounds):
+        load(server, options.size, "multipart", 8, 2, files)  # warms up
+        for number in range(options.rounds):
             for name in list(beside)[:: -1 if number % 2 else 1]:
                 with beside[name]() as done:
-                    for clients in (0, *asked.clients):
-                        turn = watched(server, asked, clients, files, done)
-                        found.setdefault((clients, name), []).append(turn)
+                    for clients in (0, *options.clients):
+                        turn = watched(server, options, clients, files, done)
+                        results.setdefault((clients, name), []).append(turn)
                         print(clients, name, turn, file=sys.stderr, flush=True)
     return [
         {"clients": clients, "beside": name}
         | {key: statistics.median(turn[key] for turn in turns) for key in ("rate", "p50", "p99", "beside_rate")}
         | {"errors": sum(turn["bad"] + turn["broken"] for turn in turns)}
-        for (clients, name), turns in found.items()
+        for (clients, name), turns in results.items()
         if (clients, name) != (0, "nothing")
     ]
 
 
 def watched(
-    server: Running, asked: argparse.Namespace, clients: int, files: Sequence[Path], done: Callable[[], int]
+    server: Running, options: argparse.Namespace, clients: int, files: Sequence[Path], done: Callable[[], int]
 ) -> dict[str, float]:
-    """One turn of wrk, and images/s of what goes on beside it; without clients that alone."""
+    """One turn of wrk, and images/s of the concurrent work; without clients, of that work alone."""
     first, began = done(), time.perf_counter()
     if clients:
-        turn = load(server, asked.size, "multipart", clients, asked.seconds, files, settle=False)
+        turn = load(server, options.size, "multipart", clients, options.seconds, files, settle=False)
     else:
-        time.sleep(asked.seconds)
+        time.sleep(options.seconds)
         turn = {"rate": 0.0, "p50": 0.0, "p99": 0.0, "bad": 0, "broken": 0}
     return turn | {"beside_rate": (done() - first) / (time.perf_counter() - began)}
 
 
 @contextlib.contextmanager
 def job(server: Running) -> Iterator[Callable[[], int]]:
-    """A job that runs, and how many images it has done; cancelled and deleted at the end."""
+    """A running job, as a function that returns its finished images; cancelled and deleted at the end."""
     url = f"http://127.0.0.1:{server.port}"
     id_ = ask("POST", f"{url}/jobs", {"source": "many"})["id"]
 
     def done() -> int:
-        found = ask("GET", f"{url}/jobs?id={id_}")
-        if found["state"] not in ("queued", "running"):
-            raise SystemExit(f"the job has ended too early: {found['state']} {found['error'] or ''}")
-        return int((found["progress"] or {"done": 0})["done"])
+        status = ask("GET", f"{url}/jobs?id={id_}")
+        if status["state"] not in ("queued", "running"):
+            raise SystemExit(f"the job ended too early: {status['state']} {status['error'] or ''}")
+        return int((status["progress"] or {"done": 0})["done"])
 
     try:
         wait_for(done)
@@ -126,11 +126,11 @@ def job(server: Running) -> Iterator[Callable[[], int]]:
 
 @contextlib.contextmanager
 def process(bundle: Path, folder: Path) -> Iterator[Callable[[], int]]:
-    """`mixmim extract` of the same images, as anybody would start it; it has done what its output says."""
+    """`mixmim extract` on the same images as an ordinary process; returns its finished images as `job` does."""
     code = (
         "import sys; from pathlib import Path; "
-        "from mixmim_serve.extract.job import Job; from mixmim_serve.extract.lead import run; "
-        "run(Job(Path(sys.argv[1]), *sys.argv[2:]), progress=lambda now: print(now.done, flush=True))"
+        "from mixmim_serve.extract.job import ExtractJob; from mixmim_serve.extract.lead import run; "
+        "run(ExtractJob(Path(sys.argv[1]), *sys.argv[2:]), progress=lambda now: print(now.done, flush=True))"
     )
     out = folder / "out"
     with (folder / "progress").open("w+") as progress:
@@ -138,7 +138,7 @@ def process(bundle: Path, folder: Path) -> Iterator[Callable[[], int]]:
 
         def done() -> int:
             if running.poll() is not None:
-                raise SystemExit("the extraction has ended too early")
+                raise SystemExit("the extraction ended too early")
             progress.seek(0)
             return int((progress.read().splitlines() or ["0"])[-1])
 
@@ -152,24 +152,24 @@ def process(bundle: Path, folder: Path) -> Iterator[Callable[[], int]]:
 
 
 def wait_for(done: Callable[[], int]) -> None:
-    """Until the first images are done: what comes before is loading."""
+    """Wait until the first images are done; before that the process is still loading."""
     deadline = time.monotonic() + 60
     while not done():
         if time.monotonic() > deadline:
-            raise SystemExit("nothing happens beside the server")
+            raise SystemExit("the concurrent work does not start")
         time.sleep(0.1)
 
 
 def ask(method: str, url: str, body: object = None) -> dict[str, Any]:
-    """What the server answers."""
+    """The server's JSON response."""
     response = httpx.request(method, url, json=body, timeout=60).raise_for_status()
     return response.json() if response.content else {}  # type: ignore[no-any-return]
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """Hardware, command, a table."""
+    """The report as Markdown: hardware, command, a table."""
     lines = [
-        *heading("Requests beside a job", report),
+        *heading("Requests next to a job", report),
         f"JPEGs of {report['size']}, forms of one image; p50 and p99 in ms; medians of {report['rounds']} rounds.",
         "",
         "| model | clients | beside them | images/s | p50 | p99 | errors | images/s beside |",

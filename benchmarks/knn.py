@@ -3,7 +3,7 @@
     python -m benchmarks.knn tiny data/clothing10 --untrained
 
 Cosine similarity, votes weighted by exp(similarity / 0.07) (the protocol of DINO, arXiv 2104.14294). `--untrained`
-measures the same network with random weights, exported and run in the same way, beside it.
+also measures the same network with random weights, exported and run in the same way.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ NEIGHBOURS = (1, 5, 10, 20)
 def main() -> None:
     """Print a JSON report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", help="a bundle folder, or the name of a shipped one")
+    parser.add_argument("bundle", help="a bundle folder, or tiny")
     parser.add_argument("data", type=Path, help="a folder with train/CLASS and val/CLASS")
-    parser.add_argument("--untrained", action="store_true", help="measure the same network untrained, too")
+    parser.add_argument("--untrained", action="store_true", help="also measure the untrained network")
     arguments = parser.parse_args()
     bundle = Path(arguments.bundle)
     if not bundle.exists():
@@ -59,9 +59,11 @@ def measure(engine: Engine, data: Path) -> dict[str, float]:
     train, train_labels = embed_folder(engine, data / "train")
     val, val_labels = embed_folder(engine, data / "val")
     classes, numbers = np.unique(np.concatenate([train_labels, val_labels]), return_inverse=True)
-    known, asked = torch.from_numpy(numbers).split([len(train), len(val)])
-    found = knn_accuracy(torch.from_numpy(train), known, torch.from_numpy(val), asked, len(classes), ks=NEIGHBOURS)
-    return {f"k={k}": round(each.top1, 2) for k, each in found.items()} | {"train": len(train), "val": len(val)}
+    labels_N, labels_M = torch.from_numpy(numbers).split([len(train), len(val)])
+    train_ND, val_MD = torch.from_numpy(train), torch.from_numpy(val)
+    accuracies = knn_accuracy(train_ND, labels_N, val_MD, labels_M, len(classes), ks=NEIGHBOURS)
+    counts = {"train": len(train), "val": len(val)}
+    return {f"k={k}": round(accuracy.top1, 2) for k, accuracy in accuracies.items()} | counts
 
 
 def embed_folder(engine: Engine, folder: Path) -> tuple[Floats, np.ndarray]:
@@ -73,7 +75,7 @@ def embed_folder(engine: Engine, folder: Path) -> tuple[Floats, np.ndarray]:
 
 
 def untrained_bundle(bundle: Path, folder: Path) -> Path:
-    """The bundle's network with fresh weights (seed 0), exported in the same way."""
+    """The bundle's network with random weights (seed 0), exported in the same way."""
     from export.build import Options, export_bundle
     from mixmim_serve.model import build_model
     from mixmim_serve.model.checkpoint import read_checkpoint, save_checkpoint

@@ -1,13 +1,13 @@
-"""The proof that it learns: a pretrained backbone against the same network untrained and trained from scratch.
+"""Does pretraining help? A pretrained backbone against the same network untrained and trained from scratch.
 
     python benchmarks/learning.py data --start tiny --out runs/learning
 
-DATA holds clothing10 (train, val, test) and caltech99 (train, val). Judged are clothing10's test and caltech99's val
-photos, which no training saw. Frozen features (k-NN, linear probe) are compared with those of three untrained
-networks; fine-tuning with training from scratch, the same recipe and number of epochs, three seeds each. From scratch
-there is no layer decay, which would keep the first layers untrained, and twice the warm-up; of its peak rates 5e-4,
-1e-3 and 2e-3 the best on clothing10's val photos is the recipe's own. What is finished is passed over, so that the
-command can be given again after an interruption; the table is written to OUT/results.md.
+DATA holds clothing10 (train, val, test) and caltech99 (train, val). Evaluation uses clothing10's test and caltech99's
+val photos, which no training saw. Frozen features (k-NN, linear probe) are compared with those of three untrained
+networks; fine-tuning with training from scratch, same recipe and epochs, three seeds each. Training from scratch has
+no layer decay, which would keep the first layers untrained, and twice the warm-up; of the peak learning rates 5e-4,
+1e-3 and 2e-3 the recipe's own is best on clothing10's val photos. Finished runs are skipped, so after an interruption
+the same command continues; the table is written to OUT/results.md.
 """
 
 from __future__ import annotations
@@ -42,15 +42,16 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 @dataclass(frozen=True)
 class Photos:
-    """A data set: what is learned from, and what is judged."""
+    """A data set with a training and an evaluation part."""
 
     name: str
-    judged: str  # folder beside `train`
+    evaluated: str  # folder next to `train`
 
     def open(self, data: Path) -> tuple[Labelled, Labelled]:
-        """Both parts."""
-        known = Labelled.of(open_source(data / self.name / "train"))
-        return known, Labelled.of(open_source(data / self.name / self.judged), known.classes)
+        """The training and the evaluation part."""
+        train_part = Labelled.from_source(open_source(data / self.name / "train"))
+        source = open_source(data / self.name / self.evaluated)
+        return train_part, Labelled.from_source(source, train_part.classes)
 
 
 SETS = (Photos("clothing10", "test"), Photos("caltech99", "val"))
@@ -62,7 +63,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--start", type=Path, default=BUNDLES / "tiny", help="a checkpoint or bundle of size tiny")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--epochs", type=int, default=10, help="of fine-tuning")
+    parser.add_argument("--epochs", type=int, default=10, help="epochs of fine-tuning")
     parser.add_argument("--sets", nargs="+", default=[photos.name for photos in SETS])
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     arguments = parser.parse_args()
@@ -77,56 +78,57 @@ def main() -> None:
 
 
 def measure(photos: Photos, data: Path, start: Start, out: Path, epochs: int, seeds: list[int]) -> None:
-    """All that is not measured yet for one data set."""
-    known, judged = photos.open(data)
-    record(out / f"{photos.name}-frozen-pretrained-0.json", frozen, start, 0, known, judged)
+    """Measure what is missing for one data set."""
+    train_part, test_part = photos.open(data)
+    record(out / f"{photos.name}-frozen-pretrained-0.json", frozen, start, 0, train_part, test_part)
     for seed in seeds:
-        record(out / f"{photos.name}-frozen-untrained-{seed}.json", frozen, None, seed, known, judged)
+        record(out / f"{photos.name}-frozen-untrained-{seed}.json", frozen, None, seed, train_part, test_part)
     for seed in seeds:
         for name, origin in (("pretrained", start), ("scratch", None)):
             run = out / f"{photos.name}-tuned-{name}-{seed}"
-            record(run.with_suffix(".json"), tuned, origin, known, judged, run, epochs, seed)
+            record(run.with_suffix(".json"), tuned, origin, train_part, test_part, run, epochs, seed)
 
 
 def record(path: Path, work: Callable[..., dict[str, float]], *arguments: Any) -> None:
-    """Do the work unless its result is there."""
+    """Do the work unless its result exists."""
     if not path.exists():
-        found = work(*arguments)
+        result = work(*arguments)
         with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(found, indent=2) + "\n")
-        print(path.stem, found, flush=True)
+            temporary.write_text(json.dumps(result, indent=2) + "\n")
+        print(path.stem, result, flush=True)
 
 
-def frozen(origin: Start | None, seed: int, known: Labelled, judged: Labelled) -> dict[str, float]:
+def frozen(origin: Start | None, seed: int, train_part: Labelled, test_part: Labelled) -> dict[str, float]:
     """Top-1 of k-NN and linear probe, in percent."""
     model, description = (origin.model(), origin.description) if origin else untrained("tiny", seed)
-    found = probe(model, description, known, judged, ALONE)
-    return {f"k-NN, k = {k}": each.top1 for k, each in found.neighbours.items()} | {"linear probe": found.linear.top1}
+    result = probe(model, description, train_part, test_part, ALONE)
+    neighbours = {f"k-NN, k = {k}": accuracy.top1 for k, accuracy in result.neighbours.items()}
+    return neighbours | {"linear probe": result.linear.top1}
 
 
 def tuned(
-    origin: Start | None, known: Labelled, judged: Labelled, run: Path, epochs: int, seed: int
+    origin: Start | None, train_part: Labelled, test_part: Labelled, run: Path, epochs: int, seed: int
 ) -> dict[str, float]:
     """Top-1 and top-5 after fine-tuning, or after as many epochs from scratch, in percent."""
     final = train(
-        Finetuning(settings(origin, epochs, seed), known.classes, origin, None), known.source, run,
+        Finetuning(settings(origin, epochs, seed), train_part.classes, origin, None), train_part.source, run,
         Console(stderr=True, log_path=False), resume=(run / "config.json").exists(),
     )  # fmt: skip
     if final is None:
-        raise SystemExit("ended; the same command goes on")
-    found = evaluate(read_start(final), judged.source, ALONE).accuracy
-    return {"fine-tuned": found.top1, "fine-tuned, top-5": found.top5}
+        raise SystemExit("stopped; the same command resumes")
+    accuracy = evaluate(read_start(final), test_part.source, ALONE).accuracy
+    return {"fine-tuned": accuracy.top1, "fine-tuned, top-5": accuracy.top5}
 
 
 def settings(origin: Start | None, epochs: int, seed: int) -> FinetuneConfig:
-    """The recipe, shortened; from scratch every layer learns at the full rate, after a longer warm-up."""
+    """The recipe, shortened; from scratch every layer has the full learning rate, after a longer warm-up."""
     config = replace(tiny_finetune_cpu().with_epochs(epochs), seed=seed)
     return config if origin else replace(config, size="tiny", layer_decay=1.0, warmup_epochs=0.2 * epochs)
 
 
 def rows(out: Path) -> Iterator[str]:
-    """A Markdown table: mean and deviation over the seeds."""
-    yield "| judged on | by | MixMIM | without | gain |"
+    """The lines of a Markdown table: mean and standard deviation over the seeds."""
+    yield "| evaluated on | by | MixMIM | without | gain |"
     yield "|---|---|---|---|---|"
     for photos in SETS:
         for kind, other in (("frozen", "untrained"), ("tuned", "scratch")):
@@ -136,22 +138,22 @@ def rows(out: Path) -> Iterator[str]:
                 if one and two:
                     gain = statistics.mean(one) - statistics.mean(two)
                     yield (
-                        f"| {photos.name} {photos.judged} | {measure_name} | {spread(one)} | {spread(two)} ({other}) | "
-                        f"{gain:+.1f} |"
+                        f"| {photos.name} {photos.evaluated} | {measure_name} | {spread(one)} "
+                        f"| {spread(two)} ({other}) | {gain:+.1f} |"
                     )
 
 
 def collect(out: Path, stem: str) -> dict[str, list[float]]:
     """Values of all seeds by measure."""
-    found: dict[str, list[float]] = {}
+    values: dict[str, list[float]] = {}
     for path in sorted(out.glob(f"{stem}-*.json")):
         for name, value in json.loads(path.read_text()).items():
-            found.setdefault(name, []).append(value)
-    return found
+            values.setdefault(name, []).append(value)
+    return values
 
 
 def spread(values: list[float]) -> str:
-    """Mean and deviation, in percent."""
+    """Mean and standard deviation, in percent."""
     mean = f"{statistics.mean(values):.1f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
 

@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 
 
 def main(metrics: Path, target: Path) -> None:
-    """One point a line of metrics.jsonl; the learning rate below."""
+    """Draw one point per line of metrics.jsonl, with the learning rate below."""
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     epochs = [line["epoch"] for line in lines]
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 5), sharex=True, height_ratios=(3, 1))

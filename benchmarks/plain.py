@@ -1,9 +1,9 @@
-"""MixMIM pretraining as one writes it down from the paper: what our training step is timed against.
+"""MixMIM pretraining written directly from the paper: the baseline of benchmarks/train_step.py.
 
-Written afresh from arXiv 2205.13137 and Swin (arXiv 2103.14030), in the manner of published research code: windows cut
-and put back in every block, attention scores held as a tensor, the bias gathered by an index of N * N numbers, and the
-mask repeated over images and windows. Weights are float32, to be run under autocast. Same names and shapes as
-`MixMIM`, so one state dict fits both; same loss and gradients (tests/test_benchmarks.py).
+Written from arXiv 2205.13137 and Swin (arXiv 2103.14030) in the style of published research code: windows are cut and
+merged in every block, attention scores are stored, the bias is gathered by an index of N * N numbers, and the mask is
+repeated over images and windows. Weights are float32, to be run under autocast. Names and shapes are those of `MixMIM`,
+so one state dict fits both; loss and gradients are equal (tests/test_benchmarks.py).
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class SwinBlock(nn.Module):
         self.mlp = MLP(dim)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """(B, L, D) to the same; `mask` (1, L, 1) is repeated for each image."""
+        """(B, L, D) to the same shape; `mask` (1, L, 1) is repeated for each image."""
         batch, length, dim = x.shape
         mask = mask.expand(batch, -1, -1).reshape(batch, self.grid, self.grid, 1)
         shortcut = x
@@ -151,7 +151,7 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """(windows, N, D) to the same; a token attends to tokens whose mask (windows, N, 1) equals its own."""
+        """(windows, N, D) to the same shape; a token attends to tokens whose mask (windows, N, 1) equals its own."""
         windows, tokens, dim = x.shape
         q, k, v = self.qkv(x).reshape(windows, tokens, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
         scores = (q * self.scale) @ k.transpose(-2, -1)
@@ -193,7 +193,7 @@ class DecoderBlock(nn.Module):
         self.mlp = MLP(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, L, D) to the same."""
+        """(B, L, D) to the same shape."""
         x = x + self.attn(self.norm1(x))
         out: Tensor = x + self.mlp(self.norm2(x))
         return out
@@ -209,7 +209,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, L, D) to the same."""
+        """(B, L, D) to the same shape."""
         batch, length, dim = x.shape
         q, k, v = self.qkv(x).reshape(batch, length, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
         scores = (q @ k.transpose(-2, -1)) * self.scale
@@ -226,7 +226,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(MLP_RATIO * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) to the same."""
+        """(..., D) to the same shape."""
         out: Tensor = self.fc2(F.gelu(self.fc1(x)))
         return out
 
@@ -252,7 +252,7 @@ def window_reverse(windows: Tensor, window: int, grid: int) -> Tensor:
 
 
 def relative_position_index(window: int) -> Tensor:
-    """For each pair of a window's tokens the row of the bias table, (N, N)."""
+    """The row of the bias table for each pair of a window's tokens, (N, N)."""
     side = torch.arange(window)
     tokens = torch.stack(torch.meshgrid(side, side, indexing="ij")).flatten(1)
     difference = tokens[:, :, None] - tokens[:, None, :] + window - 1

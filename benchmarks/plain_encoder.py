@@ -1,8 +1,7 @@
-"""The encoder as the released code has it: what our exported graphs are compared with (benchmarks/plain_export.py).
+"""The encoder in the style of the released code: the baseline of benchmarks/plain_export.py.
 
-Written afresh, in the manner of the released code: windows cut and put back in every block, q, k and v taken out of one
-product by index, attention written out, the bias gathered by an index of N * N numbers. As in benchmarks/plain.py, but
-for inference: no mask.
+Windows are cut and merged in every block, q, k and v are sliced out of one product, attention is written in basic
+operators, the bias is gathered by an index of N * N numbers. As benchmarks/plain.py, but for inference: without a mask.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ class PlainStage(nn.Module):
 
 
 class PlainBlock(nn.Module):
-    """Attention within windows, which it cuts and puts back, then MLP."""
+    """Attention within windows, which it cuts and merges, then MLP."""
 
     def __init__(self, dim: int, heads: int, grid: int, window: int) -> None:
         super().__init__()
@@ -63,7 +62,7 @@ class PlainBlock(nn.Module):
         self.mlp = MLP(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, L, D) to the same."""
+        """(B, L, D) to the same shape."""
         batch, length, dim = x.shape
         windows = window_partition(self.norm1(x).view(batch, self.grid, self.grid, dim), self.window)
         x = x + window_reverse(self.attn(windows), self.window, self.grid).view(batch, length, dim)
@@ -72,7 +71,7 @@ class PlainBlock(nn.Module):
 
 
 class PlainAttention(nn.Module):
-    """Attention with relative position bias, every step written out."""
+    """Attention with relative position bias, in basic operators."""
 
     relative_position_index: Tensor
 
@@ -85,7 +84,7 @@ class PlainAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(windows, N, D) to the same."""
+        """(windows, N, D) to the same shape."""
         windows, tokens, dim = x.shape
         qkv = self.qkv(x).reshape(windows, tokens, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
         q, k, v = qkv[0], qkv[1], qkv[2]

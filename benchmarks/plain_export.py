@@ -1,15 +1,15 @@
-"""Our exported graphs against a plain export of the architecture as released, in the same runtimes, in one run.
+"""Our exported graphs against a plain export of the released architecture, in the same runtimes.
 
     python -m benchmarks.plain_export --output benchmarks/results/plain_export_epyc_202611.md
 
-The plain encoder is written as the released code has it: windows cut by view and permute in every block, q, k and v
-sliced out of one product, attention scores written out. It has our weights, gives our embeddings, and is exported as
-anybody would: torch.onnx.export, dynamic batch, normalised float32 pixels in, the embedding out. Our graph does more:
-it takes bytes and normalises, and has the four stages as outputs besides.
+The plain encoder follows the released code: windows cut by view and permute in every block, q, k and v sliced out of
+one product, attention in basic operators. It has our weights, computes our embeddings, and is exported in the usual
+way: torch.onnx.export, dynamic batch, normalised float32 pixels in, the embedding out. Our graph does more: it takes
+bytes and normalises them, and also outputs the four stages.
 
-Every graph, runtime and precision has a process of its own. They take turns, ours and plain one after the other, in
-rounds, so that other work on the machine hits both alike; a ratio compares turns of one round, images/s are of the
-best. CPU seconds hardly change when other processes take the cores.
+Every graph, runtime and precision runs in its own process. They take turns in rounds, ours and plain one after the
+other, so that other work on the machine affects both alike; a ratio compares turns of one round, images/s are those of
+the best round. CPU seconds hardly change when other processes use the cores.
 """
 
 from __future__ import annotations
@@ -56,16 +56,16 @@ from mixmim_serve.model import build_model
 from mixmim_serve.model.checkpoint import load_checkpoint, save_checkpoint
 from mixmim_serve.preprocess import normalize
 
-OPSET = 18  # what torch.onnx.export writes when nothing is asked for
+OPSET = 18  # the default of torch.onnx.export
 RUNTIMES = (("onnx", "fp32"), ("openvino", "fp32"), ("openvino", "bf16"))
 GRAPHS = ("ours", "plain")
-NOISE = 0.01  # added to every random parameter, so that biases and norms take part; as in tests/test_export.py
+NOISE = 0.01  # added to every random parameter, so that biases and norms matter; as in tests/test_export.py
 
 Embed = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Export both, take turns, print the report, and keep it."""
+    """Export both, take turns, print and write the report."""
     options = parse(arguments)
     if options.turn:
         print(json.dumps(TASKS[options.turn[0]](*map(json.loads, options.turn[1:]))))
@@ -77,10 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rates, rows = take_turns(models, options)
         report |= {"rates": rates, "rows": rows}
         for size, about in models.items():
-            kept = {
-                name: value for name, value in about.items() if name not in GRAPHS
-            }  # those are paths of this machine
-            report["sizes"][size] = kept | {
+            facts = {name: value for name, value in about.items() if name not in GRAPHS}  # without local paths
+            report["sizes"][size] = facts | {
                 "nodes": {graph: ask("nodes", about, graph) for graph in GRAPHS},
                 "profile": {graph: ask("profile", about, graph, "bf16", max(options.batches)) for graph in GRAPHS},
             }
@@ -92,20 +90,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["tiny", "base"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of a turn, for each batch; five calls at least")
-    parser.add_argument("--folder", type=Path, help="keep the graphs here, and take those that are there")
-    parser.add_argument("--output", type=Path, help="a Markdown file; the numbers go into a .json beside it")
-    parser.add_argument("--turn", nargs="+", help=argparse.SUPPRESS)  # what a process of its own is to do
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, help="duration of a turn per batch size; at least five calls"
+    )
+    parser.add_argument("--folder", type=Path, help="keep the graphs here, and reuse existing ones")
+    parser.add_argument("--output", type=Path, help="a Markdown file; the numbers go into a .json next to it")
+    parser.add_argument("--turn", nargs="+", help=argparse.SUPPRESS)  # the task of a child process
     return parser.parse_args(arguments)
 
 
 def prepare(size: str, folder: Path) -> dict[str, Any]:
-    """Both graphs of a size: the shipped model, or random weights; and how near the plain encoder is to ours."""
+    """Both graphs of a size, with shipped or random weights, and how closely the plain encoder agrees with ours."""
     folder.mkdir(parents=True, exist_ok=True)
     bundle = folder / "bundle"
     if not bundle.exists():
@@ -118,7 +118,7 @@ def prepare(size: str, folder: Path) -> dict[str, Any]:
     pixels = torch.from_numpy(as_input("plain", photos(description.preprocessing), description.preprocessing))
     with torch.inference_mode():
         expected = model.eval()(pixels).embedding_BD.numpy()
-        near = agreement(plain(pixels).numpy(), expected)
+        torch_agreement = agreement(plain(pixels).numpy(), expected)
     np.save(folder / "expected.npy", expected)
     if not (folder / "plain.onnx").exists():
         export_plain(plain, pixels, folder / "plain.onnx")
@@ -126,12 +126,12 @@ def prepare(size: str, folder: Path) -> dict[str, Any]:
         "ours": str(bundle),
         "plain": str(folder / "plain.onnx"),
         "gflop_an_image": round(encoder_flops(description.arch) / 1e9, 2),
-        "plain_and_ours_in_torch": {"cosine": near.cosine, "error": near.error},
+        "plain_and_ours_in_torch": {"cosine": torch_agreement.cosine, "error": torch_agreement.error},
     }
 
 
 def random_weights(size: str, folder: Path) -> Path:
-    """A checkpoint of an encoder."""
+    """A checkpoint of an encoder with random weights."""
     torch.manual_seed(0)
     arch = architecture(size, with_decoder=False)
     model = build_model(arch)
@@ -143,7 +143,7 @@ def random_weights(size: str, folder: Path) -> Path:
 
 
 def export_plain(plain: PlainEncoder, pixels: Tensor, target: Path) -> None:
-    """As anybody would."""
+    """Export the plain encoder in the usual way."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
@@ -156,7 +156,7 @@ def export_plain(plain: PlainEncoder, pixels: Tensor, target: Path) -> None:
 
 
 def take_turns(models: dict[str, dict[str, Any]], options: argparse.Namespace) -> tuple[dict[str, float], list[Any]]:
-    """The machine's rate for matrix products, TFLOP/s by precision, and a row for each size, runtime and batch."""
+    """The machine's rate for matrix products, TFLOP/s by precision, and one row per size, runtime and batch."""
     rates: dict[str, float] = {}
     turns: dict[tuple[str, str, str, str], list[Any]] = collections.defaultdict(list)
     for number in range(options.rounds):
@@ -179,7 +179,7 @@ def take_turns(models: dict[str, dict[str, Any]], options: argparse.Namespace) -
 
 
 def compare(ours: list[Any], plain: list[Any], batch: str, flops: float, rate: float) -> dict[str, Any]:
-    """One row: a ratio above 1 says that ours is faster."""
+    """One row; a ratio above 1 means that ours is faster."""
     best = {
         graph: int(batch) / min(turn["seconds"][batch]["wall"] for turn in turns)
         for graph, turns in zip(GRAPHS, (ours, plain), strict=True)
@@ -199,7 +199,7 @@ def compare(ours: list[Any], plain: list[Any], batch: str, flops: float, rate: f
 
 
 def ask(task: str, *arguments: Any) -> Any:
-    """What a process of its own answers."""
+    """The result of a task in a child process."""
     words = [task, *(json.dumps(argument) for argument in arguments)]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.plain_export", "--turn", *words], capture_output=True, text=True
@@ -209,15 +209,15 @@ def ask(task: str, *arguments: Any) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-# One turn: a process that has one graph
+# One turn: a process with one graph
 
 
 def time_graph(about: dict[str, Any], graph: str, kind: str, precision: str, batches: list[int], seconds: float) -> Any:
-    """Seconds of the median call of each batch, and how near the embeddings of four photos are to torch."""
+    """Median seconds per call for each batch, and agreement with torch on the embeddings of four photos."""
     call = open_ours(about, kind, precision) if graph == "ours" else open_plain(about, kind, precision)
     preprocessing = open_bundle(Path(about["ours"])).description.preprocessing
     images = photos(preprocessing)
-    found = agreement(
+    photo_agreement = agreement(
         call(as_input(graph, images, preprocessing)), np.load(Path(about["plain"]).parent / "expected.npy")
     )
     noise = np.random.default_rng(0).integers(0, 256, (max(batches), *images.shape[1:]), np.uint8)
@@ -225,11 +225,11 @@ def time_graph(about: dict[str, Any], graph: str, kind: str, precision: str, bat
     for batch in batches:
         pixels = as_input(graph, noise[:batch], preprocessing)
         taken[str(batch)] = clock(lambda pixels=pixels: call(pixels), seconds)
-    return {"seconds": taken, "cosine": found.cosine, "error": found.error}
+    return {"seconds": taken, "cosine": photo_agreement.cosine, "error": photo_agreement.error}
 
 
 def clock(call: Callable[[], object], seconds: float) -> dict[str, float]:
-    """Medians of wall time and of the CPU seconds of all threads, a call: for so long, and at least five."""
+    """Median wall and CPU seconds (all threads) per call, over `seconds` and at least five calls."""
     call()
     taken: dict[str, list[float]] = {"wall": [], "cpu": []}
     end = time.perf_counter() + seconds
@@ -242,18 +242,18 @@ def clock(call: Callable[[], object], seconds: float) -> dict[str, float]:
 
 
 def as_input(graph: str, images: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[Any]:
-    """Ours takes bytes; for the plain graph they are normalised, which is not timed."""
+    """Bytes for ours; normalised pixels for the plain graph, which is not timed."""
     return images if graph == "ours" else np.stack([normalize(image, preprocessing) for image in images])
 
 
 def open_ours(about: dict[str, Any], kind: str, precision: str) -> Embed:
-    """As `mixmim` runs it."""
+    """Our graph, run as `mixmim` runs it."""
     engine = open_engine(Path(about["ours"]), kind, precision)
     return lambda pixels: engine.run("encoder", {"pixels": pixels}, ["embedding"])["embedding"]
 
 
 def open_plain(about: dict[str, Any], kind: str, precision: str) -> Embed:
-    """With the settings of our engines."""
+    """The plain graph, with the settings of our engines."""
     if kind == "onnx":
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
@@ -275,11 +275,11 @@ def compiled(
     return core().compile_model(model, "CPU", settings | (more or {}))
 
 
-# What the runtimes make of the graphs
+# How the runtimes execute the graphs
 
 
 def nodes(about: dict[str, Any], graph: str) -> dict[str, dict[str, int]]:
-    """Operators of a graph by kind: as exported, and as each runtime runs it."""
+    """Operators of a graph by kind: as exported, and as executed by each runtime."""
     path = graph_path(about, graph)
     exported = onnx.load(path, load_external_data=False)
     counts = {"exported": count(node.op_type for node in exported.graph.node)}
@@ -300,31 +300,31 @@ def nodes(about: dict[str, Any], graph: str) -> dict[str, dict[str, int]]:
 
 
 def profile(about: dict[str, Any], graph: str, precision: str, batch: int, calls: int = 5) -> dict[str, float]:
-    """Milliseconds of a call in OpenVINO by kind of operator, the median of some calls."""
+    """Milliseconds per call in OpenVINO by kind of operator, as medians over `calls`."""
     request = compiled(about, graph, precision, {properties.enable_profiling(): True})
     request = request.create_infer_request()
     preprocessing = open_bundle(Path(about["ours"])).description.preprocessing
     noise = np.random.default_rng(0).integers(0, 256, (batch, *2 * [preprocessing.image_size], 3), np.uint8)
     pixels = as_input(graph, noise, preprocessing)
-    found: dict[str, list[float]] = collections.defaultdict(list)
+    samples: dict[str, list[float]] = collections.defaultdict(list)
     for number in range(calls + 1):
         request.infer({"pixels": pixels}, share_inputs=True)
         milliseconds: collections.Counter[str] = collections.Counter()
         for node in request.get_profiling_info():
             milliseconds[node.node_type] += node.real_time.total_seconds() * 1e3
         for kind, value in milliseconds.items() if number else ():
-            found[kind].append(value)
-    medians = {kind: round(statistics.median(values), 3) for kind, values in found.items()}
+            samples[kind].append(value)
+    medians = {kind: round(statistics.median(values), 3) for kind, values in samples.items()}
     return dict(sorted(((kind, value) for kind, value in medians.items() if value), key=lambda item: -item[1]))
 
 
 def graph_path(about: dict[str, Any], graph: str) -> str:
-    """The ONNX file."""
+    """The path of an ONNX file."""
     return str(Path(about["ours"]) / graph_file("encoder", "fp32")) if graph == "ours" else str(about["plain"])
 
 
 def count(names: Iterable[str]) -> dict[str, int]:
-    """How often each name comes, most frequent first."""
+    """How often each name occurs, most frequent first."""
     return dict(collections.Counter(names).most_common())
 
 
@@ -340,7 +340,7 @@ TASKS: dict[str, Callable[..., Any]] = {
 
 
 def environment() -> dict[str, Any]:
-    """Where and when this was measured."""
+    """Date, commit, hardware and versions of the measurement."""
     return {
         "date": date.today().isoformat(),
         "commit": commit(),
@@ -351,7 +351,7 @@ def environment() -> dict[str, Any]:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report as a page."""
+    """The report as Markdown."""
     versions = ", ".join(f"{name} {value}" for name, value in report["versions"].items())
     rates = ", ".join(f"{precision} {rate:.2f}" for precision, rate in report["rates"].items())
     lines = [
@@ -375,7 +375,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def table_row(row: dict[str, Any]) -> str:
-    """Line of the first table."""
+    """One line of the first table."""
     cells = [
         f"{row['size']}, {row['batch']}",
         f"{row['runtime']} {row['precision']}",
@@ -390,7 +390,7 @@ def table_row(row: dict[str, Any]) -> str:
 
 
 def node_table(counts: dict[str, dict[str, dict[str, int]]]) -> list[str]:
-    """Operators by kind: those of which there are most."""
+    """The most frequent operators by kind."""
     lines = ["| nodes | graph | all | by kind |", "|---|---|---|---|"]
     for where in counts["ours"]:
         for graph in GRAPHS:
@@ -400,12 +400,14 @@ def node_table(counts: dict[str, dict[str, dict[str, int]]]) -> list[str]:
     return lines
 
 
-def profile_table(found: dict[str, dict[str, float]]) -> list[str]:
+def profile_table(profiles: dict[str, dict[str, float]]) -> list[str]:
     """Time by kind of operator in OpenVINO bf16, largest batch."""
     lines = ["| OpenVINO bf16, largest batch | ms in all | by kind of operator |", "|---|---|---|"]
     for graph in GRAPHS:
-        total = sum(found[graph].values())
-        parts = ", ".join(f"{kind} {value / total:.1%}" for kind, value in found[graph].items() if value > total / 500)
+        total = sum(profiles[graph].values())
+        parts = ", ".join(
+            f"{kind} {value / total:.1%}" for kind, value in profiles[graph].items() if value > total / 500
+        )
         lines.append(f"| {graph} | {total:.1f} | {parts} |")
     return lines
 

@@ -1,4 +1,4 @@
-"""Where a result comes from: the code, and the command that made it."""
+"""Where a result comes from: hardware, versions, commit and command."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mixmim_serve.engines.hardware import processor
 
 
 def about(script: str, arguments: Sequence[str] | None, packages: Iterable[str]) -> dict[str, Any]:
-    """What numbers depend on: when, where, which code and which versions, by which command."""
+    """Date, command, commit, hardware and package versions of a measurement."""
     return {
         "date": date.today().isoformat(),
         "command": command(script, arguments),
@@ -26,23 +26,23 @@ def about(script: str, arguments: Sequence[str] | None, packages: Iterable[str])
     }
 
 
-def heading(title: str, found: Mapping[str, Any]) -> list[str]:
-    """The first lines of a report: a title, and what `about` found."""
-    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+def heading(title: str, facts: Mapping[str, Any]) -> list[str]:
+    """The first lines of a report: a title, and the values of `about`."""
+    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
     return [
-        f"# {title}, {found['cores']} cores of {found['hardware']}, {found['date']}",
+        f"# {title}, {facts['cores']} cores of {facts['hardware']}, {facts['date']}",
         "",
-        f"`{found['command']}`; commit {found['commit']}; {versions}.",
+        f"`{facts['command']}`; commit {facts['commit']}; {versions}.",
     ]
 
 
 def commit() -> str:
-    """The commit that is checked out, and whether files differ from it; nothing outside a checkout."""
+    """The checked-out commit, and whether files differ from it; empty outside a checkout."""
     return git("rev-parse", "--short", "HEAD") + (" with changes" if git("status", "--porcelain") else "")
 
 
 def git(*arguments: str) -> str:
-    """What git says, or nothing outside a checkout."""
+    """The output of git, empty outside a checkout."""
     folder = Path(__file__).parent
     try:
         return subprocess.run(
@@ -53,5 +53,5 @@ def git(*arguments: str) -> str:
 
 
 def command(script: str, arguments: Sequence[str] | None) -> str:
-    """The command line of benchmarks/`script`.py, as it would be typed; those of this process when none are given."""
+    """The command line of benchmarks/`script`.py; the arguments default to those of this process."""
     return " ".join([f"python -m benchmarks.{script}", *(sys.argv[1:] if arguments is None else arguments)])

@@ -1,14 +1,14 @@
-"""How fast the server is under load, beside the bare engine and three other servers with the same engine and pictures.
+"""Throughput and latency under load: our server, the bare engine, and three other servers with the same engine.
 
     python -m benchmarks.serve DATA tiny base=BUNDLE --output benchmarks/results/serve_epyc_202611.md
 
-DATA is a folder of photos; JPEGs of 16 kB, 75 kB and 2 MB are made of eight of them. wrk makes the load (on Debian and
-Ubuntu: apt-get install wrk): so many clients, each with one image in a request, the next when the answer is there.
-All servers run side by side and take turns, so that a busy machine is the same for all; a cell is the median of the
-rounds. Efficiency is images/s over what a process does that only decodes, in as many threads, ahead of the engine; CPU
-is the CPU time of a server and its children for each image, and bare/CPU the share that the bare engine needs for it,
-which other programs on the machine change least. A turn begins when the server before it is idle.
-The peers need pip install 'mixmim-serve[bench]'. `--soak 120` adds two minutes of 128 clients and how memory went.
+DATA is a folder of photos; JPEGs of 16 kB, 75 kB and 2 MB are made from eight of them. wrk generates the load (Debian
+and Ubuntu: apt-get install wrk): each client sends one image per request, and the next after the response. All servers
+run side by side and take turns, so a busy machine affects all alike; a cell is the median of the rounds. Efficiency is
+images/s over those of the bare engine, a process that only decodes, in as many threads, and computes. CPU is the CPU
+time of a server and its children per image; bare/CPU is the bare engine's share of it, which other programs on the
+machine affect least. A turn starts once the previous server is idle.
+The peers need pip install 'mixmim-serve[bench]'. `--soak 120` adds two minutes of 128 clients and the memory curve.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ from mixmim_serve.bundle import DEFAULT_BUNDLE
 from mixmim_serve.sources.names import list_images
 
 SIZES = {"16 kB": (256, 192), "75 kB": (640, 480), "2 MB": (3000, 2250)}
-PICTURES = 8  # of each size, in turn
+PICTURES = 8  # per size, sent in turn
 SERVERS = ("ours", "litserve", "bentoml", "fastapi")
-ROUTES = {("fastapi", "raw"): "/raw"}  # /embed takes forms
-RAW = ("ours", "fastapi")  # the others' batching takes no image as a body
+ROUTES = {("fastapi", "raw"): "/raw"}  # its /embed takes forms
+RAW = ("ours", "fastapi")  # the others' batching does not take an image as the body
 LUA = Path(__file__).with_suffix(".lua")
 PACKAGES = ("uvicorn", "starlette", "onnxruntime", "openvino", "pillow", "bentoml", "litserve", "fastapi")
 START = 90  # seconds
-IDLE = 120  # seconds that a server may work on what nobody waits for
+IDLE = 120  # seconds that a server may work on abandoned requests
 
 
 @dataclass
@@ -71,42 +71,42 @@ class Running:
         return [root, *root.children(recursive=True)]
 
     def memory(self) -> int:
-        """Bytes of them all, shared ones counted once."""
-        total = sum(each.memory_full_info().pss for each in self.family())
+        """Bytes of all of them, shared pages counted once."""
+        total = sum(process.memory_full_info().pss for process in self.family())
         self.peak = max(self.peak, total)
         return total
 
     def cpu(self) -> float:
-        """Seconds that they worked."""
-        return sum(sum(each.cpu_times()[:2]) for each in self.family())
+        """CPU seconds of all of them."""
+        return sum(sum(process.cpu_times()[:2]) for process in self.family())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, write."""
-    asked = parse(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no server is left behind
+    options = parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no server survives
     if shutil.which("wrk") is None:
         raise SystemExit("wrk is not installed: apt-get install wrk (Debian, Ubuntu), or see github.com/wg/wrk.")
     report = about("serve", arguments, PACKAGES)
-    report |= {"rounds": asked.rounds, "cells": [], "memory": {}, "soak": {}}
+    report |= {"rounds": options.rounds, "cells": [], "memory": {}, "soak": {}}
     with tempfile.TemporaryDirectory() as folder:
-        pictures = {size: make_pictures(asked.data, Path(folder), size) for size in asked.sizes}
-        for model, bundle in map(named_bundle, asked.models):
-            with everything(bundle, asked) as running:
-                report["cells"] += [cell | {"model": model} for cell in measure(running, pictures, asked)]
-                report["memory"] |= {f"{model} {each.name}": each.peak for each in running.values()}
-                if asked.soak:
-                    report["soak"][model] = soak(running["ours"], next(iter(pictures.values())), asked.soak)
+        pictures = {size: make_pictures(options.data, Path(folder), size) for size in options.sizes}
+        for model, bundle in map(named_bundle, options.models):
+            with everything(bundle, options) as running:
+                report["cells"] += [cell | {"model": model} for cell in measure(running, pictures, options)]
+                report["memory"] |= {f"{model} {server.name}": server.peak for server in running.values()}
+                if options.soak:
+                    report["soak"][model] = soak(running["ours"], next(iter(pictures.values())), options.soak)
     text = markdown(report)
     print(text)
-    if asked.output:
-        asked.output.write_text(text)
-        asked.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-        picture(report, asked.output.with_suffix(".png"))
+    if options.output:
+        options.output.write_text(text)
+        options.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+        picture(report, options.output.with_suffix(".png"))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """What to measure."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="a folder of photos")
     parser.add_argument("models", nargs="+", help="tiny, or NAME=BUNDLE")
@@ -115,21 +115,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--bodies", nargs="+", default=("multipart", "raw"), choices=("multipart", "raw"))
     parser.add_argument("--clients", nargs="+", type=int, default=(1, 8, 32, 128))
     parser.add_argument("--engine", default="auto")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each cell, at least")
+    parser.add_argument("--seconds", type=float, default=3.0, help="minimum duration of a cell")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--soak", type=int, default=0, help="seconds of 128 clients at the end")
-    parser.add_argument("--output", type=Path, help="a Markdown file; .json and .png come beside it")
+    parser.add_argument("--output", type=Path, help="a Markdown file; .json and .png are written next to it")
     return parser.parse_args(arguments)
 
 
 def named_bundle(text: str) -> tuple[str, Path]:
-    """A name for the table, and where the bundle is."""
+    """The name in the table, and the bundle's path."""
     name, _, path = text.partition("=")
     return name, Path(path) if path else DEFAULT_BUNDLE
 
 
 def make_pictures(data: Path, folder: Path, size: str) -> list[Path]:
-    """Photos scaled to this many pixels, with as much noise as makes the file about as large as its name says."""
+    """Photos scaled to this size, with enough noise to make each file about as large as the size's name says."""
     number, unit = size.split()
     wanted = int(number) * (1000 if unit == "kB" else 1_000_000)
     photos = list_images(data)
@@ -154,12 +154,12 @@ def _of_size(photo: Path, shape: tuple[int, int], wanted: int) -> bytes:
 
 
 @contextlib.contextmanager
-def everything(bundle: Path, asked: argparse.Namespace) -> Iterator[dict[str, Running]]:
+def everything(bundle: Path, options: argparse.Namespace) -> Iterator[dict[str, Running]]:
     """The bare engine and all servers, ready and idle."""
     with contextlib.ExitStack() as stack:
         home = stack.enter_context(tempfile.TemporaryDirectory())
-        running = {name: stack.enter_context(started(name, bundle, asked.engine, home)) for name in asked.servers}
-        bare = stack.enter_context(started("bare", bundle, asked.engine, home))
+        running = {name: stack.enter_context(started(name, bundle, options.engine, home)) for name in options.servers}
+        bare = stack.enter_context(started("bare", bundle, options.engine, home))
         assert bare.process.stdout
         bare.process.stdout.readline()  # ready
         yield running | {"bare": bare}
@@ -167,7 +167,7 @@ def everything(bundle: Path, asked: argparse.Namespace) -> Iterator[dict[str, Ru
 
 @contextlib.contextmanager
 def started(name: str, bundle: Path, engine: str, home: str, *options: str) -> Iterator[Running]:
-    """One process; whatever happens, it and its children are gone afterwards."""
+    """One process; it and its children are killed afterwards."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     module = f"benchmarks.serving_peers.{'batched' if name in ('litserve', 'bentoml') else 'plain'}_{name}"
@@ -190,14 +190,14 @@ def started(name: str, bundle: Path, engine: str, home: str, *options: str) -> I
         yield Running(name, process, port)
     finally:
         family = [process, *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
-        for each in family:
+        for member in family:
             with contextlib.suppress(psutil.Error, OSError):
-                each.kill()
+                member.kill()
         process.wait()
 
 
 def wait_until_ready(name: str, process: subprocess.Popen[str], port: int) -> None:
-    """Until it answers anything at all."""
+    """Wait for the first response below 500."""
     deadline = time.monotonic() + START
     while time.monotonic() < deadline and process.poll() is None:
         with contextlib.suppress(OSError):
@@ -208,37 +208,37 @@ def wait_until_ready(name: str, process: subprocess.Popen[str], port: int) -> No
                     continue
             return
         time.sleep(0.2)
-    raise SystemExit(f"{name} does not start: is pip install 'mixmim-serve[bench]' done?")
+    raise SystemExit(f"{name} does not start: run pip install 'mixmim-serve[bench]'.")
 
 
 def measure(
-    running: dict[str, Running], pictures: dict[str, list[Path]], asked: argparse.Namespace
+    running: dict[str, Running], pictures: dict[str, list[Path]], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Every cell, the median of the rounds."""
-    found: dict[tuple[str, ...], list[dict[str, float]]] = {}
-    servers = [each for name, each in running.items() if name != "bare"]
-    for number, (size, files) in itertools.product(range(asked.rounds), pictures.items()):
-        bare, bare_cpu = bare_rate(running["bare"], files, asked.seconds)
-        cells = list(itertools.product(asked.bodies, asked.clients))
+    """Every cell, as medians over the rounds."""
+    results: dict[tuple[str, ...], list[dict[str, float]]] = {}
+    servers = [server for name, server in running.items() if name != "bare"]
+    for number, (size, files) in itertools.product(range(options.rounds), pictures.items()):
+        bare, bare_cpu = bare_rate(running["bare"], files, options.seconds)
+        cells = list(itertools.product(options.bodies, options.clients))
         for body, clients in cells[:: -1 if number % 2 else 1]:
-            seconds = max(asked.seconds, 2 * clients / bare)  # some turns of each client
+            seconds = max(options.seconds, 2 * clients / bare)  # some turns of each client
             for server in servers[:: -1 if number % 2 else 1]:
                 if body == "multipart" or server.name in RAW:
                     turn = load(server, size, body, clients, seconds, files)
-                    found.setdefault((server.name, size, body, str(clients)), []).append(turn)
+                    results.setdefault((server.name, size, body, str(clients)), []).append(turn)
                     print(server.name, size, body, clients, turn, f"bare {bare:.0f}", file=sys.stderr, flush=True)
-        again, again_cpu = bare_rate(running["bare"], files, asked.seconds)
-        for key, turns in found.items():
+        again, again_cpu = bare_rate(running["bare"], files, options.seconds)
+        for key, turns in results.items():
             if key[1] == size:
                 turns[-1] |= {"bare": (bare + again) / 2, "bare_cpu": (bare_cpu + again_cpu) / 2}
     return [
         {"server": key[0], "size": key[1], "body": key[2], "clients": int(key[3])} | summary(turns)
-        for key, turns in found.items()
+        for key, turns in results.items()
     ]
 
 
 def bare_rate(bare: Running, files: Sequence[Path], seconds: float) -> tuple[float, float]:
-    """Images a second of the engine and as many threads, alone; and CPU seconds an image."""
+    """Images/s of the bare engine with as many threads, and its CPU seconds per image."""
     assert bare.process.stdin
     assert bare.process.stdout
     bare.process.stdin.write(f"{seconds} {' '.join(map(str, files))}\n")
@@ -251,7 +251,7 @@ def bare_rate(bare: Running, files: Sequence[Path], seconds: float) -> tuple[flo
 def load(
     server: Running, size: str, body: str, clients: int, seconds: float, files: Sequence[Path], *, settle: bool = True
 ) -> dict[str, float]:
-    """One turn of wrk, with the server's memory at its peak; and until the server is idle again, unless told not to."""
+    """One turn of wrk, recording peak memory; `settle` then waits until the server is idle."""
     route = ROUTES.get((server.name, body), "/embed")
     command = ["wrk", "-t1", f"-c{clients}", f"-d{seconds:.0f}s", "--timeout", "60s", "-s", str(LUA)]
     address = f"http://127.0.0.1:{server.port}{route}"
@@ -280,7 +280,7 @@ def load(
 
 
 def wait_until_idle(server: Running) -> None:
-    """Servers that do not notice that a client left go on with its requests, at the cost of whose turn is next."""
+    """Wait for requests of disconnected clients, which some servers finish at the cost of the next turn."""
     deadline = time.monotonic() + IDLE
     before = server.cpu()
     while time.monotonic() < deadline:
@@ -291,7 +291,7 @@ def wait_until_idle(server: Running) -> None:
 
 
 def summary(turns: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Medians; errors in all."""
+    """Medians over the turns; errors are summed."""
     names = ("rate", "p50", "p99", "bare", "cpu", "bare_cpu")
     middle = {name: statistics.median(turn[name] for turn in turns) for name in names}
     middle["efficiency"] = statistics.median(turn["rate"] / turn["bare"] for turn in turns)
@@ -302,7 +302,7 @@ def summary(turns: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def soak(server: Running, files: Sequence[Path], seconds: int) -> dict[str, Any]:
-    """128 clients for so long: memory by the second, and its slope in the second half."""
+    """128 clients for this many seconds: memory every second, and its slope over the second half."""
     memory: list[int] = []
     ended = threading.Event()
 

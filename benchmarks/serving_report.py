@@ -1,4 +1,4 @@
-"""Tables and a picture of what benchmarks/serve.py measured."""
+"""Tables and a chart of the results of benchmarks/serve.py."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ COLOURS = {"ours": "#0b6e4f", "litserve": "#b5651d", "bentoml": "#4059ad", "fast
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """Hardware, command, then a table a model and body."""
+    """The report as Markdown: hardware, command, then one table per model and body."""
     lines = [
         *heading("Serving under load", report),
         "The load generator runs on the same cores.",
-        f"Images/s, p50 and p99 in ms, CPU in ms an image; medians of {report['rounds']} rounds.",
-        "Efficiency: images/s over the bare engine's; bare/CPU: its CPU time an image over the server's.",
+        f"Images/s, p50 and p99 in ms, CPU in ms per image; medians of {report['rounds']} rounds.",
+        "Efficiency: images/s over the bare engine's; bare/CPU: its CPU time per image over the server's.",
     ]
     for model, body in sorted({(cell["model"], cell["body"]) for cell in report["cells"]}):
         lines += ["", f"## {model}, {body}", "", *_table(report, model, body)]
@@ -27,7 +27,7 @@ def markdown(report: dict[str, Any]) -> str:
     for model, soak in report["soak"].items():
         turn, slope, last = soak["turn"], soak["slope_mb_per_minute"], soak["memory"][-1] / 1e6
         lines += ["", f"128 clients for {soak['seconds']} s on {model}: {turn['rate']:.0f} images/s, "
-                  f"{turn['bad'] + turn['broken']} errors, memory in the second half {slope:+.1f} MB a minute "
+                  f"{turn['bad'] + turn['broken']} errors, memory in the second half {slope:+.1f} MB per minute "
                   f"(last {last:.0f} MB)."]  # fmt: skip
     return "\n".join(lines) + "\n"
 
@@ -49,7 +49,7 @@ def _table(report: dict[str, Any], model: str, body: str) -> list[str]:
 
 
 def picture(report: dict[str, Any], path: Path) -> None:
-    """Images a second by clients, a panel a model and size, for forms."""
+    """Draw images/s by clients, one panel per model and size, for the first kind of body."""
     import matplotlib
 
     matplotlib.use("Agg")

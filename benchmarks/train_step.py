@@ -1,12 +1,12 @@
-"""One pretraining step, ours against MixMIM as one writes it down from the paper (benchmarks/plain.py).
+"""One pretraining step, ours against MixMIM written directly from the paper (benchmarks/plain.py).
 
     python -m benchmarks.train_step --sizes tiny base --output benchmarks/results/train_step_epyc_202611.md
 
 A step is: uint8 pixels to the device, normalise, draw a mask, forward, backward, AdamW. Variants: `plain` (eager,
-AdamW of one kernel a tensor and operation, `loss.item()` in every step), `eager` and `compiled` (ours). Each variant
-lives in a process of its own, which gives it its own peak memory; the processes take turns, A B C A B C, so that other
-work on the machine hits all alike. A ratio compares turns of one round. On a CPU compare the CPU seconds, too: they
-hardly change when other processes take the cores, if threads sleep while they wait (OMP_WAIT_POLICY=PASSIVE).
+AdamW with one kernel per tensor and operation, `loss.item()` in every step), `eager` and `compiled` (ours). Each
+variant runs in its own process, so it has its own peak memory; the processes take turns, A B C A B C, so that other
+work on the machine affects all alike. A ratio compares turns of one round. On a CPU compare the CPU seconds too: they
+hardly change when other processes use the cores, provided that waiting threads sleep (OMP_WAIT_POLICY=PASSIVE).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from training.optim import build_optimizer, parameter_groups
 from training.pretraining import Pretraining
 
 BATCH_SIZES = {"cpu": {"tiny": 64, "base": 8}, "cuda": {"tiny": 512, "base": 256}}
-OTHER_SIZES = 8  # images a batch for the rest
+OTHER_SIZES = 8  # batch size for the others
 MATMUL_SIDES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}
 
 Step = Callable[[], object]
@@ -53,13 +53,13 @@ Step = Callable[[], object]
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What all variants share."""
+    """What all variants have in common."""
 
     size: str
     batch_size: int
     device: str
     amp: bool = True  # bf16 autocast
-    warmup: int = 2  # steps before the first turn; the first one compiles
+    warmup: int = 2  # steps before the first turn, the first of which compiles
     steps: int = 1  # timed steps of a turn
 
     @property
@@ -70,15 +70,15 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """What one turn took, a step."""
+    """Cost per step in one turn."""
 
     seconds: float
     cpu_seconds: float  # of all threads
-    peak_bytes: int  # above what the process held before it built the model
+    peak_bytes: int  # above the process's memory before it built the model
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Time every size, print the table, and keep it."""
+    """Time every size, print and write the table."""
     options = parse(arguments)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
     report: dict[str, Any] = {
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         report["settings"].append(dataclasses.asdict(setting))
         rates.append(matmul_rates(device))
-    # The fastest of several moments: what else runs on the machine can only slow it down.
+    # The fastest of several: other programs can only slow it down.
     report["matmul"] = {name: max(rate[name] for rate in rates) for name in rates[0]}
     for setting, turns in timed:
         report["rows"] += summarize(setting, turns, report["matmul"])
@@ -109,17 +109,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["tiny", "base"])
     parser.add_argument("--batch-size", type=int, help=f"default by size: {BATCH_SIZES}")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--repeats", type=int, default=7, help="rounds; each variant takes one turn a round")
-    parser.add_argument("--steps", type=int, default=1, help="timed steps of a turn; use 10 or more on a GPU")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds; each variant takes one turn per round")
+    parser.add_argument("--steps", type=int, default=1, help="timed steps per turn; use 10 or more on a GPU")
     parser.add_argument("--warmup", type=int, default=2, help="steps before the first round")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--no-amp", action="store_true", help="float32 instead of bf16 autocast")
-    parser.add_argument("--output", type=Path, help="a Markdown file; the numbers go into a .json beside it")
+    parser.add_argument("--output", type=Path, help="a Markdown file; the numbers go into a .json next to it")
     return parser.parse_args(arguments)
 
 
@@ -127,7 +127,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def plain_step(setting: Setting) -> Step:
-    """A step as research code has it."""
+    """A step in the style of research code."""
     config = setting.config
     inputs = make_inputs(setting)
     torch.manual_seed(0)
@@ -150,7 +150,7 @@ def plain_step(setting: Setting) -> Step:
 
 
 def our_step(setting: Setting, *, compiled: bool) -> Step:
-    """A step as `training.trainer.Trainer.train_step` takes it, with the norm of the gradients and its check."""
+    """A step as in `training.trainer.Trainer.train_step`, including the gradient norm and its check."""
     config = setting.config
     inputs = make_inputs(setting)
     task = Pretraining(config, None)
@@ -174,7 +174,7 @@ def our_step(setting: Setting, *, compiled: bool) -> Step:
 
 
 def make_inputs(setting: Setting) -> Callable[[], tuple[Tensor, Tensor]]:
-    """A function that gives each step its pixels and its mask on the device; the same for all variants."""
+    """A function that returns a step's pixels and mask on the device; the same for all variants."""
     arch, ratio, device = setting.config.arch, setting.config.mask_ratio, torch.device(setting.device)
     masks = torch.Generator().manual_seed(0)
     normalize = Normalize(Preprocessing.evaluation(arch.image_size)).to(device)
@@ -201,7 +201,7 @@ VARIANTS: dict[str, Callable[[Setting], Step]] = {
 
 
 def take_turns(variants: dict[str, Callable[[Setting], Step]], setting: Setting, rounds: int) -> dict[str, list[Turn]]:
-    """Every variant's turns, in rounds."""
+    """Each variant's turns, one per round."""
     with workers(variants, setting) as connections:
         turns: dict[str, list[Turn]] = {name: [] for name in variants}
         for number in range(rounds):
@@ -213,7 +213,7 @@ def take_turns(variants: dict[str, Callable[[Setting], Step]], setting: Setting,
 
 @contextmanager
 def workers(variants: dict[str, Callable[[Setting], Step]], setting: Setting) -> Iterator[dict[str, Connection]]:
-    """A process for every variant, warmed up, one after the other."""
+    """One process per variant, warmed up one after the other."""
     context = multiprocessing.get_context("spawn")
     connections: dict[str, Connection] = {}
     processes = []
@@ -236,7 +236,7 @@ def ask(connection: Connection, request: str = "turn") -> Any:
     """The worker's answer.
 
     Raises:
-        RuntimeError: with its traceback, when it failed.
+        RuntimeError: with the worker's traceback, when it failed.
     """
     connection.send(request)
     answer = connection.recv()
@@ -246,7 +246,7 @@ def ask(connection: Connection, request: str = "turn") -> Any:
 
 
 def work(connection: Connection, variant: Callable[[Setting], Step], setting: Setting) -> None:
-    """Build the step and take a turn whenever asked to."""
+    """Build the step, then take a turn on each request."""
     try:
         held = resident_bytes()
         step = variant(setting)
@@ -262,7 +262,7 @@ def work(connection: Connection, variant: Callable[[Setting], Step], setting: Se
 
 
 def take_turn(step: Step, setting: Setting, held: int) -> Turn:
-    """Timed steps after one that is not: memory was given back since the last turn."""
+    """Timed steps after an untimed one, since memory was released after the last turn."""
     step()
     synchronize(setting.device)
     forget_peak(setting.device)
@@ -284,7 +284,7 @@ def synchronize(device: str) -> None:
 
 
 def forget_peak(device: str) -> None:
-    """Count the peak from here on; the compiler's is none of the step's."""
+    """Restart peak-memory tracking, to exclude the compiler."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     elif Path("/proc/self/clear_refs").exists():
@@ -292,19 +292,19 @@ def forget_peak(device: str) -> None:
 
 
 def peak_bytes(device: str, held: int) -> int:
-    """The most memory since `forget_peak`: of the allocator on a GPU, of the process above `held` on a CPU."""
+    """Peak memory since `forget_peak`: of the allocator on a GPU, of the process above `held` on a CPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     return status_bytes("VmHWM") - held
 
 
 def resident_bytes() -> int:
-    """Memory of this process."""
+    """Resident memory of this process."""
     return status_bytes("VmRSS")
 
 
 def status_bytes(field: str) -> int:
-    """A size from /proc/self/status; elsewhere the process's peak."""
+    """A size from /proc/self/status, or the process's peak where that does not exist."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     kibibytes = next((line.split()[1] for line in lines if line.startswith(f"{field}:")), None)
@@ -315,7 +315,7 @@ def status_bytes(field: str) -> int:
 
 
 def summarize(setting: Setting, turns: dict[str, list[Turn]], matmul: dict[str, float]) -> list[dict[str, Any]]:
-    """One row a variant; ratios are above 1 where the variant is faster than `plain`."""
+    """One row per variant; a ratio above 1 means that the variant is faster than `plain`."""
     flops = flops_per_image(setting) * setting.batch_size
     peak = matmul["bfloat16" if setting.amp else "float32"]
     reference = turns.get("plain", next(iter(turns.values())))
@@ -340,15 +340,15 @@ def summarize(setting: Setting, turns: dict[str, list[Turn]], matmul: dict[str, 
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
-    """Median, least, most."""
+    """Median, minimum, maximum."""
     return tuple(round(value, 4) for value in (statistics.median(values), min(values), max(values)))  # type: ignore[return-value]
 
 
 def flops_per_image(setting: Setting) -> int:
     """Floating-point operations of forward and backward pass, as torch counts them in the plain version.
 
-    Every product once (two operations a multiplication): scores of the two images against each other are counted,
-    since the paper's formulation computes them; nothing is counted twice for being computed again.
+    Two operations per multiplication. Scores between the two images count, since the paper's formulation computes
+    them; recomputation does not.
     """
     arch = setting.config.arch
     with torch.device("meta"):
@@ -361,7 +361,7 @@ def flops_per_image(setting: Setting) -> int:
 
 
 def matmul_rates(device: str, repeats: int = 10) -> dict[str, float]:
-    """The fastest square matrix product of this machine, in TFLOP/s."""
+    """TFLOP/s of this machine's fastest square matrix product, by type."""
     rates = {}
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
@@ -370,7 +370,7 @@ def matmul_rates(device: str, repeats: int = 10) -> dict[str, float]:
 
 
 def matmul_rate(device: str, dtype: torch.dtype, side: int, repeats: int) -> float:
-    """TFLOP/s of the fastest of some products."""
+    """TFLOP/s of the fastest of `repeats` products."""
     a = torch.randn(side, side, device=device).to(dtype)
     times = []
     for _ in range(repeats + 1):
@@ -383,7 +383,7 @@ def matmul_rate(device: str, dtype: torch.dtype, side: int, repeats: int) -> flo
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Where and when this was measured."""
+    """Date, commit, hardware and versions of the measurement."""
     return {
         "date": date.today().isoformat(),
         "commit": commit(),
@@ -395,7 +395,7 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report as a page."""
+    """The report as Markdown."""
     where = ", ".join(f"{key} {report[key]}" for key in ("hardware", "threads", "python", "torch", "commit"))
     rates = ", ".join(f"{name} {rate}" for name, rate in report["matmul"].items())
     lines = [
@@ -406,7 +406,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"Fastest matrix product of this machine: {rates} TFLOP/s.",
         "Median (least to most) over rounds; a ratio compares turns of one round, above 1 is faster than `plain`.",
         "",
-        "| size, batch | variant | s a step | times plain | CPU s a step | images/s | model TFLOP/s "
+        "| size, batch | variant | s per step | times plain | CPU s per step | images/s | model TFLOP/s "
         "| of the matrix product | peak memory, GB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -415,7 +415,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def table_row(row: dict[str, Any]) -> str:
-    """A variant's line of the table."""
+    """One line of the table."""
     cells = [
         f"{row['size']}, {row['batch_size']}",
         row["variant"],

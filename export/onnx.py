@@ -33,7 +33,7 @@ from mixmim_serve.model.normalize import Normalize
 OPSET = 23  # LayerNormalization is one operator from 17 on (fp16 stays safe: Triton issue 4105), Attention from 23
 MAX_BATCH = 65536
 
-# Constants of at most so many elements are folded, and never a weight: index arithmetic goes, weights stay in the file.
+# Constants with at most this many elements are folded, and no weights: index arithmetic goes, weights stay in the file.
 # Runtimes fold the rest (transposed weights, gathered bias tables) when they load the graph.
 FOLD_LIMIT = 1024
 

@@ -1,7 +1,7 @@
-"""How fast each engine runs a bundle here, and how right: what `mixmim bench` measures.
+"""Speed and accuracy of each engine with a bundle on this machine: what `mixmim bench` measures.
 
-Each engine and precision has a process of its own, so that its memory and threads are its own; they take turns,
-`rounds` times over, because machines are shared and their speed drifts. Throughput is of the best round.
+Each engine and precision runs in a process of its own, so that memory and threads are its own. They take turns for
+`rounds` rounds, because machines are shared and their speed drifts. The best round counts.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,36 +44,36 @@ ON_GPU = (
     ("onnx", "fp32"),
     ("torch", "bf16"),
     ("torch", "fp32"),
-    ("openvino", "bf16"),  # the same machine's CPU
+    ("openvino", "bf16"),  # on the same machine's CPU
 )
 BATCHES = (1, 8, 32)
-MATRIX, MATRIX_ON_GPU = 2048, 8192  # side of the square matrices that give the machine's rate
+MATRIX, MATRIX_ON_GPU = 2048, 8192  # side of the square matrices whose product gives the machine's rate
 
 
 @dataclass(frozen=True)
 class Row:
-    """One engine, precision and batch."""
+    """The measurements of one engine, precision and batch size."""
 
     engine: str
     precision: str
     batch: int
     images_per_second: float
-    p50: float  # milliseconds of a call
+    p50: float  # milliseconds per call
     p99: float
-    memory: float  # MB, the most that the process took
-    load: float  # seconds from opening the bundle to the first answer
-    cosine: float  # worst with torch in float32, of all outputs
+    memory: float  # MB, peak of the process
+    load: float  # seconds from opening the bundle to the first output
+    cosine: float  # lowest of all outputs, with torch in float32
     error: float  # as in `mixmim_serve.engines.certificate`
-    share: float | None  # of the device's rate for matrix products in this precision; None where it is not known
-    gpu_memory: float | None = None  # MB of the GPU taken since before the engine was opened; None without one
+    share: float | None  # of the device's rate for matrix products in this precision; None if unknown
+    gpu_memory: float | None = None  # MB of GPU memory that the engine took; None without a GPU
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one run of `mixmim bench` found."""
+    """The result of `mixmim bench`."""
 
     rows: tuple[Row, ...]
-    missing: dict[str, str]  # why an engine is not there
+    missing: dict[str, str]  # engine and precision: why it does not run
     rates: dict[str, float]  # TFLOP/s of matrix products, by device and precision, such as "cuda fp16"
     about: dict[str, Any]  # bundle, hardware, versions, settings
 
@@ -86,7 +86,7 @@ def bench(
     rounds: int = 2,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Report:
-    """Measure every contender that is installed and runs the bundle; without a list, those for this machine.
+    """Measure each contender (engine, precision) that runs here; by default those for this machine.
 
     Raises:
         BundleError: when the bundle is incomplete or altered.
@@ -94,49 +94,61 @@ def bench(
     """
     bundle = open_bundle(path)
     bundle.verify()
-    contenders = contenders or (ON_GPU if has_cuda_device() else ON_CPU)
-    found: dict[tuple[str, str, int], list[Row]] = {}
-    missing: dict[str, str] = {}
-    rates: dict[str, float] = {}
-    versions: dict[str, str] = {}
+    collected = _Collected()
     for number in range(rounds):
         for device, precision in _rates_to_measure():
             progress(f"round {number + 1} of {rounds}: matrix products, {device} {precision}")
-            rate = _ask(["rate", device, precision]).get("rate")
-            if rate:
-                rates[f"{device} {precision}"] = max(rate, rates.get(f"{device} {precision}", 0.0))
-        for kind, precision in contenders:
-            if f"{kind} {precision}" in missing:
-                continue
-            progress(f"round {number + 1} of {rounds}: {kind} {precision}")
-            answer = _ask(["engine", str(path), kind, precision, json.dumps(list(batches)), str(seconds)])
-            if "error" in answer:
-                missing[f"{kind} {precision}"] = answer["error"].replace(str(path), path.name)  # reports are passed on
-                continue
-            versions[answer["engine"]] = answer["version"]
-            for values in answer["rows"]:
-                row = Row(**values)
-                found.setdefault((kind, precision, row.batch), []).append(row)
-    if not found:
-        raise EngineError("no engine runs this bundle here. " + " ".join(missing.values()))
+            collected.measure_rate(device, precision)
+        for kind, precision in contenders or (ON_GPU if has_cuda_device() else ON_CPU):
+            if f"{kind} {precision}" not in collected.missing:
+                progress(f"round {number + 1} of {rounds}: {kind} {precision}")
+                collected.measure_engine(path, kind, precision, batches, seconds)
+    if not collected.rows:
+        raise EngineError("no installed engine can run this bundle. " + " ".join(collected.missing.values()))
     flops = encoder_flops(bundle.arch)
-    rows = [_share(_best(tries), flops, rates) for tries in found.values()]
+    rows = [_with_share(_best(tries), flops, collected.rates) for tries in collected.rows.values()]
     about = {
         "bundle": path.name, "fingerprint": bundle.fingerprint, "image_size": bundle.arch.image_size,
         "gflop_an_image": round(flops / 1e9, 2), "hardware": gpu_name() or processor(),
         "processor": processor(), "mixmim-serve": __version__,
-        "engines": versions, "seconds": seconds, "rounds": rounds, "files_mb": _sizes(bundle),
+        "engines": collected.versions, "seconds": seconds, "rounds": rounds, "files_mb": _sizes(bundle),
     }  # fmt: skip
-    return Report(tuple(rows), missing, rates, about)
+    return Report(tuple(rows), collected.missing, collected.rates, about)
+
+
+@dataclass
+class _Collected:
+    """The measurements of all rounds so far."""
+
+    rows: dict[tuple[str, str, int], list[Row]] = field(default_factory=dict)  # by engine, precision, batch
+    missing: dict[str, str] = field(default_factory=dict)  # as in `Report`
+    rates: dict[str, float] = field(default_factory=dict)  # as in `Report`, of the best round
+    versions: dict[str, str] = field(default_factory=dict)  # of each engine
+
+    def measure_rate(self, device: str, precision: str) -> None:
+        rate = _in_process(["rate", device, precision]).get("rate")
+        if rate:
+            name = f"{device} {precision}"
+            self.rates[name] = max(rate, self.rates.get(name, 0.0))
+
+    def measure_engine(self, path: Path, kind: str, precision: str, batches: Sequence[int], seconds: float) -> None:
+        answer = _in_process(["engine", str(path), kind, precision, json.dumps(list(batches)), str(seconds)])
+        if "error" in answer:  # without the folder: reports are passed on
+            self.missing[f"{kind} {precision}"] = answer["error"].replace(str(path), path.name)
+            return
+        self.versions[answer["engine"]] = answer["version"]
+        for values in answer["rows"]:
+            row = Row(**values)
+            self.rows.setdefault((kind, precision, row.batch), []).append(row)
 
 
 def encoder_flops(arch: Architecture) -> float:
-    """Of one image's matrix products, a multiplication and an addition counted as two."""
+    """Floating-point operations of the matrix products for one image; a multiply-add counts as two."""
     total = 2.0 * arch.grids[0] ** 2 * 3 * PATCH_SIZE**2 * arch.embed_dim
     for depth, dim, grid, window in zip(arch.depths, arch.dims, arch.grids, arch.windows, strict=True):
-        tokens, near = grid**2, min(window, grid) ** 2
+        tokens, attended = grid**2, min(window, grid) ** 2
         linear = tokens * dim**2 * (4 + 2 * MLP_RATIO)
-        total += depth * 2.0 * (linear + 2 * tokens * near * dim)
+        total += depth * 2.0 * (linear + 2 * tokens * attended * dim)
         if dim != arch.dims[-1]:
             total += 2.0 * (tokens // 4) * (4 * dim) * (2 * dim)
     return total
@@ -148,7 +160,7 @@ def _rates_to_measure() -> list[tuple[str, str]]:
 
 
 def _best(tries: list[Row]) -> Row:
-    """The fastest round, with the most memory of any."""
+    """The fastest round, with the peak memory and the shortest load time of all rounds."""
     best = max(tries, key=lambda row: row.images_per_second)
     on_gpu = [row.gpu_memory for row in tries if row.gpu_memory is not None]
     return dataclasses.replace(
@@ -159,7 +171,7 @@ def _best(tries: list[Row]) -> Row:
     )
 
 
-def _share(row: Row, flops: float, rates: dict[str, float]) -> Row:
+def _with_share(row: Row, flops: float, rates: dict[str, float]) -> Row:
     rate = rates.get(f"{row.engine.rpartition('-')[2]} {row.precision}")
     return dataclasses.replace(row, share=row.images_per_second * flops / (rate * 1e12)) if rate else row
 
@@ -168,29 +180,29 @@ def _sizes(bundle: Bundle) -> dict[str, float]:
     return {name: round((bundle.path / name).stat().st_size / 1e6, 2) for name in bundle.checksums}
 
 
-def _ask(arguments: list[str]) -> dict[str, Any]:
-    """What a process of its own answers, as JSON on its last line."""
-    done = subprocess.run(  # noqa: S603 - this module, with arguments made here
+def _in_process(arguments: list[str]) -> dict[str, Any]:
+    """Run `_main` in a process of its own; returns the JSON object on the last line of its output."""
+    ended = subprocess.run(  # noqa: S603 - this module, with our own arguments
         [sys.executable, "-m", "mixmim_serve.bench", *arguments], capture_output=True, text=True
     )
     try:
-        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        answer: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
     except (ValueError, IndexError):
-        return {"error": (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]}
+        return {"error": (ended.stderr.strip().splitlines() or [f"exited with status {ended.returncode}"])[-1]}
     return answer
 
 
 def measure_engine(path: Path, kind: str, precision: str, batches: Sequence[int], seconds: float) -> dict[str, Any]:
-    """In a process of its own: one engine, all batches."""
+    """Measure one engine with all batch sizes; to be called in a process of its own."""
     import resource
 
-    began, gpu_before = time.perf_counter(), gpu_memory_used()
+    started, gpu_before = time.perf_counter(), gpu_memory_used()
     engine = open_engine(path, kind, precision)
     size = engine.bundle.arch.image_size
     noise = np.random.default_rng(0).integers(0, 256, (max(batches), size, size, 3), np.uint8)
     engine.run("encoder", {"pixels": noise[:1]}, ["embedding"])
-    load = time.perf_counter() - began
-    found = certify(engine)
+    load = time.perf_counter() - started
+    certificate = certify(engine)
     rows = []
     for batch in batches:
         if batch > largest_batch(engine, batch):
@@ -206,8 +218,8 @@ def measure_engine(path: Path, kind: str, precision: str, batches: Sequence[int]
             p99=float(np.quantile(calls, 0.99)) * 1e3,
             memory=memory,
             load=load,
-            cosine=found.cosine,
-            error=found.error,
+            cosine=certificate.cosine,
+            error=certificate.error,
             share=None,
             gpu_memory=_gpu_memory_since(gpu_before) if engine.name.endswith("-cuda") else None,
         )
@@ -221,7 +233,7 @@ def _gpu_memory_since(before: float | None) -> float | None:
 
 
 def gpu_matrix_rate(precision: str, seconds: float = 1.0) -> float | None:
-    """TFLOP/s of square matrix products in torch on the GPU, the best call; None without a torch that uses it."""
+    """TFLOP/s of square matrix products in torch on the GPU, of the best call; None without torch for CUDA."""
     try:
         import torch
     except ImportError:
@@ -239,7 +251,7 @@ def gpu_matrix_rate(precision: str, seconds: float = 1.0) -> float | None:
 
 
 def matrix_rate(precision: str, seconds: float = 1.0) -> float | None:
-    """TFLOP/s of square matrix products, the best call of NumPy (fp32) and of OpenVINO; None where neither can."""
+    """TFLOP/s of square matrix products, of the best call of NumPy (fp32) and OpenVINO; None if neither can."""
     values = np.random.default_rng(0).standard_normal((2, MATRIX, MATRIX), np.float32)
     best = []
     if precision == "fp32":
@@ -250,7 +262,7 @@ def matrix_rate(precision: str, seconds: float = 1.0) -> float | None:
 
 
 def _openvino_product(right: NDArray[np.float32], precision: str) -> Any:
-    """A request that multiplies by a matrix; None without OpenVINO or the instructions."""
+    """A request that multiplies by a matrix; None without OpenVINO or CPU support for the precision."""
     try:
         from openvino import Model, opset13, properties
 
@@ -266,18 +278,18 @@ def _openvino_product(right: NDArray[np.float32], precision: str) -> Any:
 
 
 def _times(call: Callable[[], object], seconds: float) -> Iterator[float]:
-    """Seconds of each call, after one that does not count: for so long, and at least five."""
+    """Seconds of each call, after one warm-up call; for `seconds`, and at least five calls."""
     call()
     end, count = time.perf_counter() + seconds, 0
     while count < 5 or time.perf_counter() < end:
-        began = time.perf_counter()
+        started = time.perf_counter()
         call()
         count += 1
-        yield time.perf_counter() - began
+        yield time.perf_counter() - started
 
 
 def _main(arguments: list[str]) -> None:
-    """The process that `_ask` starts."""
+    """Entry point of the process that `_in_process` starts."""
     try:
         if arguments[0] == "rate":
             measure = gpu_matrix_rate if arguments[1] == "cuda" else matrix_rate

@@ -43,7 +43,7 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Everything needed to rebuild a network; without a decoder `decoder` is None, without a head `num_classes` is 0."""
+    """Everything needed to rebuild a network; `decoder` is None without a decoder, `num_classes` 0 without a head."""
 
     embed_dim: int  # channels of the first stage; each later stage has twice as many
     depths: tuple[int, ...]  # blocks per stage

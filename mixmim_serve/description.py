@@ -33,7 +33,8 @@ class Description:
             raise ConfigError(f"{len(self.labels)} labels for {self.arch.num_classes} classes: give one per class.")
         if self.preprocessing.image_size != self.arch.image_size:
             raise ConfigError(
-                f"preprocessing produces {self.preprocessing.image_size} px, the network expects {self.arch.image_size} px."
+                f"preprocessing produces {self.preprocessing.image_size} px, the network expects "
+                f"{self.arch.image_size} px."
             )
 
     def to_dict(self) -> dict[str, Any]:

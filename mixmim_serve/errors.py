@@ -1,6 +1,6 @@
 """Every error that the project raises on purpose.
 
-    MixMIMError                    the caller can act on it; one sentence says what is wrong, what was expected, what to do
+    MixMIMError                    the caller can act on it; one sentence says what, expected, what to do
     ├── ConfigError                an architecture, recipe or option that cannot work
     ├── CheckpointError            a file that is not a mixmim checkpoint and cannot be imported
     ├── BundleError                a bundle folder that is missing, incomplete or altered

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from filelock import FileLock
+
+from mixmim_serve.files import atomic_folder
 
 if TYPE_CHECKING:
     from serving import TestClient
@@ -24,6 +29,35 @@ GOLDEN = Path(__file__).parent / "golden"
 SHARED_GOLDEN = REPOSITORY.parent / "shared" / "golden"  # the larger originals, where they lie beside the checkout
 
 
+# The files that take longest, measured in seconds of a processor; a process that is given one of them at last is alone.
+LONGEST = (
+    "test_distributed",
+    "test_precisions",
+    "test_export",
+    "test_jobs",
+    "test_training",
+    "test_readme",
+    "test_publish",
+    "test_resume",
+    "test_benchmarks",
+    "test_tensorrt",
+    "test_bench",
+    "test_faults",
+    "test_bento",
+    "test_cli",
+    "test_finetuning",
+    "test_engines",
+    "test_service_robustness",
+    "test_openapi",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files of LONGEST."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 def golden_sets() -> list[pytest.param]:
     """Every set of golden arrays at hand: (folder, name of the network, resized to)."""
     sets = [pytest.param((GOLDEN, "mini", "96_to_128"), id="mini")]
@@ -32,32 +66,67 @@ def golden_sets() -> list[pytest.param]:
     return sets
 
 
+# Without torch (`make test-serving`), the tests of what serves without it run on a bundle that was exported before.
+READY_BUNDLE = "MIXMIM_TEST_BUNDLE"
+_NEEDS_TORCH = re.compile(r"^(from|import) (torch|training|export|exporting|mixmim_serve\.model)\b", re.MULTILINE)
+if importlib.util.find_spec("torch") is None:
+    collect_ignore = [
+        path.name for path in Path(__file__).parent.glob("test_*.py") if _NEEDS_TORCH.search(path.read_text())
+    ]
+
+BuildOnce = Callable[[str, Callable[[Path], object]], Path]
+
+
+@pytest.fixture(scope="session")
+def build_once(tmp_path_factory: pytest.TempPathFactory) -> BuildOnce:
+    """Builds a named folder once for all processes of the suite; each process gets a copy of its own."""
+    root = tmp_path_factory.getbasetemp()
+    shared = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "shared"
+    shared.mkdir(exist_ok=True)
+
+    def build_once(name: str, build: Callable[[Path], object]) -> Path:
+        with FileLock(shared / f"{name}.lock"):
+            if not (shared / name).exists():
+                with atomic_folder(shared / name) as folder:
+                    build(folder)
+        return Path(shutil.copytree(shared / name, tmp_path_factory.mktemp("copy") / name))
+
+    return build_once
+
+
 @pytest.fixture(scope="session")
 def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a very small random network at 64 px, with a decoder and a head of three classes."""
-    import torch
+    from exporting import write_small_checkpoint
 
-    from mixmim_serve.config import Architecture, DecoderConfig, Preprocessing
-    from mixmim_serve.description import Description
-    from mixmim_serve.model import build_model
-    from mixmim_serve.model.checkpoint import save_checkpoint
-
-    torch.manual_seed(0)
-    arch = Architecture(8, (1, 1, 1, 1), (1, 1, 2, 2), 64, decoder=DecoderConfig(16, 1, 2), num_classes=3)
-    path = tmp_path_factory.mktemp("checkpoint") / "small.safetensors"
-    description = Description(arch, Preprocessing.evaluation(64), ("cat", "dog", "owl"), {"made_by": "tests"})
-    save_checkpoint(path, build_model(arch).state_dict(), description)
-    return path
+    return write_small_checkpoint(tmp_path_factory.mktemp("checkpoint") / "small.safetensors")
 
 
 @pytest.fixture(scope="session")
-def exported_bundle(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported_bundle(request: pytest.FixtureRequest, build_once: BuildOnce) -> Path:
     """The bundle of `small_checkpoint`; read-only, `bundle_copy` gives one to break."""
-    from export.build import export_bundle
 
-    target = tmp_path_factory.mktemp("bundle") / "small"
-    export_bundle(small_checkpoint, target)
-    return target
+    def export(folder: Path) -> None:
+        if READY_BUNDLE in os.environ:
+            shutil.copytree(os.environ[READY_BUNDLE], folder / "small")
+            return
+        from export.build import export_bundle
+
+        export_bundle(request.getfixturevalue("small_checkpoint"), folder / "small")
+
+    return build_once("exported", export) / "small"
+
+
+@pytest.fixture(scope="session")
+def bundle_in_every_precision(small_checkpoint: Path, exported_bundle: Path, build_once: BuildOnce) -> Path:
+    """The bundle of `small_checkpoint` with graphs in fp32 (those of `exported_bundle`), fp16 and bf16; read-only."""
+
+    def export(folder: Path) -> None:
+        from exporting import export_every_precision
+
+        export_every_precision(small_checkpoint, folder / "small", exported_bundle)
+
+    return build_once("precisions", export) / "small"
 
 
 @pytest.fixture
@@ -86,7 +155,7 @@ def client(engine: Engine) -> Iterator[TestClient]:
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 photos in one folder: no labels, no sub-folders."""
-    from training_data import photo
+    from pictures import photo
 
     folder = tmp_path_factory.mktemp("photos")
     for number in range(24):

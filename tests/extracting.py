@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from mixmim_serve.engines import Engine
-from mixmim_serve.extract.job import Job, Summary
+from mixmim_serve.extract.job import ExtractJob, Summary
 from mixmim_serve.extract.lead import run
 from mixmim_serve.extract.local import LocalExecutor
-from mixmim_serve.extract.options import Options, Resources
+from mixmim_serve.extract.options import ExtractOptions, Resources
 
 
 def small(
@@ -19,18 +19,20 @@ def small(
     source: str | Path,
     out: str | Path,
     *,
-    options: Options | None = None,
+    options: ExtractOptions | None = None,
     images: int = 0,
     threads: int = 2,
     **effort: Any,
-) -> Job:
+) -> ExtractJob:
     """A job in batches of 4."""
-    options = options or Options(batch=4)
+    options = options or ExtractOptions(batch=4)
     options = dataclasses.replace(options, images=images, batch=min(options.batch, 4))
-    return Job(engine.bundle.path, str(source), str(out), options=options, effort=Resources(threads=threads, **effort))
+    return ExtractJob(
+        engine.bundle.path, str(source), str(out), options=options, effort=Resources(threads=threads, **effort)
+    )
 
 
-def features(job: Job, engine: Engine, **options: Any) -> Summary:
+def features(job: ExtractJob, engine: Engine, **options: Any) -> Summary:
     """Run the job with this engine."""
     return run(job, executor=partial(LocalExecutor, engine=engine), **options)
 

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from mixmim_serve.bench import Report, Row, _best, _share, bench, encoder_flops, matrix_rate
+from mixmim_serve.bench import Report, Row, _best, _with_share, bench, encoder_flops, matrix_rate
 from mixmim_serve.cli import app
 from mixmim_serve.cli.bench import _table
 from mixmim_serve.config import architecture
@@ -31,7 +31,10 @@ def test_the_arithmetic_is_counted_as_torch_does(name: str, size: int) -> None:
     assert encoder_flops(arch) == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
-def test_a_report_has_a_row_for_each_engine_precision_and_batch(exported_bundle: Path) -> None:
+def test_a_report_has_a_row_for_each_engine_precision_and_batch(
+    exported_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mixmim_serve.bench._rates_to_measure", lambda: [("cpu", "fp32")])  # a second each
     heard: list[str] = []
     contenders = (("onnx", "fp32"), ("openvino", "fp32"), ("onnx", "fp16"))
     report = bench(exported_bundle, contenders, batches=(1, 3), seconds=0.01, rounds=2, progress=heard.append)
@@ -56,18 +59,23 @@ def test_a_report_has_a_row_for_each_engine_precision_and_batch(exported_bundle:
     assert sum("onnx fp16" in line for line in heard) == 1  # not asked again
 
 
-def test_a_bundle_that_nothing_runs_is_refused(exported_bundle: Path) -> None:
-    with pytest.raises(EngineError, match=r"no engine runs this bundle here\. .*has no fp16 graphs"):
+def test_a_bundle_that_nothing_runs_is_refused(exported_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mixmim_serve.bench._rates_to_measure", list)
+    with pytest.raises(EngineError, match=r"no installed engine can run this bundle\. .*has no fp16 graphs"):
         bench(exported_bundle, (("onnx", "fp16"),), seconds=0.01, rounds=1)
 
 
-def test_the_machines_rate_is_a_rate() -> None:
+def test_the_machines_rate_is_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mixmim_serve.bench.MATRIX", 512)
     rate = matrix_rate("fp32", 0.05)
     assert rate is not None
     assert 0.001 < rate < 1000
 
 
-def test_the_command_writes_a_table_json_and_a_picture(exported_bundle: Path, tmp_path: Path) -> None:
+def test_the_command_writes_a_table_json_and_a_picture(
+    exported_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mixmim_serve.bench.ON_CPU", (("onnx", "fp32"), ("openvino", "fp32")))  # test_readme.py: all
     target = tmp_path / "out" / "bench.json"
     done = CliRunner().invoke(
         app,
@@ -84,9 +92,9 @@ def test_the_command_writes_a_table_json_and_a_picture(exported_bundle: Path, tm
 def test_rows_of_a_gpu_are_held_to_its_own_rate_and_show_its_memory() -> None:
     row = Row("tensorrt-rtx-cuda", "fp16", 8, 1000.0, 8.0, 9.0, 500.0, 1.0, 1.0, 0.0, None, 750.4)
     rates = {"cuda fp16": 10.0, "cpu fp16": 1.0}
-    assert _share(row, 1e9, rates).share == pytest.approx(0.1)
-    assert _share(dataclasses.replace(row, engine="onnx-cpu"), 1e9, rates).share == pytest.approx(1.0)
-    assert _share(dataclasses.replace(row, precision="bf16"), 1e9, rates).share is None
+    assert _with_share(row, 1e9, rates).share == pytest.approx(0.1)
+    assert _with_share(dataclasses.replace(row, engine="onnx-cpu"), 1e9, rates).share == pytest.approx(1.0)
+    assert _with_share(dataclasses.replace(row, precision="bf16"), 1e9, rates).share is None
     slower = dataclasses.replace(row, images_per_second=500.0, gpu_memory=800.0)
     assert _best([slower, row]) == dataclasses.replace(row, gpu_memory=800.0)
     about = {"bundle": "tiny", "gflop_an_image": 1.0}

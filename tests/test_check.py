@@ -1,4 +1,4 @@
-"""What `check` says of a data set: every fault is made here on purpose, counted, and told in one sentence."""
+"""`check` on data sets with deliberate faults: each is counted, and reported in one sentence."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Report:
 
 @dataclass(frozen=True)
 class Memory:
-    """A source of given images or errors, which notes how it is read."""
+    """A source of given images or errors that records the order of reads."""
 
     images: Sequence[bytes | Exception]
     labels: Sequence[str] | None = None
@@ -117,7 +117,7 @@ def test_images_of_equal_content_are_found(faulty: Report) -> None:
     assert faulty.train.duplicates == (
         ("hats/shoes.jpg", "shoes/2.jpg", "shoes/3.jpg"),
         ("skirts/1.jpg", "skirts/2.jpg"),
-    )  # and not the two that are cut alike
+    )  # but not the two equally truncated ones
     assert faulty.train.conflicts == faulty.train.duplicates[:1]
     assert faulty.val is not None
     assert faulty.val.duplicates == ()
@@ -189,7 +189,7 @@ def test_labels_on_one_side_only(train: list[str] | None, val: list[str] | None)
 
 
 def test_many_classes_are_not_all_named() -> None:
-    images = [HAT + bytes([number]) for number in range(SHOWN + 3)]  # bytes behind the end change the content alone
+    images = [HAT + bytes([number]) for number in range(SHOWN + 3)]  # bytes after the end change only the hash
     report = check(Memory(images, [f"c{number:02}" for number in range(SHOWN + 3)]), Memory([SHOES], ["c00"]))
     assert report.warnings == (
         "val has no image of 12 classes (c01, c02, c03, c04, c05, c06, c07, c08, c09, c10 and 2 more): "

@@ -1,4 +1,4 @@
-"""Our checkpoints: a round trip, and every kind of file that is refused."""
+"""Our checkpoints: a round trip, and every kind of file that is rejected."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_checkpoint_rebuilds_the_model_alone(tmp_path: Path) -> None:
 
 def test_equal_checkpoints_are_equal_files(tmp_path: Path) -> None:
     weights = build_model(SMALL).state_dict()
-    for number in range(8):  # the order of several metadata keys would be chance
+    for number in range(8):  # the order of several metadata keys would be random
         save_checkpoint(tmp_path / f"{number}.safetensors", weights, DESCRIPTION)
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
 
@@ -91,7 +91,7 @@ def test_unusable_files_are_refused(checkpoint: Path, tmp_path: Path) -> None:
 
 
 class Exploit:
-    """Pickles to a call that would leave a file behind."""
+    """Unpickles to a call that would create a file."""
 
     def __init__(self, target: Path) -> None:
         self.target = target

@@ -1,4 +1,4 @@
-"""The commands that train, as a user calls them; fine-tuning, probing and evaluating are in test_finetuning.py."""
+"""The training commands; those for fine-tuning, probing and evaluating are in test_finetuning.py."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from training.trainer import train
 
 @pytest.fixture(autouse=True)
 def without_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes a minute."""
+    """Skip torch.compile, which takes a minute."""
     recipe = dataclasses.replace(tiny_cpu(), compile=False)
     monkeypatch.setitem(training.recipes.PRETRAIN, "tiny-cpu", lambda: recipe)
 
@@ -42,7 +42,7 @@ def refusal(*arguments: object) -> MixMIMError:
 
 
 def test_pretrain(photos: Path, labelled: Path, tmp_path: Path) -> None:
-    """The whole way from options to a checkpoint."""
+    """From options to a checkpoint."""
     run = tmp_path / "run"
     options = ("--image-size", 64, "--epochs", 1, "--batch-size", 4, "--workers", 0, "--knn", labelled)
     result = mixmim("pretrain", photos, "--out", run, *options, "--set", "seed=3", "--set", "bf16=false")
@@ -78,8 +78,8 @@ def test_check(labelled: Path, photos: Path, tmp_path: Path) -> None:
     assert f"train: {labelled / 'train'}" in result.stdout
     assert "24 images" in result.stdout
     assert "8 images" in result.stdout
-    found = json.loads(mixmim("check", photos, "--val", photos, "--json", "--image-size", 64).stdout)
-    assert (found["train"]["images"], found["image_size"], len(found["in_both"])) == (24, 64, 24)
+    report = json.loads(mixmim("check", photos, "--val", photos, "--json", "--image-size", 64).stdout)
+    assert (report["train"]["images"], report["image_size"], len(report["in_both"])) == (24, 64, 24)
     (tmp_path / "empty").mkdir()
     assert isinstance(refusal("check", tmp_path / "empty"), DataError)
 
@@ -92,16 +92,16 @@ def test_no_command_has_more_than_a_dozen_options() -> None:
     for command in app.registered_commands:
         assert command.callback is not None
         options = [
-            each
-            for each in command.callback.__annotations__.values()
-            if "typer.Option" in each or each in ("Out", "Set", "Epochs", "BatchSize", "ImageSize", "Workers", "Track",
+            hint
+            for hint in command.callback.__annotations__.values()
+            if "typer.Option" in hint or hint in ("Out", "Set", "Epochs", "BatchSize", "ImageSize", "Workers", "Track",
                                                   "Resume", "Overwrite", "From", "Val", "Seed")
         ]  # fmt: skip
         assert len(options) <= 12, command.callback.__name__
 
 
 class Recorder(types.ModuleType):
-    """Stands for mlflow or wandb: keeps every call."""
+    """Stands in for mlflow or wandb and records every call."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)

@@ -142,7 +142,7 @@ def test_the_example_of_the_documents_runs(url: str, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(REPOSITORY)
     values: dict[str, Any] = {"paths": [*PHOTOS.values()]}
     exec(textwrap.dedent("\n".join(code)).replace("http://127.0.0.1:3000", url), values)  # noqa: S102
-    assert values["found"].vector.shape == (64,)
+    assert values["result"].vector.shape == (64,)
 
 
 # Errors
@@ -173,7 +173,7 @@ def test_what_is_wrong_with_a_request_is_said_once(engine: Engine, bundle_copy: 
         assert (caught.value.status, caught.value.param) == (400, "stages")
         with pytest.raises(ImageTooLargeError):
             client.embed(HAT + b" ")
-        counted = app.state.metrics.text().decode()
+        counted = app.state.metrics.exposition().decode()
     for line in ('route="/classify",status="404"} 1.0', 'route="/features",status="400"} 1.0'):
         assert line in counted  # and not asked again
 
@@ -183,7 +183,7 @@ def test_a_wrong_key_is_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch)
     with url_of(engine) as (url, _):
         with Client(url, policy=QUICK, api_key="k" * 20) as client:
             assert client.embed(HAT).vector.shape == (64,)
-        with pytest.raises(RefusedError, match="not known here") as caught, Client(url, api_key="x" * 20) as client:
+        with pytest.raises(RefusedError, match="unknown API key") as caught, Client(url, api_key="x" * 20) as client:
             client.embed(HAT)
         assert (caught.value.status, caught.value.code) == (401, "invalid_api_key")
 
@@ -436,7 +436,7 @@ def test_a_server_that_takes_too_long_is_given_up(engine: Engine) -> None:
         with pytest.raises(UnavailableError, match=r"/embed was not answered in \d tries within 0.5 s"):
             client.embed(HAT)
         gate.release.set()
-        counted = app.state.metrics.text().decode()
+        counted = app.state.metrics.exposition().decode()
     assert 'mixmim_failures_total{reason="deadline"}' in counted  # told by X-Request-Timeout, the server gave up too
 
 

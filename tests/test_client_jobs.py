@@ -18,7 +18,7 @@ from mixmim_serve.client import AsyncClient, Client, Job, Policy
 from mixmim_serve.client import jobs as module
 from mixmim_serve.engines import Engine
 from mixmim_serve.errors import RefusedError, ServerError
-from mixmim_serve.extract.features import Features
+from mixmim_serve.extract.features import FeatureFolder
 from mixmim_serve.service.jobs.runner import JobRunner
 
 QUICK = Policy(first_wait=0.01, longest_wait=0.05, total=PATIENCE)
@@ -57,8 +57,8 @@ def test_from_start_to_results(client: Client, tmp_path: Path, monkeypatch: pyte
     }
     assert max(file.size for file in done.files) > 3000  # several pieces
     assert json.loads((folder / "manifest.json").read_text())["complete"]
-    assert len(Features(folder)) == 24
-    assert [each.vectors.shape for each in Features(folder).blocks()] == [(8, 64)] * 3
+    assert len(FeatureFolder(folder)) == 24
+    assert [each.vectors.shape for each in FeatureFolder(folder).blocks()] == [(8, 64)] * 3
 
 
 def test_a_download_goes_on_where_it_was(client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

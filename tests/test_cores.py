@@ -16,9 +16,9 @@ from mixmim_serve.cores import physical_cores, usable_cores
 from mixmim_serve.engines import Engine
 from mixmim_serve.explore import pages
 from mixmim_serve.extract import pipeline, shard
-from mixmim_serve.extract.features import Features
+from mixmim_serve.extract.features import FeatureFolder
 from mixmim_serve.extract.folder import Folder
-from mixmim_serve.extract.options import Options
+from mixmim_serve.extract.options import ExtractOptions
 from mixmim_serve.service.settings import Settings
 from mixmim_serve.sources import open_source
 from training import check
@@ -107,9 +107,9 @@ def test_every_pool_of_decoders_has_a_thread_per_usable_core(
 
     assert Settings().decoders == 3
     extract(small(engine, photos, tmp_path / "out", threads=0), engine)
-    shard.Worker(engine, open_source(photos), Folder(tmp_path / "other"), Options()).close()
+    shard.Worker(engine, open_source(photos), Folder(tmp_path / "other"), ExtractOptions()).close()
     assert len(list(pipeline.run_files(engine, sorted(photos.iterdir()), ["embedding"]))) == 24
-    features = Features(tmp_path / "out")
+    features = FeatureFolder(tmp_path / "out")
     pages.thumbnails(features, features.keys([0, 1]))
     check.check(open_source(photos))
     assert pools == [(shard, 3), (shard, 3), (pipeline, 3), (pages, 3), (check, 3)]

@@ -1,4 +1,4 @@
-"""The data path of training: crops, order, batches, what cannot be read."""
+"""The data path of training: crops, order, batches, unreadable images."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from pictures import photo
 from PIL import ExifTags, Image
-from training_data import SMALL, STEPS_PER_EPOCH, photo
+from training_data import SMALL, STEPS_PER_EPOCH
 
 from mixmim_serve.config import Preprocessing
 from mixmim_serve.errors import ConfigError, DataError, ResourceError
@@ -41,9 +42,9 @@ def seeded(seed: int) -> random.Random:
 
 
 def test_too_little_shared_memory_is_refused_at_the_start(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch itself waits for ever for the batch that did not fit."""
+    """Torch itself waits forever for the batch that does not fit."""
     config = dataclasses.replace(SMALL, batch_size=4, workers=2)
-    needed = (2 * 2 + 1) * 4 * 3 * 32**2  # two batches a worker, and one in use
+    needed = (2 * 2 + 1) * 4 * 3 * 32**2  # two batches per worker, and one in use
     monkeypatch.setattr("training.resources.SHARED", photos)
     free = [needed]
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free[0]))
@@ -71,7 +72,7 @@ def test_crops_stay_inside_and_within_their_bounds(width: int, height: int, min_
     assert ratios.max() < ASPECT_RATIOS[1] * 1.01
     assert left.min() == upper.min() == 0  # inside, and up to the border
     assert (right.max(), lower.max()) == (width, height)
-    # All that is allowed does occur; large crops of an oblong photo cannot be oblong the other way.
+    # The whole allowed range occurs; large crops of an oblong photo cannot be oblong the other way.
     assert shares.min() < min_crop + 0.02
     assert shares.max() > 0.95
     if min_crop < 0.5:
@@ -105,7 +106,7 @@ def test_a_crop_is_decided_by_its_seed() -> None:
 
 
 def test_a_crop_is_cut_and_then_resized() -> None:
-    """Resizing through a box would see pixels past its edge."""
+    """Resizing with a box would read pixels outside it."""
     image = photo(2, 200, 150)
     for seed in range(20):
         box = random_crop_box(image.width, image.height, 0.2, seeded(seed))
@@ -229,7 +230,7 @@ def test_a_batch_that_cannot_be_split_is_refused() -> None:
 def test_an_item_depends_on_seed_epoch_and_index_alone(photos: Path) -> None:
     images, twin = images_of(photos), images_of(photos)
     item = images[0, 5]
-    for key in ((1, 5), (0, 4), (3, 0)):  # other items first change nothing
+    for key in ((1, 5), (0, 4), (3, 0)):  # loading other images first changes nothing
         assert not np.array_equal(twin[key].pixels, item.pixels)
     np.testing.assert_array_equal(twin[0, 5].pixels, item.pixels)
     assert not np.array_equal(images_of(photos, dataclasses.replace(SMALL, seed=1))[0, 5].pixels, item.pixels)
@@ -259,7 +260,7 @@ def test_another_image_takes_the_place_of_an_unreadable_one(spoilt: Path) -> Non
         assert item.pixels is not None
         assert item.unreadable[0].startswith("letter.jpg: the data is not an image")
         substitutes[item.pixels.tobytes()] += 1
-    assert len(substitutes) > 10  # not always the same one
+    assert len(substitutes) > 10  # not always the same image
 
 
 def test_collate_gives_no_batch_where_an_image_is_missing() -> None:

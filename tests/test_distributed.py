@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 from safetensors.torch import load_file
-from training_data import SMALL, run_pretraining
+from training_data import NARROW, SMALL, Run, run_pretraining
 
 import training.trainer
 from mixmim_serve.sources import open_source
@@ -25,69 +26,127 @@ from training.pretraining import Pretraining
 from training.run_folder import RunFolder
 from training.trainer import Trainer
 
-# The same mask in each process, so that both halves make one batch; what is done is chosen by the first argument.
+# Each argument after the first two is a job: its name, then its options, joined by commas. Jobs do not share a process,
+# only the seconds until torch is imported.
 SCRIPT = """
-import dataclasses, sys
+import dataclasses, os, shutil, sys, time
 from pathlib import Path
 import torch
+import torch._dynamo, torch.utils.tensorboard  # what every job would import as it goes
 from rich.console import Console
 from safetensors.torch import save_file
-import training.trainer
+import training.config, training.trainer
 from mixmim_serve.sources import open_source
 from training.augment import step_seed
 from training.distributed import join_world
 from training.pretraining import Pretraining
 from training.run_folder import RunFolder
 from training.trainer import Trainer, train
-from training_data import SMALL
+from training_data import NARROW, SMALL
 
-what, photos, out, shard = sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4] == "shard"
-config = dataclasses.replace(SMALL, shard=shard, accumulate=2 if what == "accumulate" else 1)
-source = open_source(photos)
-if what != "own-masks":
-    training.trainer.step_seed = lambda seed, step, rank, *part: step_seed(seed, step, 0, *part)
-if what == "long":
-    config = dataclasses.replace(config, epochs=500)
-    train(Pretraining(config, source), source, out, Console(quiet=True))
-    sys.exit()
-if what == "run":
+source, base = open_source(sys.argv[1]), Path(sys.argv[2])
+
+
+def the_same_masks(seed, step, rank, *part):
+    return step_seed(seed, step, 0, *part)  # so that both halves make one batch
+
+
+def run(out, config):
+    training.config.architecture = lambda _: NARROW
     train(Pretraining(config, source), source, out, Console(quiet=True), resume=(out / "config.json").exists())
-    sys.exit()
-with join_world() as world:
-    trainer = Trainer(Pretraining(config, source), source, RunFolder(out), world)
-    if what == "own-masks":
+
+
+def again(out, config):
+    if os.environ["RANK"] == "0":  # as if killed in the second epoch: the first epoch's checkpoint is all that is left
+        copy = Path(shutil.copytree(base / out.name.replace("again", "run"), base / f".{out.name}"))
+        for path in (copy / "final.safetensors", *copy.glob("checkpoints/step-00000006.*")):
+            path.unlink()
+        copy.rename(out)
+    while not out.exists():
+        time.sleep(0.01)
+    run(out, config)
+
+
+def masks(out, config):
+    with join_world() as world:
+        trainer = Trainer(Pretraining(config, source), source, RunFolder(out), world)
         batch = next(iter(trainer.loader))
         seeds = [step_seed(0, step, world.rank) for step in range(8)]
         seen = [trainer.task.inputs(batch, seed, 0)[1] for seed in seeds]
         save_file({"masks": torch.cat(seen)}, out / f"masks-{world.rank}.safetensors")
-    else:
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def step(out, config):
+    with join_world() as world:
+        trainer = Trainer(Pretraining(config, source), source, RunFolder(out), world)
         loader = iter(trainer.loader)
         trainer.set_learning_rate(1)
         loss, norm = trainer.train_step(next(loader) for _ in range(config.accumulate))
         loss = world.mean(loss)
-        whole = lambda tensor: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         found = {name: whole(parameter.grad).contiguous() for name, parameter in trainer.model.named_parameters()}
         found |= {"loss": loss, "norm": norm}
         if world.main:
             save_file(found, out / "gradients.safetensors")
+
+
+def do(job):
+    what, *options = job.split(",")
+    if what != "masks":
+        training.trainer.step_seed = the_same_masks
+    config = dataclasses.replace(SMALL, shard="shard" in options, accumulate=2 if "accumulate" in options else 1,
+                                 epochs=500 if "long" in options else SMALL.epochs)
+    globals()[what](base / job, config)
+
+
+*others, last = sys.argv[3:]
+for number, job in enumerate(others):
+    child = os.fork()
+    if not child:  # torchrun's own store is for one group of processes
+        os.environ.update(TORCHELASTIC_USE_AGENT_STORE="False", MASTER_PORT=os.environ["PORTS"].split()[number])
+        do(job)
+        sys.exit()
+    if os.waitpid(child, 0)[1]:
+        sys.exit(f"{job} failed")
+do(last)
 """
 
 
-def command(what: str, photos: Path, out: Path, shard: bool = False) -> dict[str, Any]:
-    """SCRIPT in two processes, for `subprocess`."""
-    out.mkdir(exist_ok=True)
-    (out.parent / "script.py").write_text(SCRIPT)
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def command(photos: Path, base: Path, *jobs: str) -> dict[str, Any]:
+    """SCRIPT in two processes, for `subprocess`; each job has a folder of its name."""
+    for job in jobs:
+        if not job.startswith("again"):
+            (base / job).mkdir()
+    (base / "script.py").write_text(SCRIPT)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    arguments = [str(out.parent / "script.py"), what, str(photos), str(out), "shard" if shard else ""]
+    arguments = [str(base / "script.py"), str(photos), str(base), *jobs]
     environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", "OMP_NUM_THREADS": "1"}
+    environment["PORTS"] = " ".join(str(free_port()) for _ in jobs)
     return {"args": [sys.executable, *launcher, *arguments], "env": environment}
 
 
-def torchrun(what: str, photos: Path, out: Path, shard: bool = False) -> None:
+def torchrun(photos: Path, base: Path, *jobs: str) -> None:
     """Run SCRIPT; it must end well."""
-    options = command(what, photos, out, shard)
-    done = subprocess.run(**options, capture_output=True, text=True, timeout=180, check=False)
+    options = command(photos, base, *jobs)
+    done = subprocess.run(**options, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def together(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All that two processes do and end by themselves, in one launch, because a launch takes seconds; read-only."""
+    base = tmp_path_factory.mktemp("together")
+    torchrun(photos, base, "masks", "step", "step,accumulate", "step,shard", "run", "run,shard", "again", "again,shard")
+    return base
 
 
 @pytest.fixture(scope="module")
@@ -103,56 +162,56 @@ def alone(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, t
         return found | {"loss": loss, "norm": norm}
 
 
-@pytest.mark.parametrize(("what", "shard"), [("step", False), ("accumulate", False), ("step", True)])
-def test_two_processes_give_the_gradients_of_one(
-    alone: dict[str, torch.Tensor], photos: Path, tmp_path: Path, what: str, shard: bool
-) -> None:
-    torchrun(what, photos, tmp_path / "out", shard)
-    found = load_file(tmp_path / "out" / "gradients.safetensors")
+@pytest.mark.parametrize("job", ["step", "step,accumulate", "step,shard"])
+def test_two_processes_give_the_gradients_of_one(alone: dict[str, torch.Tensor], together: Path, job: str) -> None:
+    found = load_file(together / job / "gradients.safetensors")
     assert found.keys() == alone.keys()
     for name, expected in alone.items():
         largest = float(expected.abs().max()) or 1.0
         torch.testing.assert_close(found[name], expected, rtol=0, atol=2e-5 * largest, msg=f"{name} differs")
 
 
-@pytest.mark.parametrize("shard", [False, True])
-def test_a_whole_run_of_two_processes_and_its_resumption(photos: Path, tmp_path: Path, shard: bool) -> None:
-    torchrun("run", photos, tmp_path / "run", shard)
-    one = run_pretraining(SMALL, photos, tmp_path / "one")
-    folder = tmp_path / "run"
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    losses = [json.loads(line)["loss"] for line in lines]
-    assert losses == pytest.approx(one.losses, rel=1e-4)
+def losses_of(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def one(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A whole run of one process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.config.architecture", lambda _: NARROW)
+        return run_pretraining(SMALL, photos, tmp_path_factory.mktemp("one") / "run")
+
+
+@pytest.mark.parametrize("shard", ["", ",shard"])
+def test_a_whole_run_of_two_processes_and_its_resumption(one: Run, together: Path, shard: str) -> None:
+    folder, resumed = together / f"run{shard}", together / f"again{shard}"
+    assert losses_of(folder) == pytest.approx(one.losses, rel=1e-4)
     assert json.loads((folder / "config.json").read_text())["processes"] == 2
     assert (folder / "samples" / "reconstructions-epoch-0002.png").exists()
-    whole = load_file(folder / "final.safetensors")
-    # As if killed in the second epoch: the first epoch's checkpoint is all that is left.
-    for name in ("final.safetensors", "checkpoints/step-00000006.state.pt", "checkpoints/step-00000006.safetensors"):
-        (folder / name).unlink()
-    torchrun("run", photos, folder, shard)
-    assert [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == losses
-    again = load_file(folder / "final.safetensors")
+    assert losses_of(resumed) == losses_of(folder)
+    whole, again = (load_file(each / "final.safetensors") for each in (folder, resumed))
     assert all(torch.equal(again[name], whole[name]) for name in whole)
 
 
 def test_sigterm_to_the_launcher_saves_in_all_processes(photos: Path, tmp_path: Path) -> None:
     """The processes hear of it at different times, and must agree on a last step."""
-    process = subprocess.Popen(**command("long", photos, tmp_path / "run"), stderr=subprocess.DEVNULL)
-    log = tmp_path / "run" / "metrics.jsonl"
+    process = subprocess.Popen(**command(photos, tmp_path, "run,long"), stderr=subprocess.DEVNULL)
+    folder = tmp_path / "run,long"
+    log = folder / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (log.exists() and log.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     process.wait(timeout=60)
-    assert not (tmp_path / "run" / "final.safetensors").exists()
-    steps = [int(path.name[5:13]) for path in (tmp_path / "run" / "checkpoints").glob("*.state.pt")]
+    assert not (folder / "final.safetensors").exists()
+    steps = [int(path.name[5:13]) for path in (folder / "checkpoints").glob("*.state.pt")]
     assert max(steps) == len(log.read_text().splitlines())  # the last line of the log is the last step saved
-    assert torch.load(tmp_path / "run" / "checkpoints" / f"step-{max(steps):08d}.state.pt")["step"] == max(steps)
+    assert torch.load(folder / "checkpoints" / f"step-{max(steps):08d}.state.pt")["step"] == max(steps)
 
 
-def test_each_process_draws_its_own_masks(photos: Path, tmp_path: Path) -> None:
-    torchrun("own-masks", photos, tmp_path / "out")
-    one, two = (load_file(tmp_path / "out" / f"masks-{rank}.safetensors")["masks"] for rank in (0, 1))
+def test_each_process_draws_its_own_masks(together: Path) -> None:
+    one, two = (load_file(together / "masks" / f"masks-{rank}.safetensors")["masks"] for rank in (0, 1))
     assert one.shape == two.shape == (8, 4)
     assert not torch.equal(one, two)
 

@@ -24,8 +24,8 @@ from mixmim_serve.explore import pages
 from mixmim_serve.explore.duplicates import duplicates
 from mixmim_serve.explore.map import layout
 from mixmim_serve.explore.neighbours import neighbours
-from mixmim_serve.extract.features import Features, embed_query
-from mixmim_serve.extract.options import Options
+from mixmim_serve.extract.features import FeatureFolder, embed_query
+from mixmim_serve.extract.options import ExtractOptions
 from mixmim_serve.extract.pipeline import run_files
 
 
@@ -48,21 +48,21 @@ def out(engine: Engine, source: Path) -> Path:
 
 
 @pytest.fixture
-def features(out: Path) -> Features:
-    return Features(out)
+def features(out: Path) -> FeatureFolder:
+    return FeatureFolder(out)
 
 
 @pytest.fixture
-def everything(features: Features) -> np.ndarray:
+def everything(features: FeatureFolder) -> np.ndarray:
     """All vectors, of length 1."""
     return np.concatenate([block.vectors for block in features.blocks()])
 
 
 @pytest.mark.parametrize("kind", ["parquet", "npy", "lance", "float16"])
 def test_every_format_is_read_back_alike(engine: Engine, source: Path, out: Path, tmp_path: Path, kind: str) -> None:
-    options = Options(dtype="float16") if kind == "float16" else Options(format=kind)
+    options = ExtractOptions(dtype="float16") if kind == "float16" else ExtractOptions(format=kind)
     extract(small(engine, source, tmp_path / "out", images=10, options=options), engine)
-    found, expected = Features(tmp_path / "out"), Features(out)
+    found, expected = FeatureFolder(tmp_path / "out"), FeatureFolder(out)
     assert len(found) == len(expected) == 27
     rows = [26, 3, 3, 11]
     assert found.keys(rows) == expected.keys(rows)
@@ -71,7 +71,7 @@ def test_every_format_is_read_back_alike(engine: Engine, source: Path, out: Path
 
 
 def test_rows_are_unit_vectors_in_the_order_of_the_source(
-    features: Features, everything: np.ndarray, engine: Engine, source: Path
+    features: FeatureFolder, everything: np.ndarray, engine: Engine, source: Path
 ) -> None:
     keys = features.keys(range(len(features)))
     assert keys == sorted(keys, key=lambda key: key.split("/"))
@@ -82,7 +82,7 @@ def test_rows_are_unit_vectors_in_the_order_of_the_source(
 
 
 @pytest.mark.parametrize("index_above", [1_000_000, 0], ids=["exact", "index"])
-def test_neighbours_are_those_of_all_pairs(features: Features, everything: np.ndarray, index_above: int) -> None:
+def test_neighbours_are_those_of_all_pairs(features: FeatureFolder, everything: np.ndarray, index_above: int) -> None:
     for row in (0, 5, 26):
         cosines = everything @ everything[row]
         best = np.lexsort((np.arange(len(cosines)), -cosines))[:6]
@@ -98,20 +98,20 @@ def test_an_index_is_kept_for_its_own_features_only(
     job = small(engine, source, tmp_path / "out", images=7)
     extract(job, engine)
     (tmp_path / "out" / "index-0123456789abcdef.usearch").write_bytes(b"of other features")
-    first = neighbours(Features(tmp_path / "out"), everything[1], 3, index_above=0)
+    first = neighbours(FeatureFolder(tmp_path / "out"), everything[1], 3, index_above=0)
     (index,) = (tmp_path / "out").glob("index-*.usearch")
     made = index.stat().st_mtime_ns
-    assert neighbours(Features(tmp_path / "out"), everything[1], 3, index_above=0) == first
+    assert neighbours(FeatureFolder(tmp_path / "out"), everything[1], 3, index_above=0) == first
     assert index.stat().st_mtime_ns == made
 
 
 @pytest.mark.parametrize("query", [np.ones(3), np.zeros(64), np.full(64, np.nan)])
-def test_a_query_that_is_no_direction_is_refused(features: Features, query: np.ndarray) -> None:
+def test_a_query_that_is_no_direction_is_refused(features: FeatureFolder, query: np.ndarray) -> None:
     with pytest.raises(OutputError, match="a query has 64 finite numbers"):
         neighbours(features, query)
 
 
-def test_doubles_are_grouped_with_the_first(features: Features, everything: np.ndarray) -> None:
+def test_doubles_are_grouped_with_the_first(features: FeatureFolder, everything: np.ndarray) -> None:
     groups = duplicates(features, 0.99999)
     assert sorted(group.keys for group in groups) == [
         ("0/00.jpg", "again/00.jpg"), ("0/02.jpg", "again/02.jpg"), ("1/01.jpg", "again/01.jpg"),
@@ -121,7 +121,7 @@ def test_doubles_are_grouped_with_the_first(features: Features, everything: np.n
 
 @pytest.mark.parametrize("tile", [3, 4096])
 def test_doubles_do_not_chain_and_none_is_missed(
-    features: Features, everything: np.ndarray, monkeypatch: pytest.MonkeyPatch, tile: int
+    features: FeatureFolder, everything: np.ndarray, monkeypatch: pytest.MonkeyPatch, tile: int
 ) -> None:
     monkeypatch.setattr("mixmim_serve.explore.duplicates.TILE", tile)
     cosines = everything @ everything.T
@@ -140,13 +140,13 @@ def test_doubles_do_not_chain_and_none_is_missed(
     assert all(min(group.cosines) >= threshold - 1e-5 for group in groups)
 
 
-def test_a_threshold_that_is_no_cosine_is_refused(features: Features) -> None:
+def test_a_threshold_that_is_no_cosine_is_refused(features: FeatureFolder) -> None:
     for threshold in (0.0, 1.5, float("nan")):
         with pytest.raises(ConfigError, match="a threshold is a cosine"):
             duplicates(features, threshold)
 
 
-def test_doubles_lie_together_on_a_map(features: Features) -> None:
+def test_doubles_lie_together_on_a_map(features: FeatureFolder) -> None:
     found = layout(features)
     assert np.array_equal(found.places, layout(features).places)
     assert found.places.min() == 0
@@ -164,7 +164,7 @@ def pictures_of(page: str) -> list[Image.Image]:
     return [Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r"base64,([\w+/=]+)", page)]
 
 
-def test_a_gallery_is_whole_and_escapes_names(features: Features) -> None:
+def test_a_gallery_is_whole_and_escapes_names(features: FeatureFolder) -> None:
     keys = features.keys([0, 1])
     page = pages.gallery("<b>", [("a & b", pages.pictures(features, [(keys[1], 0.5), (keys[0], 0.25)]))])
     one, other = pictures_of(page)
@@ -176,7 +176,7 @@ def test_a_gallery_is_whole_and_escapes_names(features: Features) -> None:
         assert np.abs(np.asarray(found, int) - np.asarray(expected[key])).mean() < 8
 
 
-def test_a_map_shows_every_picture_once(features: Features) -> None:
+def test_a_map_shows_every_picture_once(features: FeatureFolder) -> None:
     found = layout(features)
     page = pages.map_page("all", found, pages.thumbnails(features, found.keys, pages.ON_MAP))
     (atlas,) = pictures_of(page)
@@ -190,7 +190,7 @@ def test_a_map_shows_every_picture_once(features: Features) -> None:
 def test_pictures_that_are_gone_are_grey(engine: Engine, source: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(source, tmp_path / "photos"))
     extract(small(engine, copy, tmp_path / "out"), engine)
-    features = Features(tmp_path / "out")
+    features = FeatureFolder(tmp_path / "out")
     (copy / "0" / "00.jpg").unlink()
     (copy / "0" / "02.jpg").write_text("no image")
     made = pages.thumbnails(features, ["0/00.jpg", "0/02.jpg", "0/04.jpg"])
@@ -201,25 +201,25 @@ def test_pictures_that_are_gone_are_grey(engine: Engine, source: Path, tmp_path:
 
 
 def test_the_query_is_embedded_as_the_features_were(
-    features: Features, everything: np.ndarray, engine: Engine, source: Path, bundle_copy: Path
+    features: FeatureFolder, everything: np.ndarray, engine: Engine, source: Path, bundle_copy: Path
 ) -> None:
     key = features.keys([4])[0]
     vector = embed_query(features.manifest, (source / key).read_bytes())
     np.testing.assert_allclose(vector / np.linalg.norm(vector), everything[4], atol=1e-5)
     np.testing.assert_array_equal(vector, embed_query(features.manifest, (source / key).read_bytes(), bundle_copy))
     other = features.manifest | {"fingerprint": "0" * 32}
-    with pytest.raises(OutputError, match="does not give the numbers of these features"):
+    with pytest.raises(OutputError, match="did not make these features"):
         embed_query(other, b"")
     with pytest.raises(BundleError):
         embed_query(features.manifest | {"bundle": "/nowhere"}, b"")
 
 
-def test_features_that_are_none_are_refused(tmp_path: Path, features: Features, out: Path) -> None:
-    with pytest.raises(OutputError, match=r"holds no manifest\.json: expected a folder that `mixmim extract` wrote"):
-        Features(tmp_path)
+def test_features_that_are_none_are_refused(tmp_path: Path, features: FeatureFolder, out: Path) -> None:
+    with pytest.raises(OutputError, match=r"has no manifest\.json: expected a folder written by `mixmim extract`"):
+        FeatureFolder(tmp_path)
     (tmp_path / "manifest.json").write_text(json.dumps(features.manifest | {"shards": []}))
-    with pytest.raises(OutputError, match="holds no features yet"):
-        Features(tmp_path)
+    with pytest.raises(OutputError, match="has no features yet"):
+        FeatureFolder(tmp_path)
 
 
 @pytest.fixture
@@ -241,7 +241,7 @@ def test_the_commands(mixmim: Callable[..., tuple[str, str]], out: Path, source:
     assert len(pictures_of((tmp_path / "near.html").read_text())) == 4
     printed, noted = mixmim("duplicates", out, "--threshold", 0.99999, "--html", tmp_path / "doubles.html")
     assert len(printed.splitlines()) == 3
-    assert "3 groups; 3 of 27 images have a double before them" in noted
+    assert "3 groups; 3 of 27 images duplicate an earlier one" in noted
     assert len(pictures_of((tmp_path / "doubles.html").read_text())) == 6
     mixmim("map", out, "--html", tmp_path / "map.html", "--images", 9)
     assert "9 of 27 images" in (tmp_path / "map.html").read_text()

@@ -1,4 +1,4 @@
-"""Export: the bundle's files, its graphs against torch, weights stored once, and everything that is refused."""
+"""Export: the bundle's files, its graphs against torch, weights stored once, and rejected inputs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import onnx
 import pytest
 import torch
 from conftest import REPOSITORY
+from exporting import ENCODER_ONLY, WITH_DECODER, graphs_from, write_checkpoint
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
@@ -23,7 +24,7 @@ from export.build import GOLDEN_ROWS, Exported, Options, export_bundle, seal
 from export.onnx import build_graphs
 from export.verify import photos
 from mixmim_serve.bundle import FORMAT, STAGE_OUTPUTS, Bundle, open_bundle
-from mixmim_serve.config import Architecture, DecoderConfig, Preprocessing, architecture
+from mixmim_serve.config import Preprocessing, architecture
 from mixmim_serve.description import Description
 from mixmim_serve.engines import Engine, open_engine
 from mixmim_serve.engines.base import Arrays, graph_inputs
@@ -38,25 +39,13 @@ from mixmim_serve.preprocess import normalize, preprocess
 FILES = {"config.json", "weights.safetensors", "encoder.onnx", "reconstruct.onnx", "golden.safetensors"}
 ENCODER_OUTPUTS = ("embedding", *STAGE_OUTPUTS)
 RECONSTRUCT_OUTPUTS = ("mixed", "reconstruction_a", "reconstruction_b")
-INLINE_LIMIT = 4096  # bytes of a tensor that may stand inside a graph: indices and shapes, never weights
-ENCODER_ONLY = Architecture(8, (1, 1, 1, 1), (1, 1, 2, 2), 64)
-WITH_DECODER = dataclasses.replace(ENCODER_ONLY, decoder=DecoderConfig(16, 1, 2))
+INLINE_LIMIT = 4096  # bytes of a tensor that a graph may contain: indices and shapes, never weights
 EXAMPLES = sorted((REPOSITORY / "examples").glob("*.jpg"))
-
-
-def write_checkpoint(path: Path, arch: Architecture, noise: float = 0.1) -> Path:
-    """Random weights, biases and norms too, so that none of them can be lost unseen."""
-    torch.manual_seed(1)
-    model = build_model(arch)
-    for parameter in model.parameters():
-        parameter.data.add_(torch.randn_like(parameter), alpha=noise)
-    save_checkpoint(path, model.state_dict(), Description(arch, Preprocessing.evaluation(arch.image_size)))
-    return path
 
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Exported]:
-    """A checkpoint, and its bundle with weights in fp16."""
+    """A checkpoint, and its bundle with fp16 weights."""
     folder = tmp_path_factory.mktemp("half")
     checkpoint = write_checkpoint(folder / "checkpoint.safetensors", WITH_DECODER)
     return checkpoint, export_bundle(checkpoint, folder / "bundle", Options(half_weights=True))
@@ -77,18 +66,14 @@ def engines(exported_bundle: Path) -> tuple[Engine, Engine]:
 
 
 @pytest.fixture
-def reuse_graph(encoder_only: tuple[Path, Exported], monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
-    """Makes `export_bundle` take an encoder graph that was exported before, to save the seconds of tracing."""
-
-    def reuse(graph: Path) -> None:
-        monkeypatch.setattr("export.build.export_graph", lambda *arguments: shutil.copyfile(graph, arguments[-1]))
-
-    reuse(encoder_only[1].bundle.path / "encoder.onnx")
-    return reuse
+def reuse_graph(encoder_only: tuple[Path, Exported]) -> Iterator[None]:
+    """Makes `export_bundle` take the graph of `encoder_only`."""
+    with graphs_from(encoder_only[1].bundle.path):
+        yield
 
 
 def random_inputs(bundle: Bundle, graph: str, batch: int) -> Arrays:
-    """Noise, and for each item a mask of its own."""
+    """Noise, with one mask per image."""
     rng = np.random.default_rng(batch)
     inputs: Arrays = {}
     for name, shape in graph_inputs(bundle, graph).items():
@@ -100,7 +85,7 @@ def random_inputs(bundle: Bundle, graph: str, batch: int) -> Arrays:
 
 
 def real_inputs(bundle: Bundle, graph: str, batch: int) -> Arrays:
-    """Photos through the one preprocessing; image b is the photo after image a."""
+    """Preprocessed photos; image b is the photo after image a."""
     pixels = [preprocess(path.read_bytes(), bundle.description.preprocessing) for path in EXAMPLES[: batch + 1]]
     if graph == "encoder":
         return {"pixels": np.stack(pixels[:batch])}
@@ -185,7 +170,7 @@ def test_graphs_have_a_dynamic_batch(exported_bundle: Path, name: str) -> None:
     model = load_graph(exported_bundle, name)
     bundle = open_bundle(exported_bundle)
     assert [domain.version for domain in model.opset_import if not domain.domain] == [23]
-    assert [domain.domain for domain in model.opset_import] == [""]  # no operators of our own or of a vendor
+    assert [domain.domain for domain in model.opset_import] == [""]  # no custom or vendor operators
     assert tuple(value.name for value in model.graph.output) == bundle.graphs[name]
     shapes = {
         value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
@@ -205,7 +190,7 @@ def external_tensors(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
 
 
 def in_graph(weights: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """Stored weights under their names in a graph; queries, keys and values are thirds of one stored matrix."""
+    """Stored weights under their names in a graph; queries, keys and values are thirds of one matrix."""
     named = {}
     for name, weight in weights.items():
         if match := re.fullmatch(r"(.*\.attn\.)qkv(\.\w+)", name):
@@ -232,30 +217,33 @@ def assert_points_at_weights(bundle: Path, tensor: onnx.TensorProto, weights: Ma
 def test_weights_are_stored_once(exported_bundle: Path, half: tuple[Path, Exported], precision: str) -> None:
     bundle = exported_bundle if precision == "float32" else half[1].bundle.path
     weights = in_graph(load_file(bundle / "weights.safetensors"))
-    found = set()
+    external_names = set()
     for name in ("encoder", "reconstruct"):
         model = load_graph(bundle, name)
         external = external_tensors(model)
-        found |= external.keys()
+        external_names |= external.keys()
         for tensor in external.values():
-            assert tensor.ByteSize() < 1000  # a reference, no values
+            assert tensor.ByteSize() < 1000  # a reference without values
             assert_points_at_weights(bundle, tensor, weights)
         inline = [tensor for tensor in model.graph.initializer if tensor.name not in external]
         inline += [attribute.t for node in model.graph.node for attribute in node.attribute if attribute.HasField("t")]
         assert all(tensor.ByteSize() <= INLINE_LIMIT for tensor in inline)
         assert not model.functions
-    # Of a new network's biases and norms, all zeros and ones, the optimiser keeps one each or none: compare values.
+    # The optimiser merges a new network's biases and norms, all zeros and ones: compare values.
     stored = {name: weight.tobytes() for name, weight in weights.items() if weight.any()}
-    assert {weights[name].tobytes() for name in found if weights[name].any()} == set(stored.values())
-    if precision == "float16":  # a network in which no two tensors are equal
-        assert found == weights.keys()
+    assert {weights[name].tobytes() for name in external_names if weights[name].any()} == set(stored.values())
+    if precision == "float16":  # no two tensors of this network are equal
+        assert external_names == weights.keys()
     assert {str(weight.dtype) for weight in weights.values()} == {precision}
 
 
-def test_nothing_of_this_machine_is_in_the_bundle(exported_bundle: Path) -> None:
-    for path in (each for each in exported_bundle.iterdir() if each.is_file()):
+def test_nothing_of_this_machine_is_in_the_bundle(
+    exported_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    temporary = tmp_path_factory.getbasetemp().parent  # above the folders of all processes of the suite
+    for path in (file for file in exported_bundle.iterdir() if file.is_file()):
         content = path.read_bytes()
-        for text in (str(REPOSITORY), str(exported_bundle.parent.parent), "site-packages", ".py"):
+        for text in (str(REPOSITORY), str(temporary), "site-packages", ".py"):
             assert text.encode() not in content, f"{text} in {path.name}"
 
 
@@ -264,7 +252,7 @@ def test_half_weights_halve_the_file(half: tuple[Path, Exported]) -> None:
     bundle = exported.bundle
     assert 0.48 < (bundle.path / "weights.safetensors").stat().st_size / checkpoint.stat().st_size < 0.55
     assert (bundle.weights, bundle.precisions) == ("float16", ("fp32",))
-    assert max(each.error for each in exported.agreement["fp32"].values()) <= TOLERANCES["fp32"].error
+    assert max(agreement.error for agreement in exported.agreement["fp32"].values()) <= TOLERANCES["fp32"].error
     original = read_checkpoint(checkpoint)[1]
     stored = read_checkpoint(bundle.path / "weights.safetensors")[1]
     assert all(torch.equal(stored[name], weight.half()) for name, weight in original.items())
@@ -277,7 +265,7 @@ def test_half_weights_compute_what_torch_does_with_them(half: tuple[Path, Export
     inputs = random_inputs(bundle, graph, 5)
     results = open_engine(bundle, "onnx").run(graph, inputs, bundle.graphs[graph])
     assert_same(results, open_engine(bundle, "torch").run(graph, inputs, bundle.graphs[graph]))
-    if graph == "encoder":  # the rounding is there: a little, not nothing
+    if graph == "encoder":  # rounding changes a little, but something
         with torch.inference_mode():
             pixels = Normalize(bundle.description.preprocessing)(torch.from_numpy(inputs["pixels"]))
             exact = load_checkpoint(checkpoint)[0](pixels).embedding_BD.numpy()
@@ -309,7 +297,7 @@ def test_other_sizes_agree_in_onnx_runtime_and_openvino(tmp_path: Path, size: in
     assert exported.agreement.keys() == {"fp32", "fp32, OpenVINO"}
     for outputs in exported.agreement.values():
         assert outputs.keys() == {f"encoder.{name}" for name in ENCODER_OUTPUTS}
-        assert all(each.within(TOLERANCES["fp32"]) for each in outputs.values())
+        assert all(agreement.within(TOLERANCES["fp32"]) for agreement in outputs.values())
 
 
 def test_a_single_unit_cannot_be_reconstructed() -> None:
@@ -335,7 +323,7 @@ def test_golden_arrays_are_what_an_engine_gives(exported_bundle: Path, kind: str
 
 
 def sealed(folder: Path, weights: Mapping[str, torch.Tensor], description: Description, half_weights: bool) -> str:
-    """The fingerprint of a bundle, without the seconds that its graphs take."""
+    """The fingerprint of a bundle, without exporting its graphs."""
     folder.mkdir()
     dtype = torch.float16 if half_weights else torch.float32
     save_checkpoint(folder / "weights.safetensors", weights, description, dtype)
@@ -377,7 +365,7 @@ def test_exporting_again_gives_the_same_bundle(encoder_only: tuple[Path, Exporte
 
 
 class Wrong:
-    """An engine whose last output is off."""
+    """An engine whose last output has an error."""
 
     def __init__(self, engine: Engine, error: float) -> None:
         self.bundle, self.name, self.engine, self.error = engine.bundle, engine.name, engine, error
@@ -387,7 +375,7 @@ class Wrong:
         results = self.engine.run(graph, inputs, outputs)
         last = self.bundle.graphs[graph][-1]
         if last in results:
-            results[last][-1].flat[-1] += self.error  # one value of one item
+            results[last][-1].flat[-1] += self.error  # one value of one image
         return results
 
 
@@ -402,18 +390,15 @@ def test_an_export_that_disagrees_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_tampered_graph_is_refused(
-    encoder_only: tuple[Path, Exported], tmp_path: Path, reuse_graph: Callable[[Path], None]
-) -> None:
-    """No stand-in here: ONNX Runtime runs a graph in which one LayerNormalization has another epsilon."""
+def test_a_tampered_graph_is_refused(encoder_only: tuple[Path, Exported], tmp_path: Path) -> None:
+    """A real case: ONNX Runtime runs a graph in which one LayerNormalization has another epsilon."""
     model = load_graph(encoder_only[1].bundle.path, "encoder")
     norm = next(node for node in model.graph.node if node.op_type == "LayerNormalization")
     next(attribute for attribute in norm.attribute if attribute.name == "epsilon").f = 0.1
-    onnx.save(model, tmp_path / "tampered.onnx")
-    reuse_graph(tmp_path / "tampered.onnx")
-    with pytest.raises(BundleError, match=r"differs from torch .* in encoder"):
+    onnx.save(model, tmp_path / "encoder.onnx")
+    with graphs_from(tmp_path), pytest.raises(BundleError, match=r"differs from torch .* in encoder"):
         export_bundle(encoder_only[0], tmp_path / "bundle")
-    assert [path.name for path in tmp_path.iterdir()] == ["tampered.onnx"]
+    assert [path.name for path in tmp_path.iterdir()] == ["encoder.onnx"]
 
 
 @pytest.mark.usefixtures("reuse_graph")
@@ -514,7 +499,7 @@ def test_base_exports_to_small_graphs(tmp_path: Path) -> None:
     """The published depths and windows: 115 M weights, and graphs without them."""
     checkpoint = write_checkpoint(tmp_path / "base.safetensors", architecture("base", num_classes=1000), 0.01)
     exported = export_bundle(checkpoint, tmp_path / "base")
-    assert max(each.error for each in exported.agreement["fp32"].values()) <= TOLERANCES["fp32"].error
+    assert max(agreement.error for agreement in exported.agreement["fp32"].values()) <= TOLERANCES["fp32"].error
     weights = load_file(exported.bundle.path / "weights.safetensors")
     for name in ("encoder", "reconstruct"):
         model = load_graph(exported.bundle.path, name)

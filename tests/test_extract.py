@@ -26,11 +26,11 @@ from serving import files as form
 from mixmim_serve.engines import Engine, engine_fingerprint, open_engine
 from mixmim_serve.errors import ConfigError, DataError, ImageError, OutputError, UndecodableImageError
 from mixmim_serve.extract.folder import Folder
-from mixmim_serve.extract.job import Job
+from mixmim_serve.extract.job import ExtractJob
 from mixmim_serve.extract.lead import run
-from mixmim_serve.extract.options import Options
+from mixmim_serve.extract.options import ExtractOptions
 from mixmim_serve.extract.pipeline import AHEAD, decode_small, map_ahead, run_files
-from mixmim_serve.extract.plan import images_a_shard, plan
+from mixmim_serve.extract.plan import images_per_shard, plan
 from mixmim_serve.preprocess import preprocess
 from mixmim_serve.sources import open_source
 
@@ -135,8 +135,8 @@ def test_shards_respect_where_the_source_is_cut(runs: list[int], images: int, ex
 
 
 def test_a_billion_images_make_a_sane_number_of_files() -> None:
-    assert images_a_shard(1000) == images_a_shard(100_000_000) == 4096
-    assert 60_000 < 1_000_000_000 / images_a_shard(1_000_000_000) <= 65_536
+    assert images_per_shard(1000) == images_per_shard(100_000_000) == 4096
+    assert 60_000 < 1_000_000_000 / images_per_shard(1_000_000_000) <= 65_536
 
 
 # What is written
@@ -150,7 +150,7 @@ def test_every_column_says_what_it_should(engine: Engine, photos: Path, tmp_path
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
     turned.save(photos_copy / "turned.jpg", exif=exif)
-    job = small(engine, photos_copy, tmp_path / "out", options=Options(("stage4", "logits")))
+    job = small(engine, photos_copy, tmp_path / "out", options=ExtractOptions(("stage4", "logits")))
     summary = features(job, engine)
     assert (summary.rows, summary.errors, summary.complete) == (4, 0, True)
     file = pq.ParquetFile(tmp_path / "out" / "features" / "000000.parquet")
@@ -230,7 +230,7 @@ def test_every_kind_of_source_gives_the_same_rows(
 def test_npy_holds_what_parquet_holds(engine: Engine, photos: Path, tmp_path: Path, dtype: str) -> None:
     both = {}
     for kind in ("parquet", "npy"):
-        options = Options(("stage3",), format=kind, dtype=dtype)
+        options = ExtractOptions(("stage3",), format=kind, dtype=dtype)
         features(small(engine, photos, tmp_path / kind, images=10, options=options), engine)
         both[kind] = tmp_path / kind / "features"
     table = pq.read_table(both["parquet"] / "000001.parquet")
@@ -294,7 +294,7 @@ def test_a_url_holds_what_a_folder_holds(engine: Engine, photos: Path, tmp_path:
 def test_one_vector_three_ways(engine: Engine, exported_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "hat.jpg").write_bytes(HAT)
-    features(small(engine, tmp_path / "in", tmp_path / "out", options=Options(batch=1)), engine)
+    features(small(engine, tmp_path / "in", tmp_path / "out", options=ExtractOptions(batch=1)), engine)
     features(small(engine, tmp_path / "in", tmp_path / "out32"), engine)
     (alone,) = run_files(engine, [PHOTOS["hat"]], ["embedding"])  # what `mixmim embed` writes
     with client_of(engine) as client:
@@ -334,36 +334,36 @@ def test_fast_jpeg_keeps_the_size_and_nearly_the_pixels(engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"features": ("stage5",)}, "no features named 'stage5': choose among stage1, stage2, stage3, stage4, logits"),
-        ({"features": ("stage1", "stage1")}, "each of the features once"),
+        ({"features": ("stage5",)}, "no features 'stage5': choose among stage1, stage2, stage3, stage4, logits"),
+        ({"features": ("stage1", "stage1")}, "listed twice: list each one once"),
     ],
 )
 def test_features_that_the_model_lacks_are_refused(
     engine: Engine, photos: Path, tmp_path: Path, options: dict[str, Any], sentence: str
 ) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        features(small(engine, photos, tmp_path / "out", options=Options(**options)), engine)
+        features(small(engine, photos, tmp_path / "out", options=ExtractOptions(**options)), engine)
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 @pytest.mark.parametrize("options", [{"format": "csv"}, {"dtype": "int8"}, {"batch": 0}, {"images": -1}])
 def test_options_are_checked_when_built(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
-        Options(**options)
+        ExtractOptions(**options)
 
 
 def test_a_folder_of_somebody_elses_features_is_left_alone(engine: Engine, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "features").mkdir()
     (tmp_path / "features" / "mine.parquet").write_bytes(b"x")
-    with pytest.raises(OutputError, match=r"that no manifest\.json describes"):
+    with pytest.raises(OutputError, match=r"has features but no manifest\.json"):
         features(small(engine, photos, tmp_path), engine)
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [".lock", "mine.parquet"]
 
 
 def test_an_empty_source_is_refused(engine: Engine, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    with pytest.raises(DataError, match="holds no images"):
-        run(Job(engine.bundle.path, str(tmp_path / "in"), str(tmp_path / "out")))
+    with pytest.raises(DataError, match="has no images"):
+        run(ExtractJob(engine.bundle.path, str(tmp_path / "in"), str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
 
 

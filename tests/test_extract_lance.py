@@ -11,19 +11,21 @@ from extracting import features, small
 
 from mixmim_serve.engines import Engine
 from mixmim_serve.errors import ConfigError
-from mixmim_serve.extract.job import Job
-from mixmim_serve.extract.options import Options
+from mixmim_serve.extract.job import ExtractJob
+from mixmim_serve.extract.options import ExtractOptions
 
 lance = pytest.importorskip("lance")
 
 
 @pytest.fixture
-def job(engine: Engine, spoilt: Path, tmp_path: Path) -> Job:
-    return small(engine, spoilt, tmp_path / "out", images=7, options=Options(("stage4",), "lance", "float16"))
+def job(engine: Engine, spoilt: Path, tmp_path: Path) -> ExtractJob:
+    return small(engine, spoilt, tmp_path / "out", images=7, options=ExtractOptions(("stage4",), "lance", "float16"))
 
 
-def test_lance_holds_what_parquet_holds(job: Job, engine: Engine, spoilt: Path, tmp_path: Path) -> None:
-    other = small(engine, spoilt, tmp_path / "parquet", images=7, options=Options(("stage4",), "parquet", "float16"))
+def test_lance_holds_what_parquet_holds(job: ExtractJob, engine: Engine, spoilt: Path, tmp_path: Path) -> None:
+    other = small(
+        engine, spoilt, tmp_path / "parquet", images=7, options=ExtractOptions(("stage4",), "parquet", "float16")
+    )
     expected = features(other, engine)
     found = features(job, engine)
     assert (found.rows, found.errors) == (expected.rows, expected.errors) == (22, 2)
@@ -33,7 +35,7 @@ def test_lance_holds_what_parquet_holds(job: Job, engine: Engine, spoilt: Path, 
     assert dataset.to_table().to_pylist() == table.to_pylist()
 
 
-def test_what_is_left_of_other_runs_does_not_count(job: Job, engine: Engine, tmp_path: Path) -> None:
+def test_what_is_left_of_other_runs_does_not_count(job: ExtractJob, engine: Engine, tmp_path: Path) -> None:
     features(job, engine)
     before = lance.dataset(tmp_path / "out" / "features.lance").to_table()
     (tmp_path / "out" / "shards" / "000001.json").unlink()  # as if killed before it was written
@@ -45,6 +47,6 @@ def test_what_is_left_of_other_runs_does_not_count(job: Job, engine: Engine, tmp
     assert lance.dataset(tmp_path / "out" / "features.lance").to_table().equals(before)
 
 
-def test_lance_behind_a_url_is_refused(job: Job, engine: Engine) -> None:
-    with pytest.raises(ConfigError, match="written to a local folder"):
+def test_lance_behind_a_url_is_refused(job: ExtractJob, engine: Engine) -> None:
+    with pytest.raises(ConfigError, match="written to local folders only"):
         features(dataclasses.replace(job, out="memory://bucket/lance"), engine)

@@ -12,7 +12,7 @@ from extracting import features, files_of, small
 from mixmim_serve.engines import Engine
 from mixmim_serve.errors import BundleError
 from mixmim_serve.extract.lead import run
-from mixmim_serve.extract.progress import Progress
+from mixmim_serve.extract.progress import ExtractProgress
 
 pytestmark = pytest.mark.slow  # Ray takes ten seconds to start
 pytest.importorskip("ray")
@@ -33,7 +33,7 @@ def test_a_killed_worker_changes_nothing(engine: Engine, spoilt: Path, tmp_path:
     expected = features(small(engine, spoilt, tmp_path / "local", images=2), engine)
     killed: list[bool] = []
 
-    def kill_once(now: Progress) -> None:
+    def kill_once(now: ExtractProgress) -> None:
         if not killed:
             killed.append(kill_an_actor())
 

@@ -22,7 +22,7 @@ from extracting import features, files_of, small
 from mixmim_serve.bundle import DEFAULT_BUNDLE
 from mixmim_serve.engines import Engine, open_engine
 from mixmim_serve.errors import OutputError
-from mixmim_serve.extract.features import Features
+from mixmim_serve.extract.features import FeatureFolder
 from mixmim_serve.extract.folder import Folder
 from mixmim_serve.extract.lock import locked
 
@@ -78,7 +78,7 @@ def test_s3_holds_what_a_folder_holds(bucket: Any, engine: Engine, tmp_path: Pat
         else:
             assert bucket.cat(f"bucket/out/features/{name}") == data
     assert not bucket.exists("bucket/out/.lock")
-    assert len(Features("s3://bucket/out")) == len(PHOTOS)
+    assert len(FeatureFolder("s3://bucket/out")) == len(PHOTOS)
 
     bucket.rm("bucket/out/shards/000001.json")
     before = bucket.cat("bucket/out/features/000001.parquet")
@@ -93,5 +93,5 @@ def test_a_changed_bucket_and_a_second_run_are_refused(bucket: Any, engine: Engi
         features(job, engine)
     features(job, engine)
     bucket.rm(f"bucket/photos/{PHOTOS[0].name}")
-    with pytest.raises(OutputError, match="is not what s3://bucket/out was begun with"):
+    with pytest.raises(OutputError, match="has changed since s3://bucket/out was started"):
         features(job, engine)

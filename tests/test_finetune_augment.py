@@ -1,4 +1,4 @@
-"""Fine-tuning's augmentation: operations against Pillow's, draws against timm's recipe, soft targets against pixels."""
+"""Fine-tuning augmentation: operations against Pillow's, draws against timm's recipe, soft targets against pixels."""
 
 from __future__ import annotations
 
@@ -35,29 +35,29 @@ OPERATIONS = operations(torch.tensor(IMAGENET_MEAN))
 
 
 def augment(device: torch.device = CPU, **changes: float) -> DeviceAugment:
-    """The official recipe, but for `changes`."""
+    """The official recipe with `changes`."""
     return DeviceAugment(AugmentConfig(**changes), Preprocessing.evaluation(64), CLASSES, device)
 
 
 def only(**parts: float) -> DeviceAugment:
-    """Nothing but `parts`."""
+    """Only `parts`, everything else off."""
     return augment(**{**OFF, **parts})
 
 
 def rng_of(seed: int) -> random.Random:
-    """The generator of a seed."""
+    """A random generator."""
     return random.Random(seed)  # noqa: S311 - augmentation, not secrets
 
 
 def batch(size: int = 12, side: int = 48) -> tuple[Tensor, Tensor]:
-    """Squares cut from the example photos, and labels."""
+    """Square crops of the example photos, and labels."""
     paths = sorted((REPOSITORY / "examples").glob("*.jpg"))
     squares = [np.asarray(square(paths[index % len(paths)].name, side)) for index in range(size)]
     return torch.from_numpy(np.stack(squares)), torch.arange(size) % CLASSES
 
 
 def square(name: str, side: int = 128) -> Image.Image:
-    """An example photo, squeezed to a square."""
+    """An example photo, resized to a square."""
     return Image.open(REPOSITORY / "examples" / name).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
 
 
@@ -142,7 +142,7 @@ def test_a_gpu_is_never_waited_for_and_agrees_with_a_cpu() -> None:
         torch.cuda.set_sync_debug_mode("default")
     expected, expected_targets = augment(erase=0)(pixels, labels, seed=1)
     assert torch.allclose(targets.cpu(), expected_targets)
-    # One level is 1/255 / std = 0.017; a second operation such as posterize can make much of it in a few pixels.
+    # One level is 1/255 / std = 0.017; a second operation such as posterize can amplify it in a few pixels.
     assert ((values.cpu() - expected).abs() > 0.02).float().mean() < 0.01
 
 
@@ -158,7 +158,7 @@ def apply(image: Image.Image, name: str, strength: float, sign: int) -> np.ndarr
 
 
 def levels(function: Callable[[int], int]) -> Callable[[Image.Image], Image.Image]:
-    """A table of levels, as timm writes what Pillow has not (or no longer: posterising to 0 bits)."""
+    """A lookup table, as timm does what Pillow cannot (or no longer can: posterising to 0 bits)."""
     return lambda image: image.point([function(level) for level in range(256)] * 3)
 
 
@@ -170,7 +170,7 @@ def affine(*coefficients: float) -> Callable[[Image.Image], Image.Image]:
 
 
 def pillow(name: str, strength: float, sign: int, side: int = 128) -> Callable[[Image.Image], Image.Image]:
-    """What timm does at magnitude 10 * `strength` with Pillow: its level_to_arg functions, 'increasing' ones."""
+    """The result of timm at magnitude 10 * `strength` with Pillow, by its 'increasing' level_to_arg functions."""
     level = 10 * strength
     factor = max(0.1, 1 + sign * level / 10 * 0.9)
     shear, shift = sign * level / 10 * 0.3, sign * level / 10 * 0.45 * side
@@ -199,7 +199,7 @@ WARPS = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-@pytest.mark.parametrize("strength", [0.75, 0.9, 1.0])  # magnitude 9 with three deviations of 0.5, at most 10
+@pytest.mark.parametrize("strength", [0.75, 0.9, 1.0])  # magnitude 9 within three deviations of 0.5, at most 10
 def test_operations_do_what_pillow_does(name: str, strength: float) -> None:
     for image in (*map(square, ("skirt.jpg", "hat.jpg", "shoes.jpg")), Image.new("RGB", (128, 128), (77, 200, 0))):
         for sign in (-1, 1):
@@ -227,7 +227,7 @@ def test_a_batch_gets_what_each_image_would_get_alone() -> None:
 
 
 def test_draws_are_those_of_the_recipe() -> None:
-    """Half of 30,000 draws act, each operation in 1/30 of them; magnitudes are normal around 9, signs even."""
+    """Half of 30,000 draws apply, each operation in 1/30; magnitudes are normal around 9, signs balanced."""
     named = {name: op._replace(transform=name, parameters=lambda *drawn: drawn) for name, op in OPERATIONS.items()}
     assert len(named) == 15
     rows = draw_round(30_000, named, AugmentConfig(), rng_of(0))
@@ -289,7 +289,7 @@ def test_noise_comes_after_normalisation() -> None:
 
 
 def constant_images(count: int = 8) -> tuple[Tensor, Tensor]:
-    """Image i holds the level 10 * i only, and is its own class."""
+    """Image i has level 10 * i everywhere, and its own class."""
     return (torch.arange(count, dtype=torch.uint8) * 10).view(-1, 1, 1, 1).expand(-1, 40, 40, 3), torch.arange(count)
 
 
@@ -305,7 +305,7 @@ def test_targets_hold_the_share_that_pixels_truly_have(part: str) -> None:
         assert torch.allclose(targets.sum(1), torch.ones(8))
         assert torch.allclose(targets[labels, labels], kept, atol=1e-4)
         assert torch.allclose(targets[labels, labels.flip(0)], 1 - kept, atol=1e-4)
-        if part == "cutmix":  # nothing is blended: each pixel is whole
+        if part == "cutmix":  # nothing is blended: each pixel comes from one image
             assert ((values - own.view(-1, 1, 1, 1)) * (values - partner.view(-1, 1, 1, 1))).abs().max() < 1e-6
         shares.append(float(kept[0]))
     assert min(shares) < 0.3

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pictures import photo
 from PIL import Image
 from rich.console import Console
-from training_data import MEASURED, photo
+from training_data import MEASURED
 from typer.testing import CliRunner
 
 from mixmim_serve.cli import app

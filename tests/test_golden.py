@@ -18,8 +18,8 @@ from mixmim_serve.config import architecture
 from mixmim_serve.model import Encoder, MixMIM, build_model
 from mixmim_serve.model.released import infer_architecture, read_released, resize_weights
 
-DECODER_HEADS = 4  # of both golden networks; shapes do not tell it
-ATOL = 1e-5  # float32 against float64 differ by 4e-6; 1e-4 would not see a wrong decoder eps
+DECODER_HEADS = 4  # of both golden networks; shapes do not show it
+ATOL = 1e-5  # float32 and float64 differ by 4e-6; 1e-4 would miss a wrong decoder eps
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def test_pretraining(golden: Golden, checkpoint: str, arrays: str) -> None:
     output.loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     compared = [name.removeprefix("grad.") for name in expected if name.startswith("grad.")]
-    assert bool(compared) == checkpoint.startswith("official")  # mmpretrain's file holds none
+    assert bool(compared) == checkpoint.startswith("official")  # mmpretrain's file has none
     for name in compared:
         reference = expected[f"grad.{name}"]
         assert_close(gradients[name], reference, atol=1e-3 * reference.abs().max().item())

@@ -1,4 +1,4 @@
-"""What only a GPU can show; run with `make gpu`."""
+"""Tests that need a GPU; run with `make gpu`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def trainer_on(device: torch.device, config: PretrainConfig, images: Path, run: 
 
 
 def losses(trainer: Trainer, steps: int) -> list[float]:
-    """Losses of the first steps, over as many epochs as it takes."""
+    """Losses of the first steps, over as many epochs as needed."""
     found = []
     while len(found) < steps:
         trainer.sampler.epoch = len(found) // trainer.sampler.steps
@@ -65,7 +65,7 @@ def test_some_hundred_real_steps_in_bf16_compiled_follow_the_cpu(tmp_path: Path)
 def test_nothing_waits_for_the_device_between_log_lines(photos: Path, tmp_path: Path) -> None:
     trainer = trainer_on(GPU, dataclasses.replace(SMALL, bf16=True), photos, tmp_path)
     batches = list(trainer.loader)
-    trainer.train_step([batches[0]])  # allocations and kernels of the first step may wait
+    trainer.train_step([batches[0]])  # the first step may wait for allocations and kernels
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -78,6 +78,6 @@ def test_nothing_waits_for_the_device_between_log_lines(photos: Path, tmp_path: 
 def test_attention_with_a_learned_bias_runs_in_a_fused_kernel(photos: Path, tmp_path: Path) -> None:
     trainer = trainer_on(GPU, dataclasses.replace(SMALL, bf16=True), photos, tmp_path)
     fused = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
-    with sdpa_kernel(fused):  # raises where none of them takes the inputs
+    with sdpa_kernel(fused):  # raises when none of them supports the inputs
         loss, _ = trainer.train_step([next(iter(trainer.loader))])
     assert loss.isfinite()

@@ -14,7 +14,7 @@ from benchmarks.engines_gpu import full_bundle, runtimes_here
 from mixmim_serve.bundle import CACHE, DEFAULT_BUNDLE, WEIGHTS, Bundle
 from mixmim_serve.engines import Engine, hardware, open_engine
 from mixmim_serve.engines.certificate import TOLERANCES, agreement, certify
-from mixmim_serve.engines.cuda import DeviceMemory, Stream, pinned
+from mixmim_serve.engines.cuda import CudaStream, DeviceMemory, pinned
 from mixmim_serve.engines.onnx import CUDA, OnnxEngine
 from mixmim_serve.engines.tensorrt import TensorRtEngine, TensorRtRtxEngine
 from mixmim_serve.errors import EngineError
@@ -85,7 +85,7 @@ def check_batches(engine: Engine, images: NDArray[np.uint8]) -> None:
 def test_tensorrt_runs_any_batch_up_to_its_profile(bundle: Bundle, kind: str, images: NDArray[np.uint8]) -> None:
     engine = open_engine(bundle, kind)
     check_batches(engine, images)
-    with pytest.raises(EngineError, match="was built for batches of at most 32, got 40"):
+    with pytest.raises(EngineError, match="was compiled for batches of at most 32, got 40"):
         engine.run("encoder", {"pixels": images}, ["embedding"])
 
 
@@ -115,7 +115,7 @@ def test_auto_takes_an_engine_on_the_gpu(bundle: Bundle) -> None:
 
 
 def test_a_stream_copies_and_a_capture_that_fails_leaves_it_usable(tmp_path: Path) -> None:
-    stream, memory = Stream(), DeviceMemory(1 << 20)
+    stream, memory = CudaStream(), DeviceMemory(1 << 20)
     source, target = (pinned((1 << 18,), np.dtype(np.float32)) for _ in range(2))
     source[:], target[:] = np.arange(1 << 18), 0
 

@@ -26,10 +26,10 @@ from test_server import STOP, Server, serve
 from mixmim_serve.bundle import DEFAULT_BUNDLE, Bundle, open_bundle
 from mixmim_serve.engines import Engine, open_engine
 from mixmim_serve.errors import ConfigError, DataError
-from mixmim_serve.extract.job import Job
+from mixmim_serve.extract.job import ExtractJob
 from mixmim_serve.extract.lead import run
 from mixmim_serve.extract.local import LocalExecutor
-from mixmim_serve.extract.options import Options
+from mixmim_serve.extract.options import ExtractOptions
 from mixmim_serve.service.app import ENDPOINTS
 from mixmim_serve.service.jobs import runner, worker
 from mixmim_serve.service.jobs.options import parse_options
@@ -148,11 +148,24 @@ def undisturbed(exported_bundle: Path, root: Path, tmp_path: Path) -> Callable[.
 
     def undisturbed(source: str, **options: Any) -> dict[str, bytes]:
         out = tmp_path / "undisturbed"
-        job = Job(exported_bundle, str(root / source), str(out), "onnx", options=Options(**options))
+        job = ExtractJob(exported_bundle, str(root / source), str(out), "onnx", options=ExtractOptions(**options))
         assert run(job, executor=functools.partial(LocalExecutor, engine=open_engine(exported_bundle, "onnx"))).complete
         return features_of(out)
 
     return undisturbed
+
+
+@pytest.fixture(scope="module")
+def features_of_many(exported_bundle: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The features that `mixmim extract` writes of `many` with the options SLOWLY, by the names of their files."""
+    folder = tmp_path_factory.mktemp("many")
+    for copy in range(COPIES):
+        shutil.copytree(photos, folder / "many" / str(copy))
+    job = ExtractJob(
+        exported_bundle, str(folder / "many"), str(folder / "out"), "onnx", options=ExtractOptions(**SLOWLY)
+    )
+    assert run(job, executor=functools.partial(LocalExecutor, engine=open_engine(exported_bundle, "onnx"))).complete
+    return features_of(folder / "out")
 
 
 def conforms(schema: str, value: object) -> None:
@@ -258,7 +271,7 @@ def test_a_shard_behind_a_link_is_refused(root: Path, monkeypatch: pytest.Monkey
         ({"format": "csv"}, "format must be one of parquet, npy, got 'csv'."),
         ({"dtype": "int8"}, "dtype must be one of float32, float16, got 'int8'."),
         ({"features": "stage4"}, "features must be a list of names"),
-        ({"features": ["stage5"]}, "this model has no features named 'stage5'"),
+        ({"features": ["stage5"]}, "this model has no features 'stage5'"),
         ({"features": ["stage4", "stage4"]}, "name each of the features once."),
     ],
 )
@@ -268,7 +281,7 @@ def test_options_that_cannot_be(engine: Engine, options: object, message: str) -
 
 
 def test_options_are_complete_and_equal_to_those_of_the_command(engine: Engine) -> None:
-    assert parse_options({}, engine.bundle) == Options().to_dict() | {"max_failures": 0.1}
+    assert parse_options({}, engine.bundle) == ExtractOptions().to_dict() | {"max_failures": 0.1}
     given = {"features": ["stage4"], "dtype": "float16", "max_failures": 1}
     assert parse_options(given, engine.bundle)["features"] == ["stage4"]
 
@@ -394,7 +407,7 @@ def test_too_many_jobs_wait(start: Callable[..., Served], many: str) -> None:
 
 
 def test_cancelled_then_resumed_it_writes_the_same(
-    served: Served, many: str, undisturbed: Callable[..., dict[str, bytes]]
+    served: Served, many: str, features_of_many: dict[str, bytes]
 ) -> None:
     id_ = served.begin(many, **SLOWLY)
     served.under_way(id_)
@@ -406,7 +419,7 @@ def test_cancelled_then_resumed_it_writes_the_same(
     assert job["rows"] < 24 * COPIES
     assert served.client.post(f"/jobs/resume?id={id_}").json()["state"] in ("queued", "running")
     assert served.ended(id_)["rows"] == 24 * COPIES
-    assert features_of(served.jobs.out(id_)) == undisturbed(many, **SLOWLY)
+    assert features_of(served.jobs.out(id_)) == features_of_many
     assert served.client.delete(f"/jobs?id={id_}").status_code == 204
     assert not served.jobs.out(id_).exists()
     assert refusal(served.client.get(f"/jobs?id={id_}"))[0] == 404
@@ -449,9 +462,7 @@ def test_results_that_cannot_be_written_fail_it_in_one_sentence(served: Served, 
     assert (job["state"], job["error"]) == ("failed", "cannot write to the folder of results: File exists.")
 
 
-def test_a_process_that_dies_fails_its_job_alone(
-    served: Served, many: str, undisturbed: Callable[..., dict[str, bytes]]
-) -> None:
+def test_a_process_that_dies_fails_its_job_alone(served: Served, many: str, features_of_many: dict[str, bytes]) -> None:
     id_ = served.begin(many, **SLOWLY)
     served.under_way(id_).kill()
     job = served.ended(id_)
@@ -459,7 +470,7 @@ def test_a_process_that_dies_fails_its_job_alone(
     assert served.ended(served.begin("photos"))["state"] == "done"
     served.client.post(f"/jobs/resume?id={id_}")
     assert served.ended(id_)["state"] == "done"
-    assert features_of(served.jobs.out(id_)) == undisturbed(many, **SLOWLY)
+    assert features_of(served.jobs.out(id_)) == features_of_many
 
 
 @pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="Linux")
@@ -505,7 +516,7 @@ def test_a_process_that_cannot_be_started(served: Served, monkeypatch: pytest.Mo
 
 
 def test_a_server_that_is_closed_goes_on_with_its_job_when_it_is_back(
-    start: Callable[..., Served], many: str, undisturbed: Callable[..., dict[str, bytes]]
+    start: Callable[..., Served], many: str, features_of_many: dict[str, bytes]
 ) -> None:
     served = start()
     id_ = served.begin(many, **SLOWLY)
@@ -514,7 +525,7 @@ def test_a_server_that_is_closed_goes_on_with_its_job_when_it_is_back(
     assert has_ended(process)
     back = start()
     assert back.ended(id_)["state"] == "done"
-    assert features_of(back.jobs.out(id_)) == undisturbed(many, **SLOWLY)
+    assert features_of(back.jobs.out(id_)) == features_of_many
 
 
 def test_a_server_with_another_model_does_not_go_on_with_it(start: Callable[..., Served], many: str) -> None:
@@ -523,7 +534,7 @@ def test_a_server_with_another_model_does_not_go_on_with_it(start: Callable[...,
     served.under_way(id_)
     served.jobs.close()
     back = start(bundle=open_bundle(DEFAULT_BUNDLE))
-    assert back.ended(id_)["error"].startswith("the folder of results holds features of custom by onnx-cpu in fp32")
+    assert back.ended(id_)["error"].startswith("the folder of results has features of custom on onnx-cpu in fp32")
     assert back.ended(id_)["state"] == "failed"
 
 
@@ -532,7 +543,7 @@ def test_a_server_with_another_model_does_not_go_on_with_it(start: Callable[...,
 )
 def test_a_job_survives_the_end_of_its_server(
     exported_bundle: Path, root: Path, many: str, tmp_path: Path, by: signal.Signals, to_all: bool,
-    undisturbed: Callable[..., dict[str, bytes]],
+    features_of_many: dict[str, bytes],
 ) -> None:  # fmt: skip
     setting = f"jobs_dir={tmp_path / 'jobs'}"
 
@@ -563,7 +574,7 @@ def test_a_job_survives_the_end_of_its_server(
         server.process.send_signal(signal.SIGTERM)
         assert server.wait(STOP) == 0
     assert has_ended(process)
-    assert features_of(out) == undisturbed(many, **SLOWLY)
+    assert features_of(out) == features_of_many
 
 
 def ask_json(server: Server, body: bytes) -> int:

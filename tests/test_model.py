@@ -1,4 +1,4 @@
-"""The network against plain transcriptions of the paper, in float64, and the properties that the method promises."""
+"""The network against plain transcriptions of the paper in float64, and properties of the method."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ SMALL = Architecture(16, (1, 1, 2, 1), (1, 2, 4, 8), 64, (8, 8, 4, 2), decoder=D
 def small_model(**changes: object) -> MixMIM:
     torch.manual_seed(0)
     model = build_model(SMALL).eval()
-    for parameter in model.parameters():  # biases too, so that none of them can be forgotten unseen
+    for parameter in model.parameters():  # biases too, so that a missing one shows
         parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
     assert isinstance(model, MixMIM)
     return model
 
 
 def plain_attention(attention: WindowAttention, x_BKND: Tensor, blocked_MKNN: Tensor | None) -> Tensor:
-    """Scores, bias, mask, softmax, one window and one head at a time."""
+    """Scores, bias, mask and softmax, one window and one head at a time."""
     groups, tokens, dim = x_BKND.shape[1:]
     size = dim // attention.heads
     window = math.isqrt(tokens)
@@ -49,7 +49,7 @@ def plain_attention(attention: WindowAttention, x_BKND: Tensor, blocked_MKNN: Te
     return attention.proj(out)
 
 
-@pytest.mark.parametrize("training", [False, True])  # the fused kernel, and scores held where there are gradients
+@pytest.mark.parametrize("training", [False, True])  # the fused kernel, and stored scores with gradients
 @pytest.mark.parametrize("masks", [0, 1, 3])
 def test_attention_equals_plain(masks: int, training: bool) -> None:
     torch.manual_seed(1)
@@ -58,8 +58,8 @@ def test_attention_equals_plain(masks: int, training: bool) -> None:
     owner = torch.rand(masks, 4, 9) < 0.5
     blocked = (owner.unsqueeze(-1) != owner.unsqueeze(-2)).double() * BLOCKED if masks else None
     with torch.set_grad_enabled(training):
-        found = attention(x, blocked)
-    torch.testing.assert_close(found, plain_attention(attention, x, blocked), atol=1e-12, rtol=0)
+        attended = attention(x, blocked)
+    torch.testing.assert_close(attended, plain_attention(attention, x, blocked), atol=1e-12, rtol=0)
 
 
 def test_sorted_tokens_attend_as_masked_ones_do() -> None:
@@ -69,25 +69,25 @@ def test_sorted_tokens_attend_as_masked_ones_do() -> None:
     partner = torch.tensor([0, 1, 1, 0, 0, 1, 0, 0, 1], dtype=torch.bool)
     blocked = (partner[:, None] != partner[None, :]).double()[None, None] * BLOCKED
     order = partner.to(torch.uint8).argsort(stable=True)
-    found = attention(x[:, :, order], TokenSplit(order, [5, 4]))[:, :, order.argsort()]
-    torch.testing.assert_close(found, plain_attention(attention, x, blocked), atol=1e-12, rtol=0)
+    attended = attention(x[:, :, order], TokenSplit(order, [5, 4]))[:, :, order.argsort()]
+    torch.testing.assert_close(attended, plain_attention(attention, x, blocked), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_step_that_knows_the_masks_size_gives_the_same_loss_and_gradients(seed: int) -> None:
-    """Stages of one window then run two attentions without a mask."""
+    """With it, stages of one window run two attentions without a mask."""
     pixels = torch.randn(4, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     mask = random_units(4, 0.5, torch.Generator().manual_seed(seed))
-    found = []
-    for known in (None, 2):
+    results = []
+    for partner_units in (None, 2):
         model = small_model().double().train()
-        output = model.pretrain(pixels, mask, known)
+        output = model.pretrain(pixels, mask, partner_units)
         output.loss.backward()
-        found.append((output, {name: parameter.grad for name, parameter in model.named_parameters()}))
-    torch.testing.assert_close(found[1][0].encoded_BUD, found[0][0].encoded_BUD, atol=1e-10, rtol=0)
-    torch.testing.assert_close(found[1][0].loss, found[0][0].loss, atol=1e-12, rtol=0)
-    for name, gradient in found[0][1].items():
-        torch.testing.assert_close(found[1][1][name], gradient, atol=1e-10, rtol=0, msg=name)
+        results.append((output, {name: parameter.grad for name, parameter in model.named_parameters()}))
+    torch.testing.assert_close(results[1][0].encoded_BUD, results[0][0].encoded_BUD, atol=1e-10, rtol=0)
+    torch.testing.assert_close(results[1][0].loss, results[0][0].loss, atol=1e-12, rtol=0)
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], gradient, atol=1e-10, rtol=0, msg=name)
 
 
 def test_patches_in_training_are_the_convolutions() -> None:
@@ -132,7 +132,7 @@ def test_masks_may_differ_from_image_to_image() -> None:
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_reconstruction_agrees_with_the_loss(normalize: bool) -> None:
-    """Undoing the patch normalisation of a reconstruction gives back exactly what the loss compared."""
+    """Normalising a reconstruction again gives exactly what the loss compared."""
     model = small_model()
     model.normalize_targets = normalize
     pixels = torch.randn(2, 3, 64, 64)
@@ -180,7 +180,7 @@ def test_any_multiple_of_32_runs(size: int) -> None:
     pixels = torch.randn(2, 3, size, size)
     with torch.no_grad():
         assert model(pixels).embedding_BD.isfinite().all()
-        if size > 32:  # one unit cannot be mixed
+        if size > 32:  # a single unit cannot be mixed
             mask = random_units(model.arch.units, 0.5, torch.Generator().manual_seed(0))
             assert model.pretrain(pixels, mask).loss.isfinite()
 

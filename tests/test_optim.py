@@ -35,7 +35,7 @@ def test_learning_rate_ends_at_its_minimum_and_may_have_no_warm_up() -> None:
 
 
 def by_name(model: torch.nn.Module, groups: list[dict[str, object]], value: str) -> dict[str, float]:
-    """A group's value for each parameter, each of which must stand in exactly one group."""
+    """A group's value by parameter; every parameter must be in exactly one group."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     grouped = [(names[id(parameter)], group[value]) for group in groups for parameter in group["params"]]
     assert Counter(name for name, _ in grouped) == Counter(names.values())
@@ -44,7 +44,7 @@ def by_name(model: torch.nn.Module, groups: list[dict[str, object]], value: str)
 
 @pytest.fixture(scope="module")
 def base() -> MixMIM:
-    """The base network without values."""
+    """The base network on the meta device."""
     with torch.device("meta"):
         return MixMIM(architecture("base"))
 

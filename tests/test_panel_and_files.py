@@ -117,9 +117,9 @@ def test_what_holds_no_images_is_refused(folder: Path) -> None:
     cases = {
         "is not a folder": lambda: list_images(folder / "b.jpg"),
         r"missing is not a folder": lambda: list_images(folder / "missing"),
-        r"holds no images \(looked for \.avif, \.bmp": lambda: list_images(folder / "folder.jpg"),
+        r"has no images: expected files that end in \.avif, \.bmp": lambda: list_images(folder / "folder.jpg"),
         r"missing\.jpg: no such file or folder": lambda: expand([folder / "b.jpg", folder / "missing.jpg"]),
-        "holds no images": lambda: expand([folder / "folder.jpg"]),
+        "has no images": lambda: expand([folder / "folder.jpg"]),
     }
     for sentence, call in cases.items():
         with pytest.raises(DataError, match=sentence):

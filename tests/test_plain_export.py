@@ -1,4 +1,4 @@
-"""The plain encoder that exported graphs are compared with is the same network, and the comparison runs."""
+"""The plain encoder of the export benchmark is the same network, and the benchmark runs."""
 
 from __future__ import annotations
 

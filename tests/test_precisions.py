@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from exporting import ENCODER_ONLY, assert_engines_are_whole, graphs_from, write_checkpoint
 from onnx import TensorProto
 from safetensors.numpy import load_file
-from test_export import ENCODER_ONLY, WITH_DECODER, write_checkpoint
 
 from export.build import Options, export_bundle
 from export.tensorrt import EngineOptions, build_engine
@@ -21,7 +21,6 @@ from mixmim_serve.bundle import Bundle, open_bundle
 from mixmim_serve.config import architecture
 from mixmim_serve.engines import open_engine
 from mixmim_serve.engines.certificate import TOLERANCES
-from mixmim_serve.engines.tensorrt_library import load
 from mixmim_serve.errors import BundleError, ConfigError, EngineError
 
 TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -29,20 +28,9 @@ CAPABILITY = ("8.9",)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "small.safetensors", WITH_DECODER)
-
-
-@pytest.fixture(scope="module")
-def bundle(checkpoint: Path) -> Bundle:
+def bundle(bundle_in_every_precision: Path) -> Bundle:
     """With every precision; read-only."""
-    options = Options(("fp32", "fp16", "bf16"), ("onnx", "openvino"))
-    exported = export_bundle(checkpoint, checkpoint.parent / "bundle", options)
-    assert exported.agreement.keys() == {"fp32", "fp16", "bf16", "fp32, OpenVINO"}
-    for precision, outputs in exported.agreement.items():
-        assert len(outputs) == 8, precision
-    assert max(each.error for each in exported.agreement["fp16"].values()) > 1e-5  # it is rounded
-    return exported.bundle
+    return open_bundle(bundle_in_every_precision)
 
 
 def graph_of(bundle: Bundle, name: str, precision: str) -> onnx.ModelProto:
@@ -87,34 +75,37 @@ def test_the_encoder_has_no_slices_and_few_transposes(bundle: Bundle) -> None:
     assert count["Transpose"] <= 19
 
 
-def test_large_activations_do_not_overflow_in_fp16(tmp_path: Path) -> None:
+def test_large_activations_do_not_overflow_in_fp16(bundle: Bundle, small_checkpoint: Path, tmp_path: Path) -> None:
     """Squares of 3,000 are beyond fp16; a norm that was computed in it would give zeros or NaN."""
     import torch
 
     from mixmim_serve.model.checkpoint import read_checkpoint, save_checkpoint
 
-    path = write_checkpoint(tmp_path / "large.safetensors", ENCODER_ONLY)
-    description, weights = read_checkpoint(path)
+    path = tmp_path / "large.safetensors"
+    description, weights = read_checkpoint(small_checkpoint)
     weights["patch_embed.norm.weight"] = torch.full_like(weights["patch_embed.norm.weight"], 3000.0)
     save_checkpoint(path, weights, description)
-    exported = export_bundle(path, tmp_path / "bundle", Options(("fp16",)))
+    with graphs_from(bundle.path):
+        exported = export_bundle(path, tmp_path / "bundle", Options(("fp16",)))
     assert all(each.within(TOLERANCES["fp16"]) for each in exported.agreement["fp16"].values())
     stage = load_file(tmp_path / "bundle" / "golden.safetensors")["encoder.stage1"]
     assert np.abs(stage).max() > 3000
 
 
-def test_half_weights_are_not_stored_twice(checkpoint: Path, tmp_path: Path) -> None:
+def test_half_weights_are_not_stored_twice(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "small.safetensors", ENCODER_ONLY)
     exported = export_bundle(checkpoint, tmp_path / "half", Options(("fp32", "fp16"), half_weights=True))
     assert {path.name for path in exported.bundle.path.glob("weights*")} == {"weights.safetensors"}
     assert (exported.bundle.weights, exported.bundle.precisions) == ("float16", ("fp32", "fp16"))
 
 
-def test_onnx_runtime_runs_what_the_bundle_has(bundle: Bundle, checkpoint: Path, tmp_path: Path) -> None:
+def test_onnx_runtime_runs_what_the_bundle_has(bundle: Bundle, small_checkpoint: Path, tmp_path: Path) -> None:
     assert open_engine(bundle, "onnx").precision == "fp32"
     assert open_engine(bundle, "onnx", "fp16").precision == "fp16"
     with pytest.raises(EngineError, match=r"ONNX Runtime \S+ cannot load .*encoder\.bf16\.onnx"):
         open_engine(bundle, "onnx", "bf16")  # no kernels for it on a CPU
-    alone = export_bundle(checkpoint, tmp_path / "fp16", Options(("fp16",))).bundle
+    with graphs_from(bundle.path):
+        alone = export_bundle(small_checkpoint, tmp_path / "fp16", Options(("fp16",))).bundle
     assert open_engine(alone, "onnx").precision == "fp16"
     with pytest.raises(BundleError, match="has no fp32 graphs, only fp16: export it with --precision fp32"):
         open_engine(alone, "openvino")
@@ -156,43 +147,22 @@ def test_a_target_that_is_not_installed_is_refused_before_any_work(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.fixture(scope="module")
-def with_engines(checkpoint: Path) -> Bundle:
-    """A bundle with TensorRT-RTX engines of both graphs in two precisions; read-only."""
+@pytest.mark.slow  # four engines take a minute; test_tensorrt.py builds one
+def test_tensorrt_builds_both_graphs_in_each_precision(small_checkpoint: Path, bundle: Bundle, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no package for this platform")
-    engine = EngineOptions(capabilities=CAPABILITY, batches=(1, 4, 8), timing_cache=checkpoint.parent / "timing.cache")
+    cache = tmp_path / "timing.cache"
+    engine = EngineOptions(capabilities=CAPABILITY, batches=(1, 4, 8), timing_cache=cache)
     options = Options(("fp32", "fp16"), ("tensorrt-rtx",), engine=engine)
     phases: list[str] = []
-    bundle = export_bundle(checkpoint, checkpoint.parent / "engines", options, phases.append).bundle
+    with graphs_from(bundle.path):
+        exported = export_bundle(small_checkpoint, tmp_path / "engines", options, phases.append).bundle
     assert "fp16 reconstruct engine for tensorrt-rtx" in phases
     assert any(" of " in phase for phase in phases)  # TensorRT's own steps
-    assert (checkpoint.parent / "timing.cache").stat().st_size > 0
-    return bundle
-
-
-def test_tensorrt_builds_both_graphs_in_each_precision(with_engines: Bundle) -> None:
-    assert [(each.graph, each.precision) for each in with_engines.built] == [
+    assert cache.stat().st_size > 0
+    assert [(each.graph, each.precision) for each in exported.built] == [
         ("encoder", "fp32"), ("reconstruct", "fp32"), ("encoder", "fp16"), ("reconstruct", "fp16")
     ]  # fmt: skip
-    version = load("tensorrt-rtx").__version__
-    for each in with_engines.built:
-        assert (each.runtime, each.version, each.hardware, each.batches) == ("tensorrt-rtx", version, "sm89", (1, 4, 8))
-        plan = (with_engines.path / each.file).read_bytes()
-        assert plan[:4] == b"vtrt"  # how plans begin; then they say how long they are
-        assert len(plan) == int.from_bytes(plan[16:24], "little") > 100_000
-    assert not list(with_engines.path.glob(".*"))  # graphs that were written for TensorRT alone
-    assert open_bundle(with_engines.path) == with_engines
-    with_engines.verify()
-
-
-def test_an_engine_with_a_changed_byte_is_refused(with_engines: Bundle, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(with_engines.path, tmp_path / "copy"))
-    path = copy / with_engines.built[0].file
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(BundleError, match=rf"{path.name} was altered after the export"):
-        open_bundle(copy).verify()
+    assert_engines_are_whole(exported, "sm89", (1, 4, 8))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A run that was interrupted, anywhere and in any way, and resumed is to the last bit a run that was not."""
+"""A run interrupted at any point and in any way, then resumed, is bit-equal to an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import dataclasses
 import io
 import json
 import os
+import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,9 +23,8 @@ import training_data
 from conftest import REPOSITORY
 from rich.console import Console
 from safetensors.torch import load_file
-from training_data import MEASURED
+from training_data import MEASURED, NARROW
 
-from mixmim_serve.config import Architecture, DecoderConfig
 from mixmim_serve.description import read_description
 from mixmim_serve.errors import CheckpointError, ConfigError, DataError, ResourceError
 from mixmim_serve.signals import stop_signals
@@ -33,10 +34,9 @@ from training.data import Batch
 from training.pretraining import Pretraining
 from training.trainer import Trainer, train
 
-# 12 photos in batches of 4: three steps an epoch, a line of the log every second step, so lines span epochs.
+# 12 photos in batches of 4: three steps per epoch, a log line every second step, so lines span epochs.
 SMALL = dataclasses.replace(training_data.SMALL, epochs=3, batch_size=4, base_lr=3e-2, log_every=2)
 STEPS = 9
-NARROW = Architecture(8, (1, 1, 1, 1), (1, 1, 1, 1), 64, decoder=DecoderConfig(16, 1, 2))
 
 
 @pytest.fixture(autouse=True)
@@ -55,15 +55,24 @@ def run(photos: Path, path: Path, *, config: PretrainConfig = SMALL, resume: boo
     return train(Pretraining(config, source), source, path, Console(file=io.StringIO()), resume=resume)
 
 
+@pytest.fixture(scope="module")
+def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody interrupted; read-only."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.config.architecture", lambda _: NARROW)
+        assert run(photos, folder) is not None
+    return folder
+
+
 @pytest.fixture
-def whole(photos: Path, tmp_path: Path) -> Path:
-    """A run that nobody interrupted."""
-    assert run(photos, tmp_path / "whole") is not None
-    return tmp_path / "whole"
+def whole_copy(whole: Path, tmp_path: Path) -> Path:
+    """A copy of `whole` that a test may alter."""
+    return Path(shutil.copytree(whole, tmp_path / "whole"))
 
 
 def metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of the log but for the speed."""
+    """The log lines without the speed."""
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
 
@@ -74,13 +83,13 @@ def assert_same(path: Path, whole: Path) -> None:
         one, other = load_file(path / name), load_file(whole / name)
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one), name
-    one_said, other_said = (read_description(each / "final.safetensors") for each in (path, whole))
+    one_said, other_said = (read_description(run / "final.safetensors") for run in (path, whole))
     assert one_said.provenance["loss"] == other_said.provenance["loss"]
     assert one_said.arch == other_said.arch
 
 
 class Killed(BaseException):
-    """Nothing in the code catches it, as nothing catches SIGKILL."""
+    """Raised like SIGKILL: no code catches it."""
 
 
 @pytest.mark.parametrize("step", range(STEPS))
@@ -111,7 +120,7 @@ def test_ended_by_sigterm_after_any_step(photos: Path, tmp_path: Path, whole: Pa
         return train_step(trainer, parts)
 
     before = signal.getsignal(signal.SIGTERM)
-    ended = step == STEPS  # the last step: nothing is left to be stopped
+    ended = step == STEPS  # the last step: the run is over
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "train_step", step_and_signal)
         assert (run(photos, tmp_path / "run") is not None) == ended
@@ -123,56 +132,109 @@ def test_ended_by_sigterm_after_any_step(photos: Path, tmp_path: Path, whole: Pa
     assert_same(tmp_path / "run", whole)
 
 
-IN_PROCESS = """
-import sys, time
+# For each line it gets, a run in a process of its own, forked after what takes seconds is imported.
+RUNS = """
+import json, os, sys, time
 from pathlib import Path
+import torch._dynamo, torch.utils.tensorboard
 import test_resume
 import training.config
-from mixmim_serve.sources import open_source
-from training.pretraining import Pretraining
-from training.trainer import Trainer, train
+from training.trainer import Trainer
+
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        break
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+    sys.exit()
+photos, path, workers, errors = json.loads(line)
+os.setsid()
+os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
 training.config.architecture = lambda _: test_resume.NARROW
 step = Trainer.train_step
 Trainer.train_step = lambda *arguments: time.sleep(0.2) or step(*arguments)
-source = open_source(sys.argv[1])
-config = test_resume.dataclasses.replace(test_resume.SMALL, workers=int(sys.argv[3]))
-sys.exit(train(Pretraining(config, source), source, Path(sys.argv[2])) is not None)
+config = test_resume.dataclasses.replace(test_resume.SMALL, workers=workers)
+sys.exit(test_resume.run(Path(photos), Path(path), config=config) is not None)
 """
 
 
-@contextlib.contextmanager
-def process_of(photos: Path, path: Path, workers: int = 0) -> Iterator[subprocess.Popen[bytes]]:
-    """A run in a session of its own, once its log has a line."""
-    command = [sys.executable, "-c", IN_PROCESS, str(photos), str(path), str(workers)]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "tests")}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, start_new_session=True)
-    log = path / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (log.exists() and log.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    try:
+@pytest.fixture(scope="module")
+def runs() -> Iterator[subprocess.Popen[bytes]]:
+    """A process of RUNS."""
+    environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", RUNS], env=environment, stdin=pipe, stdout=pipe, bufsize=0) as process:
         yield process
-    finally:
-        process.kill()
-        process.communicate()
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+@dataclasses.dataclass
+class Process:
+    """A run in a session of its own; `code` is None until it has ended."""
+
+    runs: subprocess.Popen[bytes]
+    pid: int
+    errors: Path
+    code: int | None = None
+
+    def wait(self, seconds: float = 30) -> int | None:
+        """The exit code."""
+        if self.code is None and select.select([self.runs.stdout], [], [], seconds)[0]:
+            assert self.runs.stdout is not None
+            self.code = int(self.runs.stdout.readline())
+        return self.code
+
+
+Start = Callable[..., contextlib.AbstractContextManager[Process]]
+
+
+@pytest.fixture
+def process_of(runs: subprocess.Popen[bytes]) -> Start:
+    @contextlib.contextmanager
+    def process_of(photos: Path, path: Path, workers: int = 0) -> Iterator[Process]:
+        """A run in a process, once its log has a line."""
+        assert runs.stdin is not None
+        assert runs.stdout is not None
+        errors, log = path.with_name("errors"), path / "metrics.jsonl"
+        runs.stdin.write(json.dumps([str(photos), str(path), workers, str(errors)]).encode() + b"\n")
+        process = Process(runs, int(runs.stdout.readline()), errors)
+        deadline = time.monotonic() + 60
+        while not (log.exists() and log.stat().st_size) and process.wait(0.02) is None and time.monotonic() < deadline:
+            pass
+        try:
+            yield process
+        finally:
+            if process.code is None:
+                with contextlib.suppress(ProcessLookupError):  # it ended just now
+                    os.kill(process.pid, signal.SIGKILL)
+                process.wait()
+
+    return process_of
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_real_process_and_a_real_signal(photos: Path, tmp_path: Path, whole: Path, number: signal.Signals) -> None:
+def test_a_real_process_and_a_real_signal(
+    photos: Path, tmp_path: Path, whole: Path, process_of: Start, number: signal.Signals
+) -> None:
     with process_of(photos, tmp_path / "run") as process:
-        process.send_signal(number)
-        assert process.wait(timeout=30) == (-signal.SIGKILL if number == signal.SIGKILL else 0)
+        os.kill(process.pid, number)
+        assert process.wait() == (-signal.SIGKILL if number == signal.SIGKILL else 0)
     assert run(photos, tmp_path / "run", resume=True) is not None
     assert_same(tmp_path / "run", whole)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a worker cannot tell there who sends SIGTERM")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_every_process_of_a_run(photos: Path, tmp_path: Path, whole: Path, number: signal.Signals) -> None:
+def test_a_signal_to_every_process_of_a_run(
+    photos: Path, tmp_path: Path, whole: Path, process_of: Start, number: signal.Signals
+) -> None:
     """As systemd, Slurm and a terminal send it: the workers go on until the run has saved."""
     with process_of(photos, tmp_path / "run", workers=2) as process:
         os.killpg(process.pid, number)
-        assert process.wait(timeout=30) == 0
+        assert process.wait() == 0
         with pytest.raises(ProcessLookupError):  # nobody is left
             os.killpg(process.pid, 0)
     assert run(photos, tmp_path / "run", resume=True) is not None
@@ -182,17 +244,17 @@ def test_a_signal_to_every_process_of_a_run(photos: Path, tmp_path: Path, whole:
 @pytest.mark.parametrize(
     ("number", "message"),
     [
-        (signal.SIGKILL, b"ResourceError: a decoding process was killed, most likely for its memory: lower"),
+        (signal.SIGKILL, b"ResourceError: a decoding process was killed, most likely for lack of memory: lower"),
         (signal.SIGBUS, b"ResourceError: the 2 decoding processes have too little shared memory: give"),
     ],
 )
 def test_a_worker_that_is_killed_ends_the_run_with_a_sentence(
-    photos: Path, tmp_path: Path, whole: Path, number: signal.Signals, message: bytes
+    photos: Path, tmp_path: Path, whole: Path, process_of: Start, number: signal.Signals, message: bytes
 ) -> None:
     with process_of(photos, tmp_path / "run", workers=2) as process:
         psutil.Process(process.pid).children()[0].send_signal(number)
-        assert message in process.communicate(timeout=30)[1]
-        assert process.returncode == 1
+        assert process.wait() == 1
+        assert message in process.errors.read_bytes()
     assert run(photos, tmp_path / "run", resume=True) is not None
     assert_same(tmp_path / "run", whole)
 
@@ -241,24 +303,24 @@ def test_a_log_line_that_was_cut_is_written_again(photos: Path, tmp_path: Path, 
     assert_same(tmp_path / "run", whole)
 
 
-def test_a_finished_run_stays_as_it_is(photos: Path, whole: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
-    assert run(photos, whole, resume=True) == whole / "final.safetensors"
-    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+def test_a_finished_run_stays_as_it_is(photos: Path, whole_copy: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole_copy.rglob("*")}
+    assert run(photos, whole_copy, resume=True) == whole_copy / "final.safetensors"
+    assert {path: path.stat().st_mtime_ns for path in whole_copy.rglob("*")} == before
 
 
-def test_what_cannot_be_resumed_is_refused(photos: Path, tmp_path: Path, whole: Path) -> None:
+def test_what_cannot_be_resumed_is_refused(photos: Path, tmp_path: Path, whole_copy: Path) -> None:
     with pytest.raises(ConfigError, match="holds no run to resume"):
         run(photos, tmp_path / "nowhere", resume=True)
-    (whole / "final.safetensors").unlink()
+    (whole_copy / "final.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"was started with epochs 3 \(now 4\): resume it with the options"):
-        run(photos, whole, config=dataclasses.replace(SMALL, epochs=4), resume=True)
+        run(photos, whole_copy, config=dataclasses.replace(SMALL, epochs=4), resume=True)
     (tmp_path / "others").mkdir()
     for path in sorted(photos.glob("*.jpg"))[:8]:
         (tmp_path / "others" / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(DataError, match="was started with other images than those in"):
-        run(tmp_path / "others", whole, resume=True)
-    (whole / "checkpoints" / "step-00000009.state.pt").write_bytes(b"cut")
-    with pytest.raises(CheckpointError, match=r"step-00000009 is damaged: delete its two files to resume from the one"):
-        run(photos, whole, resume=True)
-    assert not (whole / "final.safetensors").exists()
+    with pytest.raises(DataError, match="are not those that"):
+        run(tmp_path / "others", whole_copy, resume=True)
+    (whole_copy / "checkpoints" / "step-00000009.state.pt").write_bytes(b"cut")
+    with pytest.raises(CheckpointError, match=r"step-00000009 is damaged: delete its two files to go on from the one"):
+        run(photos, whole_copy, resume=True)
+    assert not (whole_copy / "final.safetensors").exists()

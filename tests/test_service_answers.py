@@ -192,7 +192,7 @@ def test_a_score_is_the_loss_of_pretraining_with_fixed_masks(client: TestClient,
 
 
 def test_unit_errors_agree_with_the_loss_of_pretraining(small_checkpoint: Any) -> None:
-    import torch
+    torch = pytest.importorskip("torch")
 
     from mixmim_serve.model.checkpoint import load_checkpoint
 

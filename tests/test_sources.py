@@ -265,7 +265,7 @@ def test_every_truncation_of_a_tar_is_found(tmp_path: Path) -> None:
     cut = tmp_path / "cut.tar"
     for size in [*range(512, end, 512), *range(700, end, 512), end, end + 100]:
         cut.write_bytes(whole[:size])
-        with pytest.raises(DataError, match=r"cut\.tar is cut short or damaged: copy it again"):
+        with pytest.raises(DataError, match=r"cut\.tar is truncated or damaged: copy or write it again"):
             open_source(cut)
     cut.write_bytes(whole[: end + 512])
     assert len(open_source(cut).keys) == 3
@@ -276,7 +276,7 @@ def test_a_damaged_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[1024 + 148] ^= 1  # the checksum of the second header
     path.write_bytes(data)
-    with pytest.raises(DataError, match="cut short or damaged"):
+    with pytest.raises(DataError, match="truncated or damaged"):
         open_source(path)
 
 
@@ -536,7 +536,9 @@ def test_shards_of_a_web_server_need_ranges(tmp_path: Path) -> None:
         source.read(0)  # the server is gone
     with (
         served(tmp_path, Handler) as url,
-        pytest.raises(DataError, match=r"train-000\.tar cannot be read in parts, the server does not offer it: down"),
+        pytest.raises(
+            DataError, match=r"train-000\.tar cannot be read in parts, its server ignores range requests: down"
+        ),
     ):
         open_source(f"{url}/train-000.tar")
 
@@ -565,44 +567,44 @@ def mixed_columns(root: Path) -> Path:
 WRONG: dict[str, Callable[[Path], str | Path]] = {
     r"gone: no such file or folder\.$": lambda root: root / "gone",
     r"gone\.tar: no such file or folder\.$": lambda root: root / "gone.tar",
-    r"holds no images, and no \.tar or \.parquet files: expected a folder of images, \.tar": lambda root: touch(
+    r"has no images and no \.tar or \.parquet files: expected a folder of images, \.tar": lambda root: touch(
         root, "a.txt", ".b.jpg"
     ),
-    r"^cannot read memory://gone: no such file|^memory://gone holds no images": lambda root: "memory://gone",
+    r"^cannot read memory://gone: no such file|^memory://gone has no images": lambda root: "memory://gone",
     r"^cannot read memory://gone\.tar: no such file\.$": lambda root: "memory://gone.tar",
     r"^cannot read odd://x: Protocol not known: odd\.$": lambda root: "odd://x",
-    r"x\.zip is no source of images: expected a folder of images": lambda root: touch(root, "x.zip") / "x.zip",
-    r"\*\.tar means no file: check the pattern, and quote it": lambda root: root / "*.tar",
-    r"^memory://none/\*\.tar means no file": lambda root: "memory://none/*.tar",
+    r"x\.zip is not a source of images: expected a folder of images": lambda root: touch(root, "x.zip") / "x.zip",
+    r"no file matches .*\*\.tar: check the pattern, and quote it": lambda root: root / "*.tar",
+    r"^no file matches memory://none/\*\.tar": lambda root: "memory://none/*.tar",
     r"^cannot read .*x-1\.tar: no such file": lambda root: root / "x-{1..2}.tar",
-    r"mixes \.parquet and \.tar files: give one kind, such as 'folder/\*\.parquet'": lambda root: touch(
+    r"mixes \.parquet and \.tar files: choose one kind, such as 'folder/\*\.parquet'": lambda root: touch(
         root, "a.tar", "b.parquet"
     ),
-    r"a\.tgz is compressed, so images cannot be picked out of it: decompress it to a \.tar": lambda root: touch(
+    r"a\.tgz is compressed, so single images cannot be read from it: decompress it to a \.tar": lambda root: touch(
         root, "a.tgz"
     ),
     r"a\.tar\.GZ is compressed": lambda root: touch(root, "a.tar.GZ") / "a.tar.GZ",
-    r"a\.tar is not a tar archive, or a compressed one: give an uncompressed": lambda root: text(
+    r"a\.tar is not an uncompressed tar archive: decompress it": lambda root: text(
         root / "a.tar", b"\x1f\x8b" + bytes(range(256)) * 9
     ),
-    r"e\.tar is not a tar archive": lambda root: touch(root, "e.tar"),
-    r"a\.tar holds no images: expected members such as 0001\.jpg beside": lambda root: write_tar(
+    r"e\.tar is not an uncompressed tar archive": lambda root: touch(root, "e.tar"),
+    r"a\.tar has no images: expected members such as 0001\.jpg next to": lambda root: write_tar(
         root / "a.tar", {"1.txt": b""}
     ),
     r"^cannot read .*x\.parquet: .*": lambda root: text(root / "x.parquet", b"PAR1 is not enough"),
-    r"no column that is clearly the images: expected bytes.*; its columns are url, a, b\.$": lambda root: write_parquet(
-        root / "x.parquet", {"url": ["u"], "a": [b"a"], "b": [b"b"]}
+    r"no column that is clearly the images: expected a column `image`.*; its columns are url, a, b\.$": lambda root: (
+        write_parquet(root / "x.parquet", {"url": ["u"], "a": [b"a"], "b": [b"b"]})
     ),
     "has its images in columns of different names": mixed_columns,
-    r"x\.parquet has no rows: expected an image in each": lambda root: write_parquet(
+    r"x\.parquet has no rows: expected one image per row": lambda root: write_parquet(
         root / "x.parquet", {"image": pa.array([], pa.binary())}
     ),
-    r"x\.txt lists no images: expected a path a line": lambda root: text(root / "x.txt", b"# nothing\n\n"),
+    r"x\.txt lists no images: expected a path per line": lambda root: text(root / "x.txt", b"# nothing\n\n"),
     r"x\.csv lists no images": lambda root: text(root / "x.csv", b"path,label\n"),
-    r"x\.csv lists a\.jpg twice: name each image once": lambda root: text(root / "x.csv", b"a.jpg,1\na.jpg,2\n"),
+    r"x\.csv lists a\.jpg twice: list each image once": lambda root: text(root / "x.csv", b"a.jpg,1\na.jpg,2\n"),
     r"^cannot read .*x\.txt: 'utf-8' codec": lambda root: text(root / "x.txt", b"caf\xe9.jpg\n"),
     r"^cannot read .*x\.csv: field larger than field limit": lambda root: text(root / "x.csv", b'"' + bytes(10**6)),
-    r"\*\.txt means 2 lists: join them to one": lambda root: touch(root, "a.txt", "b.txt") / "*.txt",
+    r"\*\.txt matches 2 lists: combine them into one": lambda root: touch(root, "a.txt", "b.txt") / "*.txt",
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import REPOSITORY
+from exporting import ENCODER_ONLY, assert_engines_are_whole, write_checkpoint
 from fake_cuda import FakeCuda, FakeTensorRt, is_pinned
 from numpy.typing import NDArray
-from test_export import ENCODER_ONLY, write_checkpoint
 
 from export.build import Options, export_bundle
 from export.tensorrt import EngineOptions
@@ -26,7 +27,7 @@ from mixmim_serve.engines import Engine, open_engine
 from mixmim_serve.engines import tensorrt as tensorrt_engine
 from mixmim_serve.engines.certificate import certify
 from mixmim_serve.engines.tensorrt import TensorRtEngine, TensorRtRtxEngine, choose
-from mixmim_serve.errors import EngineError
+from mixmim_serve.errors import BundleError, EngineError
 from mixmim_serve.extract.pipeline import run_files
 from mixmim_serve.service.batcher import Batcher
 from mixmim_serve.service.runtime import Runtime
@@ -148,7 +149,7 @@ def test_a_profile_that_starts_above_one_is_padded_up_to(trt: FakeTensorRt, bund
 def test_a_batch_above_the_profile_is_refused(trt: FakeTensorRt, bundle: Bundle, engine: Engine) -> None:
     ours = TensorRtEngine(bundle)
     assert ours.max_batch == 8
-    with pytest.raises(EngineError, match="was built for batches of at most 8, got 9: send fewer at a time, or export"):
+    with pytest.raises(EngineError, match="was compiled for batches of at most 8, got 9: pass fewer rows, or export"):
         ours.run("encoder", {"pixels": images(engine, 9)}, ["embedding"])
 
 
@@ -244,14 +245,17 @@ def engines(*plans: CompiledEngine) -> dict[str, dict[str, CompiledEngine]]:
     [
         (
             {"version": "9.8.6"},
-            r"encoder\.fp16\.tensorrt-rtx\.engine was built by tensorrt-rtx 9\.8\.6, and 9\.8\.7 is ",
+            r"encoder\.fp16\.tensorrt-rtx\.engine was compiled by tensorrt-rtx 9\.8\.6, but 9\.8\.7 is ",
         ),
-        ({"hardware": "sm80+sm86"}, r"built for sm80 and sm86, and this GPU is sm89: .* --compute-capability 8\.9\."),
-        ({"hardware": "sm120"}, "built for sm120, and this GPU is sm89"),
-        ({"hardware": "sm890"}, "built for sm890, and this GPU is sm89"),
+        (
+            {"hardware": "sm80+sm86"},
+            r"compiled for sm80 and sm86, but this GPU is sm89: .* --compute-capability 8\.9\.",
+        ),
+        ({"hardware": "sm120"}, "compiled for sm120, but this GPU is sm89"),
+        ({"hardware": "sm890"}, "compiled for sm890, but this GPU is sm89"),
         (
             {"hardware": "sm90", "runtime": "tensorrt"},
-            "built for sm90, and this GPU is sm89: export the bundle again here",
+            "compiled for sm90, but this GPU is sm89: export the bundle again here",
         ),
     ],
 )
@@ -271,7 +275,7 @@ def test_the_fastest_precision_that_is_for_this_machine_is_taken() -> None:
 def test_no_gpu_is_said_before_anything_is_loaded(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx")
     monkeypatch.setattr("mixmim_serve.engines.hardware.gpu", lambda: "")
-    with pytest.raises(EngineError, match="tensorrt-rtx needs an NVIDIA GPU, and the CUDA driver finds none"):
+    with pytest.raises(EngineError, match="tensorrt-rtx needs an NVIDIA GPU, but the CUDA driver finds none"):
         TensorRtRtxEngine(bundle)
 
 
@@ -304,11 +308,31 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A bundle with engines that TensorRT-RTX built; read-only."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no package for this platform")
     folder = tmp_path_factory.mktemp("real")
-    engine = EngineOptions(capabilities=("8.0", "8.9"), batches=(1, 2, 4))
+    cache = folder / "timing.cache"
+    engine = EngineOptions(capabilities=("8.0", "8.9"), batches=(1, 2, 4), timing_cache=cache)
     options = Options(("fp16",), ("tensorrt-rtx",), engine=engine)
-    return export_bundle(
-        write_checkpoint(folder / "small.safetensors", ENCODER_ONLY), folder / "bundle", options
-    ).bundle
+    phases: list[str] = []
+    checkpoint = write_checkpoint(folder / "small.safetensors", ENCODER_ONLY)
+    exported = export_bundle(checkpoint, folder / "bundle", options, phases.append)
+    assert "fp16 encoder engine for tensorrt-rtx" in phases
+    assert any(" of " in phase for phase in phases)  # TensorRT's own steps
+    assert cache.stat().st_size > 0
+    return exported.bundle
+
+
+def test_a_real_engine_is_described_and_stored(real: Bundle) -> None:
+    assert [(each.graph, each.precision) for each in real.built] == [("encoder", "fp16")]
+    assert_engines_are_whole(real, "sm80+sm89", (1, 2, 4))
+
+
+def test_an_engine_with_a_changed_byte_is_refused(real: Bundle, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(real.path, tmp_path / "copy"))
+    path = copy / real.built[0].file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BundleError, match=rf"{path.name} was altered after the export"):
+        open_bundle(copy).verify()
 
 
 @pytest.mark.usefixtures("cuda")
@@ -322,5 +346,5 @@ def test_a_real_plan_that_is_damaged_is_refused_in_tensorrts_words(real: Bundle,
 
 def test_a_real_bundle_is_refused_on_another_gpu(real: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mixmim_serve.engines.hardware.gpu", lambda: "sm90")
-    with pytest.raises(EngineError, match=r"was built for sm80 and sm89, and this GPU is sm90: .*capability 9\.0"):
+    with pytest.raises(EngineError, match=r"was compiled for sm80 and sm89, but this GPU is sm90: .*capability 9\.0"):
         open_engine(real, "tensorrt-rtx")

@@ -19,7 +19,7 @@ from conftest import REPOSITORY
 from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_data import SMALL, STEPS_PER_EPOCH, Run, run_pretraining
+from training_data import NARROW, SMALL, STEPS_PER_EPOCH, Run, run_pretraining
 
 from mixmim_serve.config import Preprocessing, architecture
 from mixmim_serve.description import read_description
@@ -44,6 +44,12 @@ ALONE = World(0, 1, torch.device("cpu"))
 def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Two epochs over the photos."""
     return run_pretraining(SMALL, photos, tmp_path_factory.mktemp("run") / "new" / "run")
+
+
+@pytest.fixture
+def narrow_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network of a few thousand weights under the name `tiny`."""
+    monkeypatch.setattr("training.config.architecture", lambda _: NARROW)
 
 
 def trainer_of(config: PretrainConfig, images: Path, run: Path) -> Trainer:
@@ -143,6 +149,7 @@ def test_a_line_is_the_mean_since_the_last_one(run: Run, photos: Path, tmp_path:
     assert read_checkpoint(never.final)[0].provenance["loss"] == never.losses[0]
 
 
+@pytest.mark.usefixtures("narrow_network")
 def test_the_last_checkpoints_and_those_of_every_so_many_epochs_stay(photos: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL, epochs=7, keep_last=2, keep_every=3, save_steps=2)
     run = run_pretraining(config, photos, tmp_path / "run")
@@ -207,6 +214,7 @@ def test_a_process_draws_one_mask_a_step(photos: Path) -> None:
     assert task.inputs(batch, 3, 0)[1].shape == (1, 4)
 
 
+@pytest.mark.usefixtures("narrow_network")
 def test_unreadable_images_are_skipped_and_named_once(spoilt: Path, tmp_path: Path) -> None:
     run = run_pretraining(SMALL, spoilt, tmp_path / "run")
     lines = sorted((run.path / "unreadable.txt").read_text().splitlines())
@@ -220,6 +228,7 @@ def test_unreadable_images_are_skipped_and_named_once(spoilt: Path, tmp_path: Pa
     assert load_checkpoint(run.final)[1].provenance["images"]["count"] == 24  # as listed
 
 
+@pytest.mark.usefixtures("narrow_network")
 def test_pretraining_is_judged_by_its_neighbours(photos: Path, labelled: Path, tmp_path: Path) -> None:
     from training.evaluation.labelled import open_labelled
 
@@ -238,15 +247,15 @@ def test_pretraining_is_judged_by_its_neighbours(photos: Path, labelled: Path, t
 
 
 def test_the_loss_falls(tmp_path: Path) -> None:
-    """30 steps on ramps in four directions, the same ramp in each unit of an image.
+    """30 steps on ramps in four directions, the same ramp in each unit of an image; one epoch, so one checkpoint.
 
     What was hidden can only be told from what is visible: whoever ignores that stays at a loss of 1.
     """
     ramp = np.tile(np.linspace(40, 215, 32).astype(np.uint8), (64, 2))
     (tmp_path / "ramps").mkdir()
-    for number in range(8):
-        Image.fromarray(np.rot90(ramp, number).copy()).save(tmp_path / "ramps" / f"{number}.png")
-    config = dataclasses.replace(SMALL, epochs=30, warmup_epochs=3, min_crop=1.0)
+    for number in range(30 * 8):
+        Image.fromarray(np.rot90(ramp, number).copy()).save(tmp_path / "ramps" / f"{number:03}.png")
+    config = dataclasses.replace(SMALL, epochs=1, warmup_epochs=0.1, min_crop=1.0)
     losses = run_pretraining(config, tmp_path / "ramps", tmp_path / "run").losses
     assert len(losses) == 30
     assert losses[0] > 0.9
@@ -283,6 +292,7 @@ def test_compiled_training_gives_the_same_losses(run: Run, photos: Path, tmp_pat
 # Gradients that are not finite
 
 
+@pytest.mark.usefixtures("narrow_network")
 @pytest.mark.parametrize("log_every", [1, 3, 10])  # 10: the checkpoint of step 6 comes first
 def test_a_gradient_that_is_not_finite_stops_the_run(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_every: int
@@ -359,7 +369,9 @@ def test_a_run_folder_with_something_in_it_is_refused(photos: Path, tmp_path: Pa
     assert (tmp_path / "metrics.jsonl").read_text() == "of another run\n"
 
 
-def test_overwriting_leaves_nothing_of_the_old_run(run: Run, photos: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("narrow_network")
+def test_overwriting_leaves_nothing_of_the_old_run(photos: Path, tmp_path: Path) -> None:
+    run = run_pretraining(SMALL, photos, tmp_path / "fresh")
     old = run_pretraining(dataclasses.replace(SMALL, epochs=3, seed=5), photos, tmp_path / "run")
     (old.path / "unreadable.txt").write_text("of the old run\n")
     new = run_pretraining(SMALL, photos, tmp_path / "run", overwrite=True)
@@ -380,6 +392,7 @@ with RunFolder(Path(sys.argv[1])).lock():
 """
 
 
+@pytest.mark.usefixtures("narrow_network")
 def test_a_second_run_in_the_same_folder_is_refused(photos: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
     holder = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=REPOSITORY)
@@ -440,6 +453,7 @@ def test_sources_with_too_little_are_refused_before_anything_is_written(photos: 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("narrow_network")
 def test_too_many_unreadable_images_stop_the_run(spoilt: Path, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for number in range(8):

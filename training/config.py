@@ -33,7 +33,7 @@ class RunConfig:
     log_every: int = 10  # steps per line of metrics.jsonl
     save_steps: int = 0  # steps between checkpoints within an epoch, besides the one after it; 0 for none
     keep_last: int = 2  # latest checkpoints to keep; older ones are deleted,
-    keep_every: int = 20  # except one every so many epochs
+    keep_every: int = 20  # except one per this many epochs
     bf16: bool = True  # autocast; bf16 needs no gradient scaler
     compile: bool = False  # torch.compile: compiles for a minute or two, then steps are faster
     checkpoint_activations: bool = False  # recompute blocks in the backward pass to save memory: for huge

@@ -70,6 +70,6 @@ def _explanation(error: Exception, config: RunConfig, processes: int) -> str | N
         return f"the {config.workers} decoding processes have too little shared memory: {MORE_SHARED}"
     if DEAD_WORKER in text:
         return (
-            "a decoding process was killed, most likely for its memory use: lower --workers and continue with --resume."
+            "a decoding process was killed, most likely for lack of memory: lower --workers and continue with --resume."
         )
     return None

@@ -1,6 +1,6 @@
-"""No server: files through the engine in batches of 32, decoded ahead in as many threads; what is possible at most.
+"""No server, an upper bound: files through the engine in batches of 32, decoded ahead in as many threads.
 
-Reads lines `SECONDS FILE...` and answers each with images a second and CPU seconds an image.
+Reads lines `SECONDS FILE...` and answers each with images/s and CPU seconds per image.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mixmim_serve.extract.pipeline import run_files
 
 
 def rate(engine: Engine, files: list[Path], seconds: float) -> tuple[float, float]:
-    """Images a second and CPU seconds an image, from the end of the first batch on."""
+    """Images/s and CPU seconds per image, measured after the first batch."""
     endless = itertools.cycle(files)
     results = run_files(engine, endless, ["embedding"], MAX_BATCH)  # type: ignore[arg-type]
     for _ in range(MAX_BATCH):

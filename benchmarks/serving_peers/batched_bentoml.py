@@ -1,4 +1,4 @@
-"""BentoML's own batching: up to 32 images, and so much patience that it sheds none of the load."""
+"""BentoML's batching: up to 32 images, with a maximum latency so high that it rejects no request."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from mixmim_serve.preprocess import Pixels, resize_and_crop
 
 @bentoml.service(workers=1, traffic={"timeout": 120, "max_concurrency": 1024}, metrics={"enabled": False})
 class Embed:
-    """One model."""
+    """The embedding service."""
 
     def __init__(self) -> None:
         self.batches = Batches()
 
     @bentoml.api(batchable=True, max_batch_size=MAX_BATCH, max_latency_ms=60_000)  # type: ignore[untyped-decorator]
     def embed(self, image: list[Image.Image]) -> NDArray[Any]:
-        """(B, D); BentoML opens the files, the pixels are read here."""
+        """Embeddings (B, D); BentoML opens the images, their pixels are decoded here."""
         return self.batches.run(list(self.batches.pool.map(self._pixels, image)))
 
     def _pixels(self, image: Image.Image) -> Pixels:

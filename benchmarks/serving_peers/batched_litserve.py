@@ -1,4 +1,4 @@
-"""LitServe: batches of up to 32, an image waits 5 ms for others; decoded in threads, in the process of the engine.
+"""LitServe: batches of up to 32 images, collected for at most 5 ms, decoded in threads in the engine's process.
 
 LitServe reads the annotation of `decode_request`, so annotations must not be strings here.
 """
@@ -16,30 +16,30 @@ WAIT = 0.005  # seconds
 
 
 class Embed(litserve.LitAPI):
-    """One model."""
+    """The embedding service."""
 
     def setup(self, device: str) -> None:
-        """In the worker."""
+        """Open the engine in the worker process."""
         self.batches = Batches()
 
     def decode_request(self, request: Annotated[bytes, File(alias="image")]) -> bytes:  # type: ignore[override]
-        """As it is: one call an image, so decoding is left to `batch`, which may use threads."""
+        """The unchanged bytes: this runs once per image, so `batch` decodes, with threads."""
         return request
 
     def batch(self, inputs: Sequence[bytes]) -> list[Any]:
-        """Decoded side by side."""
+        """Decode the images in parallel."""
         return list(self.batches.pool.map(self.batches.decode, inputs))
 
     def predict(self, x: list[Any]) -> NDArray[Any]:
-        """(B, D)."""
+        """Embeddings (B, D)."""
         return self.batches.run(x)
 
     def unbatch(self, output: NDArray[Any]) -> list[Any]:
-        """One row an image."""
+        """One row per image."""
         return list(output)
 
     def encode_response(self, output: NDArray[Any]) -> Response:
-        """JSON."""
+        """The JSON response."""
         return Response(answer(output), media_type="application/json")
 
 

@@ -1,4 +1,4 @@
-"""The engine and the threads that decode, the same for every peer; told by the environment, which BentoML needs."""
+"""The engine and decoding threads of every peer, configured by environment variables, as BentoML requires."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from mixmim_serve.cores import usable_cores
 from mixmim_serve.engines import Engine, open_engine
 from mixmim_serve.preprocess import Pixels, preprocess
 
-BUNDLE, ENGINE, PORT = "PEER_BUNDLE", "PEER_ENGINE", "PEER_PORT"  # in the environment
+BUNDLE, ENGINE, PORT = "PEER_BUNDLE", "PEER_ENGINE", "PEER_PORT"  # environment variables
 MAX_BATCH = 32
 
 
 def engine() -> Engine:
-    """The engine of the run."""
+    """Open the engine named in the environment."""
     return open_engine(Path(os.environ[BUNDLE]), os.environ[ENGINE])
 
 
 def port() -> int:
-    """Where to listen."""
+    """The port to listen on."""
     return int(os.environ[PORT])
 
 
 class Batches:
-    """Encoded images to embeddings, (B, D), decoded side by side."""
+    """Image files to embeddings (B, D), decoded in parallel."""
 
     def __init__(self) -> None:
         self.engine = engine()
@@ -40,14 +40,14 @@ class Batches:
         self.pool = ThreadPoolExecutor(usable_cores())
 
     def embed(self, images: Sequence[bytes]) -> NDArray[Any]:
-        """A batch of any size."""
+        """Embeddings of a batch of any size."""
         return self.run(list(self.pool.map(self.decode, images)))
 
     def run(self, pixels: Sequence[Pixels]) -> NDArray[Any]:
-        """The engine alone."""
+        """Embeddings of decoded images."""
         return self.engine.run("encoder", {"pixels": np.stack(pixels)}, ["embedding"])["embedding"]
 
 
 def answer(embedding: NDArray[Any]) -> bytes:
-    """JSON, written as our server writes it."""
+    """The JSON response, as our server writes it."""
     return orjson.dumps({"embedding": embedding}, option=orjson.OPT_SERIALIZE_NUMPY)

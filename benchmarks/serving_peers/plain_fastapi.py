@@ -1,4 +1,4 @@
-"""FastAPI, one image at a time: a function in its pool of threads."""
+"""FastAPI without batching: each request runs in its thread pool."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ app = FastAPI()
 
 @app.post("/embed")
 def embed(image: Annotated[bytes, File()]) -> Response:
-    """A form with one file."""
+    """Embed the file of a form."""
     return _answered(image)
 
 
 @app.post("/raw")
 def raw(image: Annotated[bytes, Body(media_type="image/jpeg")]) -> Response:
-    """An image as the body."""
+    """Embed the image in the body."""
     return _answered(image)
 
 

@@ -1,4 +1,4 @@
-"""The `mixmim` command. Each body builds a config and calls one function; heavy imports live inside the bodies."""
+"""The `mixmim` command. Each body builds a configuration and calls one function; heavy imports stay inside."""
 
 from mixmim_serve.cli import bench, features, images, models, publish, training
 from mixmim_serve.cli.common import app, main

@@ -1,4 +1,4 @@
-"""The command `bench`: a table for people, JSON and a picture to keep."""
+"""The command `bench`: prints a table, writes JSON and a chart."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from mixmim_serve.cli.common import BundleArgument, app, bundle_path, progress_c
 if TYPE_CHECKING:
     from mixmim_serve.bench import Report
 
-WIDTH = 110  # characters that the table needs
+WIDTH = 110  # characters of the table
 
 
 @app.command()
 def bench(
     bundle: BundleArgument = Path("tiny"),
-    batch: Annotated[list[int], typer.Option(min=1, help="Images a call; may be given several times.")] = [1, 8, 32],  # noqa: B006
-    seconds: Annotated[float, typer.Option(min=0.1, help="Of measuring, for each engine, batch and round.")] = 3.0,
-    rounds: Annotated[int, typer.Option(min=1, help="Engines take turns so many times; the best counts.")] = 2,
-    output: Annotated[Path | None, typer.Option(help="A .json file; a picture is drawn beside it.")] = None,
+    batch: Annotated[list[int], typer.Option(min=1, help="Images per call; may be repeated.")] = [1, 8, 32],  # noqa: B006
+    seconds: Annotated[float, typer.Option(min=0.1, help="Duration per engine, batch and round.")] = 3.0,
+    rounds: Annotated[int, typer.Option(min=1, help="How often engines take turns; the best round counts.")] = 2,
+    output: Annotated[Path | None, typer.Option(help="A .json file; a chart is written beside it as .png.")] = None,
 ) -> None:
-    """Measure every engine that is installed: speed, latency, memory, and how near it is to torch.
+    """Benchmark every installed engine: throughput, latency, memory, and agreement with torch.
 
     Example: mixmim bench tiny --output bench.json
     """
@@ -40,10 +40,10 @@ def bench(
             bundle_path(bundle), batches=tuple(batch), seconds=seconds, rounds=rounds, progress=status.update
         )
     console = Console()
-    console.width = max(console.width, WIDTH)  # a wider table than the window wraps, a narrower one is unreadable
+    console.width = max(console.width, WIDTH)  # a narrow table would be unreadable, a wide one only wraps
     console.print(_table(report))
     rates = ", ".join(f"{name} {rate:.2f}" for name, rate in report.rates.items())
-    console.print(f"{report.about['hardware']}; matrix products: {rates} TFLOP/s. Share: of that, by the encoder.")
+    console.print(f"{report.about['hardware']}; matrix products: {rates} TFLOP/s. Share: the encoder's part of that.")
     for name, reason in report.missing.items():
         console.print(f"not measured: {name}: {reason}", markup=False)
     if output:
@@ -56,7 +56,7 @@ def bench(
 def _table(report: Report) -> object:
     from rich.table import Table
 
-    table = Table(title=f"{report.about['bundle']}, {report.about['gflop_an_image']} GFLOP an image")
+    table = Table(title=f"{report.about['bundle']}, {report.about['gflop_an_image']} GFLOP per image")
     for heading in ("engine", "precision"):
         table.add_column(heading)
     on_gpu = any(row.gpu_memory is not None for row in report.rows)
@@ -75,7 +75,7 @@ def _table(report: Report) -> object:
 
 
 def _draw(report: Report, target: Path) -> None:
-    """Bars of images/s, one group a batch."""
+    """Draw bars of images/s, one group per batch size."""
     from io import BytesIO
 
     import matplotlib

@@ -1,4 +1,4 @@
-"""What all commands share: the app, `main`, shipped bundles by name."""
+"""Shared by all commands: the app, `main`, common options, and bundles by name."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mixmim_serve.errors import MixMIMError
 from mixmim_serve.publish.store import is_tag, stored_path
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 app = typer.Typer(
     name="mixmim",
-    help="MixMIM backbones: pretrain on your own photos, export, embed, classify, reconstruct, serve.",
+    help="MixMIM backbones: pretrain on your own photos, fine-tune, export, embed, classify, search, serve.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -23,17 +26,17 @@ app = typer.Typer(
 
 BundleArgument = Annotated[
     Path,
-    typer.Argument(metavar="BUNDLE", help="A bundle folder, the shipped one (tiny), or a tag of BentoML's store."),
+    typer.Argument(metavar="BUNDLE", help="A bundle folder, the shipped bundle (tiny), or a BentoML model tag."),
 ]
 EngineOption = Annotated[
     str,
     typer.Option(
         "--engine",
-        help="onnx, onnx-tensorrt, openvino, tensorrt, tensorrt-rtx or torch; auto: the fastest with right numbers.",
+        help="onnx, onnx-tensorrt, openvino, tensorrt, tensorrt-rtx or torch; auto: fastest that agrees with torch.",
     ),
 ]
 
-# Which extra brings a package that a command turned out to need.
+# The extra that installs a package which a command needs.
 EXTRAS = {
     "torch": "train",
     "onnx": "export",
@@ -58,8 +61,8 @@ EXTRAS = {
 
 
 def main() -> None:
-    """Run the command; errors of ours are one sentence on standard error and exit code 1."""
-    warnings.filterwarnings("ignore", module="PIL")  # of odd files that decode all the same
+    """Run the command; our errors become one sentence on standard error and exit code 1."""
+    warnings.filterwarnings("ignore", module="PIL")  # about unusual files that still decode
     try:
         app()
     except MixMIMError as error:
@@ -74,10 +77,10 @@ def main() -> None:
 
 
 def bundle_path(path: Path) -> Path:
-    """The folder itself, a shipped bundle by its name, or one in BentoML's model store by its tag.
+    """The path itself, a shipped bundle by its name, or a bundle in BentoML's model store by its tag.
 
     Raises:
-        BundleError: for a tag that the store does not have.
+        BundleError: for a tag that is not in the store.
     """
     shipped = Path(__file__).parent.parent / "bundles" / path
     if path.exists():
@@ -88,12 +91,12 @@ def bundle_path(path: Path) -> Path:
 
 
 def first_process() -> bool:
-    """Whether this process may speak: of those that torchrun started only the first."""
+    """Whether this process prints: under torchrun only the first one does."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def progress_console() -> Any:
-    """Standard error, so that results can be piped."""
+def progress_console() -> Console:
+    """A console on standard error, so that results can be piped."""
     from rich.console import Console
 
     return Console(stderr=True, log_path=False, quiet=not first_process())

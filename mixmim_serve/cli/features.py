@@ -1,4 +1,4 @@
-"""Commands on many images and their features: extract, neighbours, duplicates, map."""
+"""Commands for many images and their features: extract, neighbours, duplicates, map."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import typer
 from mixmim_serve.cli.common import BundleArgument, EngineOption, app, bundle_path, progress_console
 
 if TYPE_CHECKING:
-    from mixmim_serve.extract.progress import Progress
+    from mixmim_serve.extract.progress import ExtractProgress
 
-PLAIN_EVERY = 10.0  # seconds between two lines of progress where there is no terminal
-GROUPS_SHOWN, DOUBLES_SHOWN = 100, 24  # on a page: of each group so many
+PLAIN_EVERY = 10.0  # seconds between lines of progress without a terminal
+GROUPS_SHOWN, IMAGES_SHOWN = 100, 24  # on a page: groups, and images of each
 
 FeaturesArgument = Annotated[str, typer.Argument(metavar="FEATURES", help="A folder that `mixmim extract` wrote.")]
 
@@ -26,34 +26,34 @@ FeaturesArgument = Annotated[str, typer.Argument(metavar="FEATURES", help="A fol
 @app.command()
 def extract(
     bundle: BundleArgument,
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A folder, list, .tar or .parquet files; or a URL.")],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="The folder to write, or go on with; or a URL.")],
-    features: Annotated[list[str] | None, typer.Option(help="Also stage1 to stage4 or logits; several times.")] = None,
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A folder, list, .tar or .parquet files, or a URL.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The folder to write or resume; or a URL.")],
+    features: Annotated[list[str] | None, typer.Option(help="Also store stage1 to stage4 or logits.")] = None,
     format: Annotated[str, typer.Option(help="parquet, npy or lance.")] = "parquet",  # noqa: A002
-    float16: Annotated[bool, typer.Option(help="Store half as many bytes.")] = False,
-    fast_jpeg: Annotated[bool, typer.Option(help="Decode large JPEGs at a fraction of their size.")] = False,
-    retry_failed: Annotated[bool, typer.Option(help="Only the images that could not be read before.")] = False,
-    max_failures: Annotated[float, typer.Option(min=0, max=1, help="A larger share of bad images stops it.")] = 0.1,
-    executor: Annotated[str, typer.Option(help="local, or ray: on one machine or a cluster.")] = "local",
-    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value; docs/extract.md has them.")] = None,
+    float16: Annotated[bool, typer.Option(help="Store float16 instead of float32: half the size.")] = False,
+    fast_jpeg: Annotated[bool, typer.Option(help="Decode large JPEGs at reduced resolution.")] = False,
+    retry_failed: Annotated[bool, typer.Option(help="Only retry the images that could not be read.")] = False,
+    max_failures: Annotated[float, typer.Option(min=0, max=1, help="Stop above this share of failures.")] = 0.1,
+    executor: Annotated[str, typer.Option(help="local, or ray on one machine or a cluster.")] = "local",
+    settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE; see docs/extract.md.")] = None,
     runtime: EngineOption = "auto",
 ) -> None:
-    """Embed millions of images into a folder of Parquet files. The same command goes on with what was killed.
+    """Embed millions of images into a folder of Parquet files; after a kill the same command resumes.
 
     Example: mixmim extract tiny photos features
     """
     from mixmim_serve.errors import ConfigError
-    from mixmim_serve.extract.job import Job
+    from mixmim_serve.extract.job import ExtractJob
     from mixmim_serve.extract.lead import run
     from mixmim_serve.extract.local import LocalExecutor
-    from mixmim_serve.extract.options import Options, Resources
+    from mixmim_serve.extract.options import ExtractOptions, Resources
     from mixmim_serve.settings import override
     from mixmim_serve.signals import stop_signals
 
-    options = Options(
+    options = ExtractOptions(
         tuple(features or ()), format=format, dtype="float16" if float16 else "float32", fast_jpeg=fast_jpeg
     )
-    job = Job(
+    job = ExtractJob(
         bundle_path(bundle),
         source,
         out,
@@ -70,26 +70,26 @@ def extract(
         from mixmim_serve.extract.ray import RayExecutor
 
         chosen = RayExecutor
-    # SIGTERM may end it at once: nothing that is whole is lost. Ctrl-C would wait for the threads' shards.
-    with _shown() as progress, stop_signals(signal.SIGINT) as stopping:
+    # SIGTERM may end it at once: complete shards are kept. Without this, Ctrl-C would wait for the threads' shards.
+    with _progress_display() as progress, stop_signals(signal.SIGINT) as stopping:
         summary = run(job, executor=chosen, progress=progress, cancelled=stopping.is_set)
     for key, reason in summary.examples:
         typer.echo(f"could not read {key}: {reason}", err=True)
-    typer.echo(f"{out}: {summary.rows:,} rows of {summary.images:,} images, {summary.errors:,} could not be read")
+    typer.echo(f"{out}: {summary.rows:,} rows for {summary.images:,} images, {summary.errors:,} could not be read")
     if stopping.is_set() and not summary.complete:
-        typer.echo("stopped before the end; the same command goes on", err=True)
+        typer.echo("stopped before the end; the same command resumes", err=True)
         raise typer.Exit(130)
 
 
 @contextlib.contextmanager
-def _shown() -> Iterator[Callable[[Progress], None]]:
-    """A bar in a terminal, else a line now and then."""
+def _progress_display() -> Iterator[Callable[[ExtractProgress], None]]:
+    """A progress bar in a terminal, otherwise a line every few seconds."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as Bar
 
     console = progress_console()
     if not console.is_terminal:
-        yield _Plain(lambda line: console.print(line, highlight=False, soft_wrap=True))
+        yield _ProgressLines(lambda line: console.print(line, highlight=False, soft_wrap=True))
         return
     columns = TextColumn("extract"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}")
     with Bar(*columns, console=console) as bar:
@@ -97,13 +97,13 @@ def _shown() -> Iterator[Callable[[Progress], None]]:
         yield lambda now: bar.update(task, total=now.total, completed=now.done, text=str(now))
 
 
-class _Plain:
-    """Progress as lines."""
+class _ProgressLines:
+    """Writes progress as lines, at most one every PLAIN_EVERY seconds."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         self.write, self.last = write, time.monotonic()
 
-    def __call__(self, now: Progress) -> None:
+    def __call__(self, now: ExtractProgress) -> None:
         if time.monotonic() - self.last >= PLAIN_EVERY:
             self.last = time.monotonic()
             self.write(f"{now.done:,} of {now.total:,}  {now}")
@@ -113,13 +113,11 @@ class _Plain:
 def neighbours(
     features: FeaturesArgument,
     query: Annotated[Path, typer.Argument(metavar="QUERY", help="An image file.")],
-    top: Annotated[int, typer.Option(min=1, help="How many.")] = 10,
-    html: Annotated[Path | None, typer.Option(help="Write a page of pictures.")] = None,
-    bundle: Annotated[
-        Path | None, typer.Option(help="The bundle of the features, where it lies elsewhere now.")
-    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Number of images.")] = 10,
+    html: Annotated[Path | None, typer.Option(help="Also write an HTML page with the pictures.")] = None,
+    bundle: Annotated[Path | None, typer.Option(help="The bundle of the features, if it has moved.")] = None,
 ) -> None:
-    """Find the images nearest to one, by cosine: JSON lines, the nearest first.
+    """Find the images nearest to a query image by cosine similarity: JSON lines, nearest first.
 
     Example: mixmim neighbours features examples/hat.jpg --html hats.html
     """
@@ -127,76 +125,77 @@ def neighbours(
 
     from mixmim_serve.explore import neighbours as nearest
     from mixmim_serve.explore import pages
-    from mixmim_serve.extract.features import Features, embed_query
+    from mixmim_serve.extract.features import FeatureFolder, embed_query
     from mixmim_serve.preprocess import decode, read_limited
 
-    opened = Features(features)
+    opened = FeatureFolder(features)
     data = read_limited(query)
     vector = embed_query(opened.manifest, data, bundle and bundle_path(bundle))
-    with _rows("rows", len(opened)) as progress:
-        found = nearest.neighbours(opened, vector, top, progress=progress)
+    with _progress_bar("rows", len(opened)) as progress:
+        matches = nearest.neighbours(opened, vector, top, progress=progress)
     if html:
-        asked = pages.Picture(pages.data_uri(pages.shrink(decode(data))), query.name)
-        near = pages.pictures(opened, [(each.key, each.cosine) for each in found])
-        _write(html, pages.gallery(f"Nearest to {query.name}", [("query", [asked]), (f"in {features}", near)]))
-    for each in found:
-        typer.echo(json.dumps({"key": each.key, "cosine": round(each.cosine, 6)}))
+        picture = pages.Picture(pages.data_uri(pages.shrink(decode(data))), query.name)
+        pictures = pages.pictures(opened, [(match.key, match.cosine) for match in matches])
+        _write(html, pages.gallery(f"Nearest to {query.name}", [("query", [picture]), (f"in {features}", pictures)]))
+    for match in matches:
+        typer.echo(json.dumps({"key": match.key, "cosine": round(match.cosine, 6)}))
 
 
 @app.command()
 def duplicates(
     features: FeaturesArgument,
-    threshold: Annotated[float, typer.Option(help="Cosine from which two images are doubles.")] = 0.995,
-    html: Annotated[Path | None, typer.Option(help="Write a page of pictures, of the largest groups.")] = None,
+    threshold: Annotated[float, typer.Option(help="Cosine similarity from which two images are duplicates.")] = 0.995,
+    html: Annotated[Path | None, typer.Option(help="Also write an HTML page with the largest groups.")] = None,
 ) -> None:
-    """Find near-doubles by cosine, exactly: groups as JSON lines, the largest first.
+    """Find near-duplicates by cosine similarity, exactly: groups as JSON lines, largest first.
 
-    Example: mixmim duplicates features --html doubles.html
+    Example: mixmim duplicates features --html duplicates.html
     """
     import json
 
     from mixmim_serve.explore import pages
     from mixmim_serve.explore.duplicates import duplicates as find
-    from mixmim_serve.extract.features import Features
+    from mixmim_serve.extract.features import FeatureFolder
 
-    opened = Features(features)
-    with _rows("pairs", len(opened) ** 2 // 2) as progress:
+    opened = FeatureFolder(features)
+    with _progress_bar("pairs", len(opened) ** 2 // 2) as progress:
         groups = find(opened, threshold, progress)
     if html and groups:
-        shown = [list(zip(group.keys, group.cosines, strict=True))[:DOUBLES_SHOWN] for group in groups[:GROUPS_SHOWN]]
-        made = iter(pages.pictures(opened, [each for group in shown for each in group]))
-        sections = [(f"{len(group)} images", list(itertools.islice(made, len(group)))) for group in shown]
-        _write(html, pages.gallery(f"Near-doubles in {features}", sections))
+        shown = [list(zip(group.keys, group.cosines, strict=True))[:IMAGES_SHOWN] for group in groups[:GROUPS_SHOWN]]
+        pictures = iter(pages.pictures(opened, [match for group in shown for match in group]))
+        sections = [(f"{len(group)} images", list(itertools.islice(pictures, len(group)))) for group in shown]
+        _write(html, pages.gallery(f"Near-duplicates in {features}", sections))
     for group in groups:
         typer.echo(json.dumps({"keys": group.keys, "cosines": [round(cosine, 6) for cosine in group.cosines]}))
-    double = sum(len(group.keys) - 1 for group in groups)
-    typer.echo(f"{len(groups):,} groups; {double:,} of {len(opened):,} images have a double before them", err=True)
+    copies = sum(len(group.keys) - 1 for group in groups)
+    typer.echo(f"{len(groups):,} groups; {copies:,} of {len(opened):,} images duplicate an earlier one", err=True)
 
 
 @app.command("map")
 def draw_map(
     features: FeaturesArgument,
-    html: Annotated[Path, typer.Option(help="The page to write.")] = Path("map.html"),
-    images: Annotated[int, typer.Option(min=4, help="On the map at most, evenly from all.")] = 3000,
+    html: Annotated[Path, typer.Option(help="The HTML page to write.")] = Path("map.html"),
+    images: Annotated[int, typer.Option(min=4, help="Maximum number of images, sampled evenly.")] = 3000,
 ) -> None:
-    """Draw the images where t-SNE puts their embeddings: a page to zoom and move in.
+    """Draw a t-SNE map of the images: an HTML page to zoom and pan.
 
     Example: mixmim map features --html map.html
     """
     from mixmim_serve.explore import pages
     from mixmim_serve.explore.map import layout
-    from mixmim_serve.extract.features import Features
+    from mixmim_serve.extract.features import FeatureFolder
 
-    opened = Features(features)
+    opened = FeatureFolder(features)
     with progress_console().status("t-SNE"):
-        found = layout(opened, images)
-    small = pages.thumbnails(opened, found.keys, pages.ON_MAP)
-    _write(html, pages.map_page(f"{len(found.keys):,} of {len(opened):,} images in {features}", found, small))
+        positions = layout(opened, images)
+    thumbnails = pages.thumbnails(opened, positions.keys, pages.ON_MAP)
+    title = f"{len(positions.keys):,} of {len(opened):,} images in {features}"
+    _write(html, pages.map_page(title, positions, thumbnails))
 
 
 @contextlib.contextmanager
-def _rows(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar for what takes long; gone when it is done."""
+def _progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A transient progress bar, in a terminal only."""
     from rich.progress import Progress as Bar
 
     with Bar(console=progress_console(), transient=True, disable=not progress_console().is_terminal) as bar:

@@ -13,14 +13,14 @@ from mixmim_serve.cli.common import BundleArgument, EngineOption, app, bundle_pa
 if TYPE_CHECKING:
     from mixmim_serve.engines import Engine
 
-Seed = Annotated[int, typer.Option(min=0, help="Chooses the units that image B covers.")]
+Seed = Annotated[int, typer.Option(min=0, help="Selects the units that image B covers.")]
 
 
 @app.command()
 def embed(
     bundle: BundleArgument,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGES", help="Files; a folder counts as its images.")],
-    output: Annotated[Path | None, typer.Option(help="A .npy file: float32, one row an image, in order.")] = None,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGES", help="Image files, or folders of them.")],
+    output: Annotated[Path | None, typer.Option(help="A .npy file: float32, one row per image, in order.")] = None,
     runtime: EngineOption = "auto",
 ) -> None:
     """Embed images: JSON lines on standard output, or one .npy file.
@@ -50,11 +50,11 @@ def embed(
 @app.command()
 def classify(
     bundle: BundleArgument,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGES", help="Files; a folder counts as its images.")],
-    top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 5,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGES", help="Image files, or folders of them.")],
+    top: Annotated[int, typer.Option(min=1, help="Number of classes per image.")] = 5,
     runtime: EngineOption = "auto",
 ) -> None:
-    """Classify images, one JSON line each; the bundle needs a head.
+    """Classify images: one JSON line per image. The bundle needs a classification head.
 
     Example: mixmim classify my-bundle examples/hat.jpg --top 3
     """
@@ -74,14 +74,14 @@ def classify(
 @app.command()
 def reconstruct(
     bundle: BundleArgument,
-    image_a: Annotated[Path, typer.Argument(metavar="A", help="The image that is partly covered.")],
+    image_a: Annotated[Path, typer.Argument(metavar="A", help="The image to cover partly.")],
     image_b: Annotated[Path, typer.Argument(metavar="B", help="The image that covers it.")],
-    output: Annotated[Path, typer.Option(help="The panel to write.")] = Path("panel.png"),
+    output: Annotated[Path, typer.Option(help="The PNG file to write.")] = Path("panel.png"),
     ratio: Annotated[float, typer.Option(help="Share of units that B covers.")] = 0.5,
     seed: Seed = 0,
     runtime: EngineOption = "auto",
 ) -> None:
-    """Mix two images, let the network complete both, and draw a panel.
+    """Mix two images, reconstruct both, and draw a panel.
 
     Example: mixmim reconstruct tiny examples/hat.jpg examples/shoes.jpg --output panel.png
     """
@@ -101,7 +101,7 @@ def reconstruct(
 
 
 def _each_image(engine: Engine, images: list[Path], output: str) -> Iterator[tuple[Path, Any]]:
-    """One encoder output of each image, in order; the first that cannot be read ends the command."""
+    """One encoder output per image, in order; raises the error of the first unreadable image."""
     from mixmim_serve.extract.pipeline import run_files
     from mixmim_serve.sources.names import expand
 

@@ -13,11 +13,11 @@ from mixmim_serve.cli.common import BundleArgument, EngineOption, app, bundle_pa
 @app.command("import")
 def import_(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="An official or mmpretrain checkpoint (.pth).")],
-    target: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="Where to write ours.")],
-    image_size: Annotated[int, typer.Option(help="Carry the weights to this input size, in pixels.")] = 0,
-    decoder_heads: Annotated[int, typer.Option(help="Attention heads of the decoder, when not the published 16.")] = 0,
+    target: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="The checkpoint to write.")],
+    image_size: Annotated[int, typer.Option(help="Resize the weights to this input size, in pixels.")] = 0,
+    decoder_heads: Annotated[int, typer.Option(help="Attention heads of the decoder, if not the published 16.")] = 0,
 ) -> None:
-    """Read a released checkpoint; pickled code is never run.
+    """Convert a released checkpoint; pickled code is never executed.
 
     Example: mixmim import mixmim_base.pth base.safetensors
     """
@@ -31,35 +31,35 @@ def import_(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A .safetensors checkpoint of ours.")],
-    bundle_dir: Annotated[Path, typer.Argument(metavar="BUNDLE_DIR", help="The folder to write.")],
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A .safetensors checkpoint.")],
+    bundle_dir: Annotated[Path, typer.Argument(metavar="BUNDLE_DIR", help="The bundle folder to write.")],
     precision: Annotated[
-        list[str], typer.Option(help="fp32, fp16 or bf16, that graphs compute in; may be given several times.")
+        list[str], typer.Option(help="Precision of the graphs: fp32, fp16 or bf16; may be repeated.")
     ] = ["fp32"],  # noqa: B006 - typer wants a list
     target: Annotated[
-        list[str], typer.Option(help="onnx, openvino, tensorrt or tensorrt-rtx; may be given several times.")
+        list[str], typer.Option(help="Runtimes: onnx, openvino, tensorrt or tensorrt-rtx; may be repeated.")
     ] = ["onnx"],  # noqa: B006
     batches: Annotated[
-        tuple[int, int, int], typer.Option(metavar="MIN OPT MAX", help="Of TensorRT engines; fastest at OPT.")
+        tuple[int, int, int], typer.Option(metavar="MIN OPT MAX", help="TensorRT's batch sizes; OPT is fastest.")
     ] = (1, 8, 32),
     compute_capability: Annotated[
-        list[str] | None, typer.Option(help="GPUs to build for, such as 8.9 (tensorrt-rtx only); else this machine's.")
+        list[str] | None, typer.Option(help="GPUs to compile for, such as 8.9 (tensorrt-rtx only).")
     ] = None,
-    timing_cache: Annotated[Path | None, typer.Option(help="A file that makes TensorRT's next build faster.")] = None,
+    timing_cache: Annotated[Path | None, typer.Option(help="A file that speeds up TensorRT's next build.")] = None,
     half_weights: Annotated[
-        bool, typer.Option("--half-weights", help="Store weights in fp16 (half the size); computing stays float32.")
+        bool, typer.Option("--half-weights", help="Store the weights in fp16, at half the size.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle.")] = False,
-    store: Annotated[str, typer.Option(help="Also put it into BentoML's model store: NAME, or NAME:VERSION.")] = "",
+    store: Annotated[str, typer.Option(help="Also save it in BentoML's model store as NAME or NAME:VERSION.")] = "",
 ) -> None:
-    """Turn a checkpoint into a bundle, checked against torch on real photos.
+    """Export a checkpoint as a bundle, verified against torch on real photos.
 
     Example: mixmim export runs/tiny/final.safetensors bundles/tiny --precision fp32 --precision fp16
     """
     from mixmim_serve.publish.store import check_new_tag, store_bundle
 
     if store:
-        check_new_tag(store)  # before torch is loaded, and minutes of work
+        check_new_tag(store)  # fail before torch loads and minutes of work
     from export.build import Options, export_bundle
     from export.tensorrt import EngineOptions
 
@@ -69,8 +69,9 @@ def export(
         exported = export_bundle(checkpoint, bundle_dir, options, status.update)
     typer.echo(f"wrote {bundle_dir}  fingerprint {exported.bundle.fingerprint}")
     for name, outputs in exported.agreement.items():
-        cosine, error = min(each.cosine for each in outputs.values()), max(each.error for each in outputs.values())
-        typer.echo(f"{name}: cosine with torch {cosine:.6f} or more, difference {error:.1e} of the largest value")
+        cosine = min(agreement.cosine for agreement in outputs.values())
+        error = max(agreement.error for agreement in outputs.values())
+        typer.echo(f"{name}: cosine with torch at least {cosine:.6f}, error at most {error:.1e} of the largest value")
     if store:
         typer.echo(f"stored as {store_bundle(exported.bundle, store)}")
 
@@ -79,7 +80,7 @@ def export(
 def info(
     path: Annotated[Path, typer.Argument(metavar="CHECKPOINT|BUNDLE", help="What to describe.")],
 ) -> None:
-    """Say what a checkpoint or bundle is, as JSON; a bundle's files are compared with their checksums.
+    """Describe a checkpoint or bundle as JSON; a bundle's checksums are verified.
 
     Example: mixmim info tiny
     """
@@ -93,51 +94,51 @@ def info(
 
     if path.is_file():
         description = read_description(path)
-        about: dict[str, Any] = {"checkpoint": str(path)}
+        facts: dict[str, Any] = {"checkpoint": str(path)}
     else:
         bundle = open_bundle(bundle_path(path))
         bundle.verify()
         description = bundle.description
-        about = {
+        facts = {
             "bundle": str(bundle.path),
             "fingerprint": bundle.fingerprint,
             "weights": bundle.weights,
             "precisions": bundle.precisions,
-            "built": [dataclasses.asdict(each) for each in bundle.built],
+            "built": [dataclasses.asdict(engine) for engine in bundle.built],
             "outputs": bundle.graphs,
             "versions": bundle.versions,
-            "certificates": [each.summary() for each in certificates(bundle)],
+            "certificates": [certificate.summary() for certificate in certificates(bundle)],
         }
-    typer.echo(json.dumps(about | {"size": size_name(description.arch)} | description.to_dict(), indent=2))
+    typer.echo(json.dumps(facts | {"size": size_name(description.arch)} | description.to_dict(), indent=2))
 
 
 @app.command()
 def serve(
     bundle: BundleArgument = Path("tiny"),
     port: Annotated[int, typer.Option(min=1, max=65535, help="TCP port.")] = 3000,
-    host: Annotated[str, typer.Option(help="Address to bind; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 accepts other machines.")] = "127.0.0.1",
     engine: EngineOption = "auto",
     api_keys: Annotated[
-        Path | None, typer.Option(help="A file with one API key a line; requests must then bring one of them.")
+        Path | None, typer.Option(help="A file with one API key per line; requests must then send one of them.")
     ] = None,
     cors: Annotated[
-        list[str] | None, typer.Option(metavar="ORIGIN", help="A web page that may call the server from a browser.")
+        list[str] | None, typer.Option(metavar="ORIGIN", help="Allow browser requests from pages of this origin.")
     ] = None,
-    log_format: Annotated[str, typer.Option(help="text, or json.")] = "text",
+    log_format: Annotated[str, typer.Option(help="text or json.")] = "text",
     jobs_root: Annotated[
-        list[str] | None, typer.Option(metavar="FOLDER", help="Take jobs over HTTP that extract what lies below it.")
+        list[str] | None, typer.Option(metavar="FOLDER", help="Accept extraction jobs over HTTP for images below it.")
     ] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A limit or a time; docs/serving.md has all.")
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A limit or timeout; see docs/serving.md.")
     ] = None,
 ) -> None:
-    """Serve a bundle over HTTP; ready when GET /readyz answers 200, tried at /docs.
+    """Serve a bundle over HTTP; ready when GET /readyz returns 200, interactive documentation at /docs.
 
     Example: mixmim serve tiny --port 3000 --set max_items=128
     """
     from mixmim_serve.service.server import launch
     from mixmim_serve.service.settings import from_assignments
 
-    given = {"api_keys": str(api_keys or ""), "cors": tuple(cors or ()), "log_format": log_format}
-    given["jobs_roots"] = tuple(jobs_root or ())
-    launch(bundle_path(bundle), host, port, engine, from_assignments(set_ or [], **given))
+    options = {"api_keys": str(api_keys or ""), "cors": tuple(cors or ()), "log_format": log_format}
+    settings = from_assignments(set_ or [], jobs_roots=tuple(jobs_root or ()), **options)
+    launch(bundle_path(bundle), host, port, engine, settings)

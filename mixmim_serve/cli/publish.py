@@ -10,7 +10,8 @@ import typer
 from mixmim_serve.cli.common import BundleArgument, app, bundle_path
 
 RepoArgument = Annotated[
-    str, typer.Argument(metavar="REPO", help="user/name on the Hugging Face hub, or a folder: /shared/shoes, ./shoes.")
+    str,
+    typer.Argument(metavar="REPO", help="user/name on the Hugging Face Hub, or a folder: /shared/shoes, ./shoes."),
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle in a folder.")]
 
@@ -19,10 +20,10 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an e
 def push(
     bundle: BundleArgument,
     repo: RepoArgument,
-    public: Annotated[bool, typer.Option("--public", help="Let everyone see a repository that this makes.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Publish a bundle with a model card; a hub repository that is not there yet is made, a private one.
+    """Publish a bundle with a model card; a new Hub repository is private unless --public is given.
 
     Example: mixmim push bundles/shoes me/shoes
     """
@@ -35,10 +36,10 @@ def push(
 def pull(
     repo: RepoArgument,
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The bundle folder to write.")],
-    revision: Annotated[str, typer.Option(help="A branch, tag or commit of the hub.")] = "",
+    revision: Annotated[str, typer.Option(help="A branch, tag or commit on the Hub.")] = "",
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Fetch a published bundle; every file is compared with its checksum before the folder appears.
+    """Download a published bundle; every checksum is verified before the folder appears.
 
     Example: mixmim pull me/shoes bundles/shoes
     """

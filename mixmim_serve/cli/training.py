@@ -9,23 +9,26 @@ import typer
 
 from mixmim_serve.cli.common import app, bundle_path, first_process, progress_console
 
-DATA = "a folder at any depth, tar shards, Parquet, or a list of paths; local or by URL"
+DATA = "a folder of any depth, tar shards, Parquet files, or a list of paths; local or a URL"
 Out = Annotated[Path, typer.Option(metavar="RUN", help="The run folder; must be new or empty.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override any field of the recipe.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override any field of the recipe."),
+]
 Epochs = Annotated[int | None, typer.Option(help="Passes over the images; warm-up keeps its share.")]
-BatchSize = Annotated[int | None, typer.Option(help="Images an update, over all processes.")]
+BatchSize = Annotated[int | None, typer.Option(help="Images per update, over all processes.")]
 ImageSize = Annotated[int | None, typer.Option(help="Input size in pixels, a multiple of 32.")]
 Workers = Annotated[int | None, typer.Option(help="Processes that decode images.")]
-Track = Annotated[list[str] | None, typer.Option(help="mlflow or wandb, besides TensorBoard.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in RUN.")]
+Track = Annotated[list[str] | None, typer.Option(help="Also log to mlflow or wandb, besides TensorBoard.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in RUN.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in RUN.")]
 From = Annotated[Path, typer.Option("--from", metavar="CHECKPOINT", help="A checkpoint, a bundle, or tiny.")]
-Val = Annotated[str, typer.Option(help="Images to judge on; without it DATA/val, where DATA/train and DATA/val are.")]
+Val = Annotated[str, typer.Option(help="Validation images; default: DATA/val if DATA/train exists.")]
 
 
 @app.command()
 def pretrain(
-    data: Annotated[str, typer.Argument(metavar="DATA", help=f"Photos, no labels needed: {DATA}.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help=f"Photos, without labels: {DATA}.")],
     out: Out,
     recipe: Annotated[str, typer.Option(help="tiny-cpu or base-600ep.")] = "tiny-cpu",
     size: Annotated[str | None, typer.Option(help="tiny, base, base-384, large, large-384 or huge.")] = None,
@@ -33,7 +36,7 @@ def pretrain(
     epochs: Epochs = None,
     batch_size: BatchSize = None,
     workers: Workers = None,
-    knn: Annotated[str, typer.Option(metavar="DATA", help="Labelled photos (train, val) to judge on by k-NN.")] = "",
+    knn: Annotated[str, typer.Option(metavar="DATA", help="Labelled photos (train, val) for k-NN accuracy.")] = "",
     settings: Set = None,
     track: Track = None,
     resume: Resume = False,
@@ -51,14 +54,14 @@ def pretrain(
     from training.recipes import recipe as named_recipe
     from training.trainer import train
 
-    given = {"size": size, "image_size": image_size, "batch_size": batch_size, "workers": workers}
-    config = _with_options(named_recipe(recipe, PRETRAIN), given, epochs, settings)
+    options = {"size": size, "image_size": image_size, "batch_size": batch_size, "workers": workers}
+    config = _with_options(named_recipe(recipe, PRETRAIN), options, epochs, settings)
     source = open_source(data)
     labelled = None
     if knn:
         train_part, val_part = open_labelled(knn)
         if val_part is None:
-            raise DataError(f"{knn} has no folders train and val: k-NN needs images to know and images to ask about.")
+            raise DataError(f"{knn} has no folders train and val: k-NN needs reference images and queries.")
         labelled = train_part, val_part
     _print_config(config)
     task = Pretraining(config, source, labelled)
@@ -69,7 +72,7 @@ def pretrain(
 
 @app.command()
 def finetune(
-    data: Annotated[str, typer.Argument(metavar="DATA", help=f"Photos in a folder for each class: {DATA}.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help=f"Photos in one folder per class: {DATA}.")],
     start: Annotated[
         str, typer.Option("--from", metavar="CHECKPOINT", help="A checkpoint, a bundle, tiny, or scratch.")
     ],
@@ -85,7 +88,7 @@ def finetune(
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train a classifier from a pretrained backbone; class names are the folders'.
+    """Fine-tune a pretrained backbone as a classifier; folder names are the classes.
 
     Example: mixmim finetune clothing10 --from tiny --out runs/clothing
     """
@@ -96,12 +99,12 @@ def finetune(
     from training.start import SCRATCH, read_start
     from training.trainer import train
 
-    given = {"image_size": image_size, "batch_size": batch_size, "workers": workers}
-    config = _with_options(named_recipe(recipe, FINETUNE), given, epochs, settings)
-    images, judged = open_labelled(data, val)
+    options = {"image_size": image_size, "batch_size": batch_size, "workers": workers}
+    config = _with_options(named_recipe(recipe, FINETUNE), options, epochs, settings)
+    images, validation = open_labelled(data, val)
     checkpoint = None if start == SCRATCH else read_start(bundle_path(Path(start)))
     _print_config(config)
-    task = Finetuning(config, images.classes, checkpoint, judged)
+    task = Finetuning(config, images.classes, checkpoint, validation)
     final = train(
         task, images.source, out, progress_console(), resume=resume, overwrite=overwrite, trackers=track or ()
     )
@@ -111,14 +114,14 @@ def finetune(
 
 @app.command()
 def probe(
-    data: Annotated[str, typer.Argument(metavar="DATA", help=f"Photos in a folder for each class: {DATA}.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help=f"Photos in one folder per class: {DATA}.")],
     start: From,
     val: Val = "",
-    save: Annotated[Path | None, typer.Option(help="Write the checkpoint with the linear probe as its head.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Write a checkpoint with the linear probe as its head.")] = None,
     workers: Workers = 0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the probe's held-out images and order.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the probe's held-out images and order.")] = 0,
 ) -> None:
-    """Judge frozen features: k nearest neighbours and a linear probe, as JSON.
+    """Evaluate frozen features with k nearest neighbours and a linear probe: JSON.
 
     Example: mixmim probe clothing10 --from runs/tiny/final.safetensors
     """
@@ -129,38 +132,38 @@ def probe(
     from mixmim_serve.errors import DataError
     from training.distributed import join_world
     from training.evaluation.labelled import open_labelled
-    from training.evaluation.probe import probe as judge
+    from training.evaluation.probe import probe as run_probe
     from training.evaluation.probe import save_with_head
     from training.start import read_start
 
     checkpoint = read_start(bundle_path(start))
-    images, judged = open_labelled(data, val)
-    if judged is None:
-        raise DataError(f"{data} has no folders train and val: give the images to judge on with --val.")
+    images, validation = open_labelled(data, val)
+    if validation is None:
+        raise DataError(f"{data} has no folders train and val: give the validation images with --val.")
     with join_world() as world, Progress(console=progress_console()) as bar:
-        task = bar.add_task("embed", total=len(images.source.keys) + len(judged.source.keys))
-        found = judge(
-            checkpoint.model(), checkpoint.description, images, judged, world,
+        task = bar.add_task("embed", total=len(images.source.keys) + len(validation.source.keys))
+        result = run_probe(
+            checkpoint.model(), checkpoint.description, images, validation, world,
             seed=seed, workers=workers or 0, progress=lambda count: bar.advance(task, count),
         )  # fmt: skip
     if not first_process():
         return
-    typer.echo(json.dumps(found.to_dict(), indent=2))
-    if found.head.warning:
-        typer.echo(f"note: {found.head.warning}", err=True)
+    typer.echo(json.dumps(result.to_dict(), indent=2))
+    if result.head.warning:
+        typer.echo(f"note: {result.head.warning}", err=True)
     if save:
-        save_with_head(save, checkpoint, images.classes, found)
+        save_with_head(save, checkpoint, images.classes, result)
         typer.echo(f"wrote {save}; next: mixmim export {save} BUNDLE_DIR", err=True)
 
 
 @app.command()
 def evaluate(
-    data: Annotated[str, typer.Argument(metavar="DATA", help=f"Photos in a folder for each class: {DATA}.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help=f"Photos in one folder per class: {DATA}.")],
     start: From,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where report.json and confusion.png go.")] = Path("report"),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="For report.json and confusion.png.")] = Path("report"),
     workers: Workers = 0,
 ) -> None:
-    """Judge a classifier: top-1, top-5, each class, and a picture of what it confuses.
+    """Evaluate a classifier: top-1, top-5, per-class results, and a picture of the confusion matrix.
 
     Example: mixmim evaluate clothing10/test --from runs/clothing/final.safetensors --out report
     """
@@ -168,20 +171,21 @@ def evaluate(
 
     from mixmim_serve.sources import open_source
     from training.distributed import join_world
-    from training.evaluation.evaluate import evaluate as judge
+    from training.evaluation.evaluate import evaluate as run_evaluation
     from training.evaluation.evaluate import write_report
     from training.start import read_start
 
     checkpoint, source = read_start(bundle_path(start)), open_source(data)
     with join_world() as world, Progress(console=progress_console()) as bar:
         task = bar.add_task("classify", total=len(source.keys))
-        judged = judge(checkpoint, source, world, workers or 0, lambda count: bar.advance(task, count))
+        result = run_evaluation(checkpoint, source, world, workers or 0, lambda count: bar.advance(task, count))
     if not first_process():
         return
-    write_report(out, checkpoint, source, judged)
-    found = judged.accuracy
+    write_report(out, checkpoint, source, result)
+    accuracy = result.accuracy
     typer.echo(
-        f"top-1 {found.top1:.2f} %, top-5 {found.top5:.2f} % of {found.images} images; see {out / 'confusion.png'}"
+        f"top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} % of {accuracy.images} images; "
+        f"see {out / 'confusion.png'}"
     )
 
 
@@ -189,10 +193,10 @@ def evaluate(
 def check(
     data: Annotated[str, typer.Argument(metavar="DATA", help=f"Photos: {DATA}.")],
     val: Val = "",
-    image_size: Annotated[int, typer.Option(help="Input size of the training to come, in pixels.")] = 224,
-    as_json: Annotated[bool, typer.Option("--json", help="Everything found, in full.")] = False,
+    image_size: Annotated[int, typer.Option(help="Input size of the planned training, in pixels.")] = 224,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the full report as JSON.")] = False,
 ) -> None:
-    """Say what is in a data set before a long run: sizes, classes, unreadable images, doubles, leaks into val.
+    """Check a data set before a long run: sizes, classes, unreadable images, duplicates, leaks into val.
 
     Example: mixmim check clothing10
     """
@@ -201,16 +205,16 @@ def check(
     from rich.progress import Progress
 
     from mixmim_serve.sources import open_source
-    from training.check import check as look
+    from training.check import check as run_check
     from training.evaluation.labelled import train_and_val
 
     data, val = train_and_val(data, val)
-    source, other = open_source(data), open_source(val) if val else None
+    source, validation = open_source(data), open_source(val) if val else None
     with Progress(console=progress_console()) as bar:
         task = bar.add_task("check", total=None)
-        report = look(
+        report = run_check(
             source,
-            other,
+            validation,
             image_size=image_size,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
@@ -219,9 +223,9 @@ def check(
 
 @app.command()
 def replay(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run that ended with a gradient that is not finite.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run that stopped at a non-finite gradient.")],
 ) -> None:
-    """Do the step again that ended a run, in bf16 and float32, and say where it stops being finite.
+    """Run the step again that stopped a run, in bf16 and float32, and report where it stops being finite.
 
     Example: mixmim replay runs/tiny
     """
@@ -231,13 +235,13 @@ def replay(
         typer.echo(line)
 
 
-def _with_options(config: Any, given: dict[str, Any], epochs: int | None, settings: list[str] | None) -> Any:
-    """The recipe with options, then with settings."""
+def _with_options(config: Any, options: dict[str, Any], epochs: int | None, settings: list[str] | None) -> Any:
+    """The recipe with the options that are set, then with `--set` settings."""
     import dataclasses
 
     from mixmim_serve.settings import override
 
-    changes = {name: value for name, value in given.items() if value is not None}
+    changes = {name: value for name, value in options.items() if value is not None}
     if epochs is not None:
         config = config.with_epochs(epochs)
     return override(dataclasses.replace(config, **changes), settings or ())

@@ -1,4 +1,4 @@
-"""Runtimes that run a bundle: arrays in, arrays out. Each is imported only when it is opened."""
+"""Runtimes for bundles: arrays in, arrays out. Each is imported only when it is opened."""
 
 from mixmim_serve.engines.base import Engine, engine_fingerprint
 from mixmim_serve.engines.opening import open_engine

@@ -1,6 +1,6 @@
-"""What an engine is, and the checks that all engines share.
+"""The Engine protocol, and the checks that all engines share.
 
-An engine knows arrays. It knows nothing of images, files, HTTP, labels or queues.
+An engine takes and returns arrays. It knows nothing of images, files, HTTP, labels or queues.
 """
 
 from __future__ import annotations
@@ -19,37 +19,37 @@ Arrays = dict[str, NDArray[Any]]
 
 
 class Engine(Protocol):
-    """One runtime with one bundle loaded; may be called from several threads."""
+    """One runtime with one bundle loaded; thread-safe."""
 
     bundle: Bundle
     name: str  # runtime and device, such as "onnx-cpu"
-    precision: str  # in which it computes: fp32, fp16 or bf16
+    precision: str  # of its computations: fp32, fp16 or bf16
     version: str  # of the runtime
-    hardware: str  # what it runs on, by name
-    max_batch: int | None  # most rows of one call; None for any number
+    hardware: str  # name of the CPU or GPU that it runs on
+    max_batch: int | None  # rows per call, at most; None for any number
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> Arrays:
-        """Run a graph and return the chosen outputs, one row an item of the batch.
+        """Run a graph and return the chosen outputs, one row per row of the inputs.
 
-        `encoder`: `pixels` uint8 (B, size, size, 3) as `preprocess` makes them (the graph normalises); gives
-        `embedding` (B, D), `stage1` to `stage4` (B, D, H, W) and, with a head, `logits` (B, classes), all float32.
-        `reconstruct`: `image_a` and `image_b` as `pixels`, `from_partner` bool (B, units); gives `mixed`,
+        `encoder`: `pixels` uint8 (B, size, size, 3) from `preprocess` (the graph normalises); returns `embedding`
+        (B, D), `stage1` to `stage4` (B, D, H, W) and, with a head, `logits` (B, classes), all float32.
+        `reconstruct`: `image_a` and `image_b` like `pixels`, `from_partner` bool (B, units); returns `mixed`,
         `reconstruction_a` and `reconstruction_b`, float32 (B, 3, size, size) in normalised pixel units.
 
         Raises:
             BundleError: when the bundle has no such graph.
-            EngineError: for inputs or outputs that the graph does not have, or more rows than `max_batch`.
+            EngineError: for unknown or malformed inputs, unknown outputs, or more rows than `max_batch`.
         """
         ...
 
 
 def engine_fingerprint(engine: Engine) -> str:
-    """128 bits that change with anything that changes the numbers: the bundle's, and how this engine computes.
+    """128 bits, in hex, of everything that changes the outputs: the bundle's fingerprint, the engine and its precision.
 
-    A runtime's version is left out: releases differ by rounding of the last bits, like processors do.
+    The runtime's version does not count: releases differ in the rounding of the last bits, as processors do.
     """
-    about = {"bundle": engine.bundle.fingerprint, "engine": engine.name, "precision": engine.precision}
-    return hashlib.sha256(canonical_json(about)).hexdigest()[:32]
+    identity = {"bundle": engine.bundle.fingerprint, "engine": engine.name, "precision": engine.precision}
+    return hashlib.sha256(canonical_json(identity)).hexdigest()[:32]
 
 
 def check_request(
@@ -59,7 +59,7 @@ def check_request(
     inputs: Mapping[str, NDArray[Any]],
     outputs: Sequence[str],
 ) -> None:
-    """Refuse what the graph does not take or give, before a runtime answers with a page of its own.
+    """Reject what the graph cannot take or return, with a sentence instead of a runtime's own report.
 
     Raises:
         BundleError: when the bundle has no such graph.
@@ -68,34 +68,37 @@ def check_request(
     bundle.require_graph(graph)
     unknown = [name for name in outputs if name not in bundle.graphs[graph]]
     if unknown or not outputs:
-        raise EngineError(f"the {graph} graph gives {', '.join(bundle.graphs[graph])}; asked for {unknown or 'none'}.")
+        raise EngineError(
+            f"the {graph} graph returns {', '.join(bundle.graphs[graph])}; requested: "
+            f"{', '.join(unknown) or 'nothing'}."
+        )
     if inputs.keys() != expected.keys():
         raise EngineError(f"the {graph} graph takes {', '.join(expected)}; got {', '.join(inputs) or 'nothing'}.")
     batches = {array.shape[:1] for array in inputs.values()}
     if (0,) in batches:
-        raise EngineError("the batch is empty: give one row at least.")
+        raise EngineError("the batch is empty: pass at least one row.")
     for name, array in inputs.items():
         if array.dtype != _dtype(name):
-            raise EngineError(f"{name} must be of type {_dtype(name)}; got {array.dtype}.")
+            raise EngineError(f"{name} must have dtype {_dtype(name)}; got {array.dtype}.")
         if array.shape[1:] != expected[name] or len(batches) != 1:
             raise EngineError(
-                f"{name} must be (batch, {', '.join(map(str, expected[name]))}) with one batch for all inputs; "
-                f"got {array.shape}."
+                f"{name} must have shape (batch, {', '.join(map(str, expected[name]))}), with the same batch for all "
+                f"inputs; got {array.shape}."
             )
 
 
 def best_precision(bundle: Bundle, order: Sequence[str]) -> str:
-    """The first of these that the bundle has graphs for; if it has none, the first, which is then refused."""
-    return next((each for each in order if each in bundle.precisions), order[0])
+    """The first of these that the bundle has graphs for; if it has none, the first, which is then rejected."""
+    return next((precision for precision in order if precision in bundle.precisions), order[0])
 
 
-def largest_batch(engine: Engine, wanted: int) -> int:
-    """`wanted` rows, or as many as the engine takes in one call."""
-    return min(wanted, engine.max_batch or wanted)
+def largest_batch(engine: Engine, preferred: int) -> int:
+    """Rows per call: `preferred`, or fewer if the engine takes fewer."""
+    return min(preferred, engine.max_batch or preferred)
 
 
 def graph_inputs(bundle: Bundle, graph: str) -> dict[str, tuple[int, ...]]:
-    """Shapes of a graph's inputs, the batch left out."""
+    """Shapes of a graph's inputs, without the batch dimension."""
     size = bundle.arch.image_size
     if graph == "encoder":
         return {"pixels": (size, size, 3)}
@@ -103,5 +106,5 @@ def graph_inputs(bundle: Bundle, graph: str) -> dict[str, tuple[int, ...]]:
 
 
 def _dtype(name: str) -> np.dtype[Any]:
-    """What graphs take: bytes for images, bool for the mask."""
+    """The dtype of a graph's input: uint8 for images, bool for the mask."""
     return np.dtype(np.bool_ if name == "from_partner" else np.uint8)

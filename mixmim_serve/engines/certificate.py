@@ -1,7 +1,7 @@
-"""Does this engine, on this machine, give torch's numbers? The proof that is asked for before an engine serves.
+"""Certificates: how closely an engine, on this machine, agrees with torch. Only engines that agree may serve.
 
-The bundle's golden photos run through the engine that was actually loaded; the result is kept in the bundle's folder,
-one file for each engine, precision, runtime version and hardware, so that it is measured once.
+The bundle's golden photos run through the loaded engine. The result is kept in the bundle's folder, one file per
+engine, precision, runtime version and hardware, so that it is measured once.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ FOLDER = "certificates"  # in the bundle
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far an output may be from torch in float32."""
+    """How far an output may deviate from torch in float32."""
 
-    cosine: float  # at least, of each row
-    error: float  # at most: largest difference, as a share of the output's largest absolute value
+    cosine: float  # of each row, at least
+    error: float  # largest difference as a share of the output's largest absolute value, at most
 
 
-# The one place for all of them; measured figures in docs/engines.md. float32 differs by the order of sums alone, a
-# wrong constant or operator by 1e-2 or more. Half precision rounds each product: to 11 bits in fp16, 8 in bf16.
+# Measured figures: docs/engines.md. float32 differs only by the order of sums, a wrong constant or operator by 1e-2 or
+# more. Half precision rounds each product: to 11 bits in fp16, 8 in bf16.
 TOLERANCES = {
     "fp32": Tolerance(0.999999, 1e-4),
     "fp16": Tolerance(0.9999, 1e-2),
@@ -46,19 +46,19 @@ TOLERANCES = {
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of one output with its golden array."""
+    """How closely one output agrees with its golden array."""
 
-    cosine: float  # smallest of all rows
+    cosine: float  # lowest of all rows
     error: float  # as in `Tolerance`
 
     def within(self, tolerance: Tolerance) -> bool:
-        """False for anything that is not a number, too."""
+        """Whether both figures are within the tolerance; False for NaN."""
         return self.cosine >= tolerance.cosine and self.error <= tolerance.error
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was measured for one engine."""
+    """The agreement of one engine with the golden arrays, by output."""
 
     engine: str
     precision: str
@@ -71,43 +71,43 @@ class Certificate:
     @property
     def holds(self) -> bool:
         """Whether every output is within its tolerance."""
-        return all(each.within(TOLERANCES[self.precision]) for each in self.outputs.values())
+        return all(agreement.within(TOLERANCES[self.precision]) for agreement in self.outputs.values())
 
     @property
     def cosine(self) -> float:
-        """The worst."""
-        return float(np.min([each.cosine for each in self.outputs.values()]))
+        """Lowest cosine of all outputs."""
+        return float(np.min([agreement.cosine for agreement in self.outputs.values()]))
 
     @property
     def error(self) -> float:
-        """The worst."""
-        return float(np.max([each.error for each in self.outputs.values()]))
+        """Largest error of all outputs."""
+        return float(np.max([agreement.error for agreement in self.outputs.values()]))
 
     def require(self) -> None:
-        """Refuse an engine whose numbers are wrong.
+        """Reject an engine that deviates from torch.
 
         Raises:
-            EngineError: with the numbers.
+            EngineError: naming the output and its figures.
         """
-        allowed = TOLERANCES[self.precision]
-        for name, found in self.outputs.items():
-            if not found.within(allowed):
+        tolerance = TOLERANCES[self.precision]
+        for name, agreement in self.outputs.items():
+            if not agreement.within(tolerance):
                 raise EngineError(
-                    f"{self.engine} {self.precision} is not to be trusted with this model: its {name} has a cosine of "
-                    f"{found.cosine:.6f} with torch (at least {allowed.cosine} is asked for) and differs by "
-                    f"{found.error:.2g} of the largest value (at most {allowed.error:g}): use another engine or "
+                    f"{self.engine} {self.precision} deviates from torch on this model: the cosine of {name} is "
+                    f"{agreement.cosine:.6f} (at least {tolerance.cosine} is required) and its error is "
+                    f"{agreement.error:.2g} of the largest value (at most {tolerance.error:g}): use another engine or "
                     "precision."
                 )
 
     def summary(self) -> dict[str, object]:
-        """JSON values, for people."""
-        about = {name: getattr(self, name) for name in ("engine", "precision", "version", "hardware", "holds")}
-        return about | {"cosine": self.cosine, "error": self.error}
+        """A short form for `/model` and the command line, as JSON values."""
+        identity = {name: getattr(self, name) for name in ("engine", "precision", "version", "hardware", "holds")}
+        return identity | {"cosine": self.cosine, "error": self.error}
 
 
 def certify(engine: Engine) -> Certificate:
-    """The engine's certificate: the one that is kept, or measured now and kept where the bundle can be written to."""
-    known = {
+    """The engine's certificate: read from the bundle's folder, or measured now and stored there if it is writable."""
+    identity = {
         "engine": engine.name,
         "precision": engine.precision,
         "version": f"{engine.version}, {platform.system()} {platform.machine()}",
@@ -115,28 +115,28 @@ def certify(engine: Engine) -> Certificate:
         "fingerprint": engine.bundle.fingerprint,
         "golden": engine.bundle.checksums[GOLDEN],
     }
-    path = engine.bundle.path / FOLDER / _file_name(known)
-    kept = _read(path)
-    if kept and all(getattr(kept, name) == value for name, value in known.items()):
-        return kept
-    certificate = Certificate(**known, outputs=measure(engine, load_file(engine.bundle.path / GOLDEN)))
+    path = engine.bundle.path / FOLDER / _file_name(identity)
+    stored = _read(path)
+    if stored and all(getattr(stored, name) == value for name, value in identity.items()):
+        return stored
+    certificate = Certificate(**identity, outputs=measure(engine, load_file(engine.bundle.path / GOLDEN)))
     try:
         path.parent.mkdir(exist_ok=True)
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(dataclasses.asdict(certificate), indent=2) + "\n")
     except OSError:
-        pass  # a bundle on a read-only disk is measured at each start
+        pass  # a bundle on a read-only disk is measured at every start
     return certificate
 
 
 def certificates(bundle: Bundle) -> list[Certificate]:
-    """Those that are kept and belong to the bundle as it is."""
-    found = (_read(path) for path in sorted((bundle.path / FOLDER).glob("*.json")))
-    return [each for each in found if each and each.fingerprint == bundle.fingerprint]
+    """The stored certificates of this version of the bundle."""
+    stored = (_read(path) for path in sorted((bundle.path / FOLDER).glob("*.json")))
+    return [certificate for certificate in stored if certificate and certificate.fingerprint == bundle.fingerprint]
 
 
 def measure(engine: Engine, golden: Arrays) -> dict[str, Agreement]:
-    """Of every output of every graph, in a batch of all golden rows, or as many as it takes, and in a batch of one."""
+    """Agreement of every output, the worse of two batches: all golden rows (or as many as fit), and one alone."""
     agreements: dict[str, Agreement] = {}
     for graph, outputs in engine.bundle.graphs.items():
         for rows in (slice(engine.max_batch), slice(0, 1)):
@@ -144,35 +144,35 @@ def measure(engine: Engine, golden: Arrays) -> dict[str, Agreement]:
             results = engine.run(graph, inputs, outputs)
             for name in outputs:
                 key = f"{graph}.{name}"
-                found = agreement(results[name], golden[key][rows])
-                worst = agreements.get(key, found)
-                # numpy's, which keep a NaN
-                cosine, error = np.minimum(worst.cosine, found.cosine), np.maximum(worst.error, found.error)
+                current = agreement(results[name], golden[key][rows])
+                worst = agreements.get(key, current)
+                # np.minimum and np.maximum propagate NaN
+                cosine, error = np.minimum(worst.cosine, current.cosine), np.maximum(worst.error, current.error)
                 agreements[key] = Agreement(float(cosine), float(error))
     return agreements
 
 
-def agreement(found: NDArray[np.float32], expected: NDArray[np.float32]) -> Agreement:
-    """Of two arrays (rows, ...)."""
-    one, two = (array.reshape(len(array), -1).astype(np.float64) for array in (found, expected))
-    with np.errstate(all="ignore"):  # not a number is a result here, and within no tolerance
-        lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(two, axis=1)
-        cosine = ((one * two).sum(axis=1) / lengths).min()
-        error = np.abs(one - two).max() / np.abs(two).max()
+def agreement(actual: NDArray[np.float32], expected: NDArray[np.float32]) -> Agreement:
+    """Lowest cosine and largest error of two arrays (rows, ...)."""
+    actual_rows, expected_rows = (array.reshape(len(array), -1).astype(np.float64) for array in (actual, expected))
+    with np.errstate(all="ignore"):  # NaN is a valid result, within no tolerance
+        lengths = np.linalg.norm(actual_rows, axis=1) * np.linalg.norm(expected_rows, axis=1)
+        cosine = ((actual_rows * expected_rows).sum(axis=1) / lengths).min()
+        error = np.abs(actual_rows - expected_rows).max() / np.abs(expected_rows).max()
     return Agreement(float(min(cosine, 1.0)) if np.isfinite(cosine) else float("nan"), float(error))
 
 
 def _read(path: Path) -> Certificate | None:
-    """None for what is missing, damaged or from another version of this format."""
+    """A stored certificate; None if missing, damaged or written by another version."""
     try:
         values = json.loads(path.read_text())
-        outputs = {name: Agreement(**each) for name, each in values.pop("outputs").items()}
+        outputs = {name: Agreement(**figures) for name, figures in values.pop("outputs").items()}
         return Certificate(**values, outputs=outputs)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def _file_name(known: Mapping[str, str]) -> str:
-    """Readable, and as many as there are kinds of machine that share a bundle."""
-    where = hashlib.sha256(f"{known['version']}\0{known['hardware']}".encode()).hexdigest()[:8]
-    return re.sub(r"[^\w.-]", "-", f"{known['engine']}-{known['precision']}-{where}") + ".json"
+def _file_name(identity: Mapping[str, str]) -> str:
+    """Readable, and different for each kind of machine that shares a bundle."""
+    machine = hashlib.sha256(f"{identity['version']}\0{identity['hardware']}".encode()).hexdigest()[:8]
+    return re.sub(r"[^\w.-]", "-", f"{identity['engine']}-{identity['precision']}-{machine}") + ".json"

@@ -1,4 +1,4 @@
-"""Memory, a stream and captured graphs of the first CUDA device: what an engine needs of NVIDIA's bindings."""
+"""Memory, streams and captured graphs of the first CUDA device, on NVIDIA's Python bindings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mixmim_serve.errors import EngineError
 
 
 def runtime() -> Any:
-    """`cuda.bindings.runtime`, imported when it is first needed.
+    """`cuda.bindings.runtime`, imported on first use.
 
     Raises:
         EngineError: when it is not installed.
@@ -28,48 +28,49 @@ def runtime() -> Any:
 
 
 def checked(result: tuple[Any, ...]) -> Any:
-    """The value of a call, which returns it behind an error code.
+    """The value of a call, which CUDA returns after an error code.
 
     Raises:
-        EngineError: with CUDA's own words.
+        EngineError: with CUDA's message.
     """
     error, *values = result
     if int(error):
-        words = runtime().cudaGetErrorString(error)[1]
-        raise EngineError(f"CUDA failed: {words.decode() if isinstance(words, bytes) else words} ({int(error)}).")
+        message = runtime().cudaGetErrorString(error)[1]
+        text = message.decode() if isinstance(message, bytes) else message
+        raise EngineError(f"CUDA failed: {text} ({int(error)}).")
     return values[0] if values else None
 
 
 class DeviceMemory:
-    """Bytes on the device, given back when the object goes."""
+    """Device memory, freed with the object."""
 
     def __init__(self, size: int) -> None:
         self.size = max(size, 1)
         self.address = int(checked(runtime().cudaMalloc(self.size)))
-        _when_gone(self, runtime().cudaFree, self.address)
+        _free_with(self, runtime().cudaFree, self.address)
 
 
 def pinned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """An array that the device copies from and to while the CPU goes on; given back with its last view."""
+    """An array in pinned host memory, for asynchronous copies; freed with its last view."""
     size = math.prod(shape) * dtype.itemsize
     address = int(checked(runtime().cudaMallocHost(max(size, 1))))
     buffer = (ctypes.c_uint8 * size).from_address(address)
-    _when_gone(buffer, runtime().cudaFreeHost, address)
+    _free_with(buffer, runtime().cudaFreeHost, address)
     return np.frombuffer(memoryview(buffer), dtype).reshape(shape)
 
 
-class Stream:
-    """One queue of work; everything but `wait` returns before it is done."""
+class CudaStream:
+    """A CUDA stream; every method but `wait` returns before the work is done."""
 
     def __init__(self) -> None:
         cuda = runtime()
         self.handle = checked(cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking))
-        _when_gone(self, cuda.cudaStreamDestroy, self.handle)
+        _free_with(self, cuda.cudaStreamDestroy, self.handle)
 
     def upload(self, source: NDArray[Any], target: DeviceMemory) -> None:
         """Copy a pinned array to the start of `target`."""
         kind = runtime().cudaMemcpyKind.cudaMemcpyHostToDevice
-        assert source.flags.c_contiguous and source.nbytes <= target.size  # noqa: S101, PT018 - ours to get right
+        assert source.flags.c_contiguous and source.nbytes <= target.size  # noqa: S101, PT018 - a caller's bug
         checked(runtime().cudaMemcpyAsync(target.address, source.ctypes.data, source.nbytes, kind, self.handle))
 
     def download(self, source: DeviceMemory, target: NDArray[Any]) -> None:
@@ -79,17 +80,17 @@ class Stream:
         checked(runtime().cudaMemcpyAsync(target.ctypes.data, source.address, target.nbytes, kind, self.handle))
 
     def wait(self) -> None:
-        """Until all that was queued is done."""
+        """Wait until all queued work is done."""
         checked(runtime().cudaStreamSynchronize(self.handle))
 
     def capture(self, enqueue: Callable[[], None]) -> CapturedGraph:
-        """What `enqueue` queues on this stream, as one graph; nothing of it runs.
+        """Capture what `enqueue` queues on this stream as a graph, without running it.
 
         Raises:
-            EngineError: when it cannot be captured; the stream can be used as before.
+            EngineError: when it cannot be captured; the stream stays usable.
         """
         cuda = runtime()
-        # Of this thread alone: other threads, and torch in them, may allocate meanwhile.
+        # Thread-local: other threads, with torch in them, may allocate meanwhile.
         checked(cuda.cudaStreamBeginCapture(self.handle, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
         try:
             enqueue()
@@ -109,18 +110,18 @@ class Stream:
     def _end_capture(self) -> tuple[Any, ...]:
         result: tuple[Any, ...] = runtime().cudaStreamEndCapture(self.handle)
         if int(result[0]):
-            runtime().cudaGetLastError()  # or the next call of anybody would report it
+            runtime().cudaGetLastError()  # or the next CUDA call would report it
         return result
 
 
 class CapturedGraph:
-    """Work that is queued as one."""
+    """An instantiated CUDA graph."""
 
     def __init__(self, handle: Any) -> None:
         self.handle = handle
-        _when_gone(self, runtime().cudaGraphExecDestroy, handle)
+        _free_with(self, runtime().cudaGraphExecDestroy, handle)
 
 
-def _when_gone(owner: object, give_back: Callable[[Any], object], what: Any) -> None:
-    """Not at the end of the process, when the driver may be gone already and takes back everything anyway."""
-    weakref.finalize(owner, give_back, what).atexit = False
+def _free_with(owner: object, free: Callable[[Any], object], resource: Any) -> None:
+    """Free a resource with its owner, but not at exit: then the driver frees everything, and may be gone already."""
+    weakref.finalize(owner, free, resource).atexit = False

@@ -1,4 +1,4 @@
-"""What this machine is, and how runtimes' errors are told in one sentence."""
+"""Names and capabilities of this machine's CPU and GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute, CUDA driver
 
 @functools.cache
 def processor() -> str:
-    """Model name of the CPU and the matrix instructions it has, such as "AMD EPYC (avx512_bf16)"."""
+    """Model name of the CPU and its best matrix instructions, such as "AMD EPYC (avx512_bf16)"."""
     name, flags = platform.processor() or platform.machine(), set[str]()
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -24,13 +24,13 @@ def processor() -> str:
                 break
     except OSError:
         pass  # not Linux
-    known = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
-    return f"{name} ({known[-1]})" if known else name
+    supported = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+    return f"{name} ({supported[-1]})" if supported else name
 
 
 @functools.cache
 def has_cuda_device() -> bool:
-    """Whether the CUDA driver finds a GPU; asked of the driver, since packages for CUDA install without one."""
+    """Whether the CUDA driver finds a GPU; CUDA packages install on machines without one too."""
     try:
         driver = _driver()
         count = ctypes.c_int(0)
@@ -62,7 +62,7 @@ def gpu_name() -> str:
 
 
 def gpu_memory_used() -> float | None:
-    """MB that everybody together uses of the first CUDA device's memory; None where NVML cannot tell."""
+    """MB of the first CUDA device's memory that all processes use; None if NVML cannot tell."""
     try:
         import pynvml
     except ImportError:
@@ -73,7 +73,7 @@ def gpu_memory_used() -> float | None:
         address = ctypes.create_string_buffer(32)
         _driver().cuDeviceGetPCIBusId(address, len(address), _first_device())
         pynvml.nvmlInit()
-        # NVML numbers all GPUs, CUDA those that CUDA_VISIBLE_DEVICES leaves: the bus address is the same in both.
+        # NVML numbers all GPUs, CUDA only those in CUDA_VISIBLE_DEVICES: the bus address identifies a GPU in both.
         handle = pynvml.nvmlDeviceGetHandleByPciBusId(address.value)
         return float(pynvml.nvmlDeviceGetMemoryInfo(handle).used) / 1e6
     except pynvml.NVMLError:
@@ -91,5 +91,5 @@ def _driver() -> ctypes.CDLL:
 
 
 def first_line(error: Exception | str) -> str:
-    """The sentence with which a runtime begins its report."""
+    """The first line of a runtime's error report."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,4 +1,4 @@
-"""ONNX Runtime: the CPU, or a CUDA device where onnxruntime-gpu finds one; TensorRT inside it if asked for."""
+"""ONNX Runtime on the CPU, or on a CUDA device if onnxruntime-gpu finds one; on request with TensorRT inside."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CPU, CUDA, TENSORRT = (f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "T
 
 
 class OnnxEngine:
-    """A session a graph, opened when the graph is first asked for."""
+    """One session per graph, opened when the graph is first run."""
 
     version: str = onnxruntime.__version__
     max_batch: int | None = None
@@ -57,18 +57,18 @@ class OnnxEngine:
         check_request(self.bundle, graph, graph_inputs(self.bundle, graph), inputs, outputs)
         session = self._session(graph)
         try:
-            if self.device == "cpu":  # no buckets: neither memory nor speed gains (docs/engines.md)
+            if self.device == "cpu":  # buckets improve neither memory nor speed (docs/engines.md)
                 feed = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
                 return dict(zip(outputs, session.run(list(outputs), feed), strict=True))
-            with self._running:  # a bound session owns the memory that it reads and writes
+            with self._running:  # a bound session owns its input and output memory
                 if graph not in self._bound:
                     self._bound[graph] = BoundSession(session, self.device)
                 return run_in_buckets(functools.partial(self._bound[graph].run, outputs=outputs), inputs)
-        except Exception as error:  # ONNX Runtime's own classes have no common base
+        except Exception as error:  # ONNX Runtime's exceptions have no common base
             raise EngineError(f"ONNX Runtime failed on the {graph} graph: {first_line(error)}") from error
 
     def _provider(self) -> str:
-        """What runs the graphs: a GPU where the driver finds one and the package can use it."""
+        """CUDA if the driver finds a GPU and the package supports it, else the CPU."""
         usable = has_cuda_device() and CUDA in onnxruntime.get_available_providers()
         return CUDA if usable else CPU
 
@@ -83,7 +83,7 @@ class OnnxEngine:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
-        # Threads that spin while they wait take the cores from those that decode images (docs/engines.md).
+        # Waiting threads that spin take cores from the threads that decode images (docs/engines.md).
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
         if self.device == "cuda":
@@ -94,18 +94,18 @@ class OnnxEngine:
             raise EngineError(
                 f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {first_line(error)}"
             ) from error
-        if self.provider not in session.get_providers():  # ONNX Runtime says so in a warning, and takes the next one
+        if self.provider not in session.get_providers():  # ONNX Runtime only warns, and falls back
             raise EngineError(
                 f"ONNX Runtime {onnxruntime.__version__} cannot load its {self.provider}: {_ADVICE[self.provider]}"
             )
         return session
 
     def _providers(self, graph: str) -> list[tuple[str, dict[str, Any]]]:
-        """In order of preference, with options; `graph` is for those that compile."""
+        """Execution providers with options, in order of preference; `graph` matters to those that compile."""
         cuda = {
-            "use_tf32": "0",  # float32 is to be float32: TF32 rounds to 10 bits, as fp16 does
+            "use_tf32": "0",  # keep float32 exact: TF32 rounds to 10 bits, like fp16
             "arena_extend_strategy": "kSameAsRequested",
-            "cudnn_conv_algo_search": "HEURISTIC",  # the default tries every algorithm anew for each batch size
+            "cudnn_conv_algo_search": "HEURISTIC",  # the default tries every algorithm for each batch size
         }
         options: dict[str, dict[str, Any]] = {CPU: {}, CUDA: cuda}
         wanted = [CPU] if self.device == "cpu" else [CUDA, CPU]
@@ -113,18 +113,18 @@ class OnnxEngine:
 
 
 class OnnxTensorRtEngine(OnnxEngine):
-    """TensorRT as ONNX Runtime's execution provider: compiles when it is opened, which takes minutes the first time.
+    """TensorRT as ONNX Runtime's execution provider. It compiles when opened, which takes minutes the first time.
 
-    What it compiled is kept in the bundle's folder `cache`, where that can be written to.
+    Compiled engines are stored in the bundle's folder `cache` if it is writable.
     """
 
     def _provider(self) -> str:
         if not has_cuda_device():
-            raise EngineError("onnx-tensorrt needs an NVIDIA GPU, and the CUDA driver finds none.")
-        if TENSORRT not in onnxruntime.get_available_providers():
             raise EngineError(
-                "this ONNX Runtime knows no TensorRT: run pip install 'mixmim-serve[gpu]' (without [cpu])."
+                "onnx-tensorrt needs an NVIDIA GPU, but the CUDA driver finds none: choose another engine."
             )
+        if TENSORRT not in onnxruntime.get_available_providers():
+            raise EngineError("this ONNX Runtime lacks TensorRT: run pip install 'mixmim-serve[gpu]' (without [cpu]).")
         return TENSORRT
 
     def _providers(self, graph: str) -> list[tuple[str, dict[str, Any]]]:
@@ -138,7 +138,7 @@ class OnnxTensorRtEngine(OnnxEngine):
         return [(TENSORRT, compiled), *super()._providers(graph)]
 
     def _profile(self, graph: str) -> dict[str, str]:
-        """The batches to compile for, all buckets at once; without it each larger batch would compile anew."""
+        """Batch sizes to compile for: all buckets at once, else each larger batch would be compiled separately."""
         shapes = graph_inputs(self.bundle, graph)
         batches = {"min": BUCKETS[0], "opt": 8, "max": BUCKETS[-1]}
         return {
@@ -150,7 +150,7 @@ class OnnxTensorRtEngine(OnnxEngine):
 
 
 class BoundSession:
-    """A session that reads and writes memory of its device; each batch size keeps its own from call to call."""
+    """A session with its own device memory, kept from call to call for each batch size."""
 
     def __init__(self, session: onnxruntime.InferenceSession, device: str) -> None:
         self.session, self.device = session, device
@@ -158,7 +158,7 @@ class BoundSession:
         self.values: dict[tuple[str, int], onnxruntime.OrtValue] = {}
 
     def run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> Arrays:
-        """One batch; one copy to the device for each input and one back for each output asked for."""
+        """Run one batch, with one copy to the device per input and one back per requested output."""
         binding = self.session.io_binding()
         batch = len(next(iter(inputs.values())))
         for name, array in inputs.items():
@@ -181,12 +181,12 @@ class BoundSession:
     def _on_host(self, value: onnxruntime.OrtValue) -> NDArray[Any]:
         array: NDArray[Any] = value.numpy()
         if self.device == "cpu":
-            return array.copy()  # it is a view, which the next call alters
+            return array.copy()  # a view, which the next call overwrites
         return array
 
 
 def cache_options(folder: Path) -> dict[str, Any]:
-    """Where TensorRT keeps what it compiled; nowhere if the bundle cannot be written to."""
+    """Options that make TensorRT store compiled engines in a folder; none if the folder cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
@@ -200,21 +200,21 @@ def cache_options(folder: Path) -> dict[str, Any]:
 
 
 _ADVICE = {
-    CPU: "install it again.",
-    CUDA: "run pip install 'mixmim-serve[gpu]', with CUDA's libraries, or hide the GPU (CUDA_VISIBLE_DEVICES=).",
-    TENSORRT: "it wants the libraries of TensorRT 10 (pip install 'tensorrt-cu13<11'), on LD_LIBRARY_PATH.",
+    CPU: "reinstall it.",
+    CUDA: "run pip install 'mixmim-serve[gpu]', which has CUDA's libraries, or hide the GPU (CUDA_VISIBLE_DEVICES=).",
+    TENSORRT: "it needs the libraries of TensorRT 10 (pip install 'tensorrt-cu13<11') on LD_LIBRARY_PATH.",
 }
 
 
 @functools.cache
 def _preload_cuda() -> None:
-    """Load CUDA's libraries from the packages that the extra `gpu` brings; those of the system are found anyway."""
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
+    """Load CUDA's libraries from the packages of the extra `gpu`; the system's are found anyway."""
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints the libraries that it does not find
         onnxruntime.preload_dlls()
 
 
 def _refuse_both_packages() -> None:
-    """The two packages write the same files: with both, which one runs is chance."""
+    """Both packages install the same files: with both, which one runs is undefined."""
     if _installed("onnxruntime") and _installed("onnxruntime-gpu"):
         raise EngineError(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: "

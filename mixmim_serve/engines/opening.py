@@ -12,8 +12,7 @@ from mixmim_serve.engines.certificate import certify
 from mixmim_serve.engines.hardware import has_cuda_device
 from mixmim_serve.errors import BundleError, EngineError
 
-# Fastest first (docs/engines.md). TensorRT inside ONNX Runtime compiles when it is opened, for minutes: only if asked
-# for.
+# Fastest first (docs/engines.md). TensorRT inside ONNX Runtime is missing: it compiles for minutes when it is opened.
 _ON_CPU = ("openvino", "onnx", "torch")
 _ON_GPU = ("tensorrt", "tensorrt-rtx", "onnx", "torch")
 _CLASSES = {
@@ -30,14 +29,14 @@ log = logging.getLogger(__name__)
 
 
 def open_engine(bundle: Bundle | Path, kind: str = "auto", precision: str = "", threads: int = 0) -> Engine:
-    """Verify a bundle and load it into a runtime; `threads` 0 takes every core, no `precision` the engine's fastest.
+    """Verify a bundle and load it into a runtime.
 
-    `kind` "auto" takes the fastest engine that is installed and gives torch's numbers on the bundle's golden photos
-    (`mixmim_serve.engines.certificate`).
+    `kind` "auto" chooses the fastest installed engine that agrees with torch on the bundle's golden photos
+    (`mixmim_serve.engines.certificate`). Without `precision` the engine's fastest is used, with `threads` 0 every core.
 
     Raises:
         BundleError: when the bundle is incomplete or altered, or lacks the precision.
-        EngineError: when the runtime is unknown or not installed, refuses the bundle or cannot do the precision.
+        EngineError: when the runtime is unknown or not installed, or cannot run the bundle in this precision.
     """
     if isinstance(bundle, Path):
         bundle = open_bundle(bundle)
@@ -52,7 +51,7 @@ def check_kind(kind: str) -> None:
     """Check the name of an engine.
 
     Raises:
-        EngineError: for an unknown one, listing the known ones.
+        EngineError: for an unknown name, listing the valid ones.
     """
     if kind not in ("auto", *ENGINES):
         raise EngineError(f"unknown engine {kind!r}: choose one of auto, {', '.join(ENGINES)}.")
@@ -65,16 +64,16 @@ def _open(bundle: Bundle, kind: str, precision: str, threads: int) -> Engine:
 
 
 def _fastest(bundle: Bundle, precision: str, threads: int) -> Engine:
-    """The first engine, in order of preference, that can be opened and whose certificate holds."""
-    refused: dict[str, None] = {}
-    # A package for CPUs alone, on a machine with a GPU, must not stop the search for one that uses it.
+    """The first engine, in order of preference, that opens and whose certificate is valid."""
+    refusals: dict[str, None] = {}  # an ordered set
+    # On a machine with a GPU, a package that supports only CPUs must not end the search.
     order = [(kind, True) for kind in _ON_GPU if has_cuda_device()] + [(kind, False) for kind in _ON_CPU]
     for kind, on_gpu in order:
         try:
             engine = _open(bundle, kind, precision, threads)
         except (BundleError, EngineError) as error:
             log.info("engine %s: %s", kind, error)
-            refused[str(error)] = None
+            refusals[str(error)] = None
             continue
         if on_gpu and engine.name.endswith("-cpu"):
             continue
@@ -82,7 +81,7 @@ def _fastest(bundle: Bundle, precision: str, threads: int) -> Engine:
             certify(engine).require()
         except EngineError as error:
             log.warning("%s", error)
-            refused[str(error)] = None
+            refusals[str(error)] = None
         else:
             return engine
-    raise EngineError("no engine can run this bundle here. " + " ".join(refused))
+    raise EngineError("no installed engine can run this bundle. " + " ".join(refusals))

@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU: bf16 where the processor has it (AMX or AVX512-BF16), else float32."""
+"""OpenVINO on the CPU: bf16 if the processor supports it (AMX or AVX512-BF16), else float32."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ TYPES = {"fp32": openvino.Type.f32, "bf16": openvino.Type.bf16}
 
 @functools.cache
 def core() -> openvino.Core:
-    """One for as long as the process lives.
+    """OpenVINO's core, kept until the process ends.
 
-    The CPU plugin gives the thread that loads it a signal stack of its own, and unmaps that stack when the last core
-    goes, in whatever thread: the next signal would end the process with SIGSEGV (OpenVINO 2026.4).
+    The CPU plugin gives the thread that loads it a signal stack, and unmaps it when the last core is deleted, in any
+    thread: the next signal would end the process with SIGSEGV (OpenVINO 2026.4).
     """
     return openvino.Core()
 
 
 def has_bf16() -> bool:
-    """Whether the processor has instructions for it."""
+    """Whether the processor has bf16 instructions."""
     return "BF16" in core().get_property("CPU", properties.device.capabilities)
 
 
 class OpenVinoEngine:
-    """Compiled models, made from the float32 graphs when they are first asked for.
+    """Models compiled from the float32 graphs when they are first run.
 
-    The encoder is compiled for the embedding and logits, and once more when somebody wants its stages: these are
-    tensors of the residual stream, all of which OpenVINO then keeps in float32, at a price for everybody. Who wants
-    both gets each from its own graph, so that an embedding never depends on what else was asked for.
-    One image at a time and thousands run alike: all cores work on one batch, calls wait for each other.
+    The encoder is compiled for the embedding and logits, and a second time when stages are first requested: these
+    expose the residual stream, which OpenVINO then keeps in float32, making every output slower. A request for both
+    runs both models, so that an embedding never depends on the other outputs of its request.
+    All cores work on one batch at a time; concurrent calls wait.
     """
 
     name = "openvino-cpu"
@@ -64,10 +64,10 @@ class OpenVinoEngine:
             raise EngineError(f"{self.hardware} has no bf16 instructions: choose fp32.")
         self._settings: dict[Any, Any] = {
             properties.hint.inference_precision: TYPES[self.precision],
-            # THROUGHPUT halves the speed on two cores: it splits them into streams that each hold a batch.
+            # THROUGHPUT halves the speed on two cores: it splits them into streams with a batch each.
             properties.hint.performance_mode: properties.hint.PerformanceMode.LATENCY,
-            # Threads bound to cores wait, spinning, for a core that decodes or answers requests while another is free:
-            # 12 % more CPU time an image in a server under load.
+            # Pinned threads spin while another thread decodes on their core, even if other cores are idle: 12 % more
+            # CPU time per image in a server under load.
             properties.hint.enable_cpu_pinning: False,
         }
         if threads:
@@ -80,13 +80,13 @@ class OpenVinoEngine:
         """See `Engine.run`."""
         check_request(self.bundle, graph, graph_inputs(self.bundle, graph), inputs, outputs)
         feed = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
-        found: Arrays = {}
+        results: Arrays = {}
         with self._running:  # a request owns its output tensors until they are copied
             for pooled in (True, False):
                 names = [name for name in outputs if (name in POOLED) == pooled]
                 if names:
-                    found |= self._infer(graph, feed, names, pooled=pooled)
-        return {name: found[name] for name in outputs}
+                    results |= self._infer(graph, feed, names, pooled=pooled)
+        return {name: results[name] for name in outputs}
 
     def _infer(self, graph: str, feed: Arrays, names: Sequence[str], *, pooled: bool) -> Arrays:
         request = self._request(graph, pooled=pooled)
@@ -108,8 +108,8 @@ class OpenVinoEngine:
 
 
 def read_graph(path: Path, *, pooled: bool) -> openvino.Model:
-    """An ONNX graph as OpenVINO is to compile it; `pooled` leaves the encoder's stages out."""
-    # Told to read ONNX: left to itself it tries every format on a damaged file, TensorFlow's among them.
+    """Read an ONNX graph for compilation; `pooled` drops the encoder's stages."""
+    # Without the format's name OpenVINO tries every format on a damaged file, TensorFlow among them.
     reader = FrontEndManager().load_by_framework("onnx")
     model = reader.convert(reader.load(str(path)))
     _trust_softmax(model)
@@ -120,9 +120,9 @@ def read_graph(path: Path, *, pooled: bool) -> openvino.Model:
 
 
 def _trust_softmax(model: openvino.Model) -> None:
-    """Take out what OpenVINO puts behind each Attention operator: zeros for rows whose scores are all -inf.
+    """Remove what OpenVINO adds after each Attention operator: zeros for rows whose scores are all -inf.
 
-    We block scores with -1e4, so there is no such row, and looking for one reads and writes every value again.
+    We block scores with -1e4, so no such row exists, and the check reads and writes every value again.
     """
     for node in model.get_ops():
         if node.get_type_name() == "Select" and node.input_value(0).get_node().get_type_name() == "IsNaN":

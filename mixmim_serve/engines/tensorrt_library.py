@@ -1,6 +1,6 @@
-"""TensorRT's Python module, for those who build engines and those who run them.
+"""TensorRT's Python module, for compiling and running engines.
 
-`tensorrt` and `tensorrt-rtx` (TensorRT for RTX, complete on PyPI) have one API and share all code.
+`tensorrt` and `tensorrt-rtx` (TensorRT for RTX, complete on PyPI) have the same API and share all code.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
 
 def load(runtime: str) -> ModuleType:
-    """The module.
+    """Import the module of a runtime.
 
     Raises:
         EngineError: when it is not installed.
@@ -28,12 +28,12 @@ def load(runtime: str) -> ModuleType:
         raise EngineError(f"{runtime} is not installed: run pip install 'mixmim-serve[{runtime}]'.") from error
 
 
-@functools.cache  # TensorRT keeps the first logger that it is given for as long as the process lives
+@functools.cache  # TensorRT keeps the first logger for the life of the process
 def logger(trt: ModuleType) -> Any:
-    """Collects `errors`; `reason()` is the first of them as a sentence."""
+    """A logger that collects `errors`; `reason()` returns the first line of the first one."""
 
     class Log(trt.ILogger):  # type: ignore[misc, name-defined]
-        """Keeps the errors, which TensorRT prints instead of raising."""
+        """Collects the errors, which TensorRT logs instead of raising."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)

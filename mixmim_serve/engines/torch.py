@@ -1,4 +1,4 @@
-"""Torch, rebuilt from the checkpoint inside the bundle: the reference that the other engines are held to."""
+"""Torch, rebuilt from the checkpoint in the bundle: the reference for all other engines."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mixmim_serve.model.normalize import Normalize
 
 
 class TorchEngine:
-    """The network on the CPU (float32 unless asked otherwise) or on a CUDA device (compiled, bf16)."""
+    """The network on the CPU (float32 by default) or on a CUDA device (compiled, bf16 by default)."""
 
     version: str = torch.__version__
     max_batch: int | None = None
@@ -37,12 +37,12 @@ class TorchEngine:
         self.hardware = torch.cuda.get_device_name(self.device) if cuda else processor()
         self.precision = precision or ("bf16" if cuda else "fp32")
         if threads:
-            torch.set_num_threads(threads)  # torch has one setting for the whole process
+            torch.set_num_threads(threads)  # a process-wide setting of torch
         self.model = load_checkpoint(bundle.path / WEIGHTS)[0].to(self.device)
         self.normalize = Normalize(bundle.description.preprocessing).to(self.device)
         if cuda and self.precision == "fp32":
-            torch.backends.cudnn.allow_tf32 = False  # the patches' convolution would be rounded to 10 bits
-        if cuda:  # on a CPU the compiler takes longer than most uses of this engine
+            torch.backends.cudnn.allow_tf32 = False  # the patch embedding's convolution would round to 10 bits
+        if cuda:  # on a CPU compiling takes longer than most uses of this engine
             self.model.compile(dynamic=True)
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> Arrays:
@@ -62,7 +62,7 @@ class TorchEngine:
         output = self.model(pixels)
         results = {"embedding": output.embedding_BD, **dict(zip(STAGE_OUTPUTS, output.stages_BDHW, strict=True))}
         if self.bundle.arch.num_classes:
-            # In float32: rounding a head of a few classes moves close decisions and saves nothing.
+            # In float32: rounding a head of few classes flips close decisions and saves nothing.
             with torch.autocast(self.device.type, enabled=False):
                 results["logits"] = self.model.head(output.embedding_BD.float())
         return results

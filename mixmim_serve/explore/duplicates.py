@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixmim_serve.errors import ConfigError
-from mixmim_serve.extract.features import Features, Vectors
+from mixmim_serve.extract.features import FeatureFolder, Vectors
 
 THRESHOLD = 0.995  # docs/extract.md says what it finds with the shipped model
 TILE = 4096  # rows on one side of a block of cosines: 64 MiB
@@ -24,7 +24,7 @@ class Group:
 
 
 def duplicates(
-    features: Features, threshold: float = THRESHOLD, progress: Callable[[int], None] = lambda pairs: None
+    features: FeatureFolder, threshold: float = THRESHOLD, progress: Callable[[int], None] = lambda pairs: None
 ) -> list[Group]:
     """Groups of near-doubles, the largest first. Time grows with the square of the rows, memory with the rows.
 
@@ -51,7 +51,7 @@ def duplicates(
     return _groups(features, firsts)
 
 
-def _tiles(features: Features, shard: int) -> Iterator[tuple[int, Vectors]]:
+def _tiles(features: FeatureFolder, shard: int) -> Iterator[tuple[int, Vectors]]:
     block = features.block(shard)
     for start in range(0, len(block.vectors), TILE):
         yield block.start + start, block.vectors[start : start + TILE]
@@ -81,7 +81,7 @@ def _join_across(
     there[joining] = start + leaders[near.argmax(0)[joining]]
 
 
-def _groups(features: Features, firsts: NDArray[np.int64]) -> list[Group]:
+def _groups(features: FeatureFolder, firsts: NDArray[np.int64]) -> list[Group]:
     members: dict[int, list[int]] = {}
     for row in np.flatnonzero(firsts != np.arange(len(firsts))).tolist():
         members.setdefault(int(firsts[row]), [int(firsts[row])]).append(row)

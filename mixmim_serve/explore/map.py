@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixmim_serve.errors import DataError, OutputError
-from mixmim_serve.extract.features import Features
+from mixmim_serve.extract.features import FeatureFolder
 
 IMAGES = 3000  # on a map, evenly from all: more would hide each other
 FEWEST = 4
@@ -16,14 +16,14 @@ PERPLEXITY = 30.0  # about how many neighbours a row is kept beside; t-SNE's usu
 
 
 @dataclass(frozen=True)
-class Layout:
+class MapLayout:
     """Keys and where they lie, (rows, 2), both coordinates from 0 to 1."""
 
     keys: tuple[str, ...]
     places: NDArray[np.float64]
 
 
-def layout(features: Features, images: int = IMAGES) -> Layout:
+def layout(features: FeatureFolder, images: int = IMAGES) -> MapLayout:
     """The places of at most `images` rows, taken evenly. The same features give the same places.
 
     Raises:
@@ -43,4 +43,4 @@ def layout(features: Features, images: int = IMAGES) -> Layout:
     perplexity = min(PERPLEXITY, (len(rows) - 1) / 3)
     places = TSNE(init="pca", perplexity=perplexity, random_state=0, n_jobs=-1).fit_transform(vectors)
     low, high = places.min(0), places.max(0)
-    return Layout(tuple(features.keys(rows)), (places - low) / np.maximum(high - low, 1e-12))
+    return MapLayout(tuple(features.keys(rows)), (places - low) / np.maximum(high - low, 1e-12))

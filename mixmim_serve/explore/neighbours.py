@@ -16,7 +16,7 @@ import numpy as np
 
 from mixmim_serve.bundle import canonical_json
 from mixmim_serve.errors import OutputError
-from mixmim_serve.extract.features import Features, Vectors
+from mixmim_serve.extract.features import FeatureFolder, Vectors
 
 INDEX_ABOVE = 1_000_000  # rows; that many exact cosines of 1,024 numbers take seconds
 INDEX = "index-{}.usearch"  # with what it was built from, so that it never answers for other features
@@ -32,7 +32,7 @@ class Neighbour:
 
 
 def neighbours(
-    features: Features,
+    features: FeatureFolder,
     query: Vectors,
     count: int = 10,
     *,
@@ -60,7 +60,7 @@ def neighbours(
     return [Neighbour(int(rows[place]), name, float(cosines[place])) for place, name in zip(order, names, strict=True)]
 
 
-def exact(features: Features, query: Vectors, count: int, progress: Callable[[int], None]) -> tuple[Any, Vectors]:
+def exact(features: FeatureFolder, query: Vectors, count: int, progress: Callable[[int], None]) -> tuple[Any, Vectors]:
     """Rows and cosines of the nearest, in no order; `query` has the length 1."""
     rows, cosines = np.zeros(0, np.int64), np.zeros(0, np.float32)
     for block in features.blocks():
@@ -73,7 +73,7 @@ def exact(features: Features, query: Vectors, count: int, progress: Callable[[in
     return rows, cosines
 
 
-def _index(features: Features, width: int, progress: Callable[[int], None]) -> Any:
+def _index(features: FeatureFolder, width: int, progress: Callable[[int], None]) -> Any:
     """Opened, or built."""
     from usearch.index import Index
 

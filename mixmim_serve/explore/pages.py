@@ -13,8 +13,8 @@ from PIL import Image
 
 from mixmim_serve.cores import usable_cores
 from mixmim_serve.errors import DataError, ImageError
-from mixmim_serve.explore.map import Layout
-from mixmim_serve.extract.features import Features
+from mixmim_serve.explore.map import MapLayout
+from mixmim_serve.extract.features import FeatureFolder
 from mixmim_serve.preprocess import decode, jpeg_reduction
 from mixmim_serve.sources import open_source
 
@@ -72,13 +72,13 @@ class Picture:
     caption: str
 
 
-def pictures(features: Features, found: Sequence[tuple[str, float]]) -> list[Picture]:
+def pictures(features: FeatureFolder, found: Sequence[tuple[str, float]]) -> list[Picture]:
     """Of keys and cosines, in order; see `thumbnails`."""
     small = thumbnails(features, [key for key, _ in found])
     return [Picture(data_uri(small[key]), f"{cosine:.4f} {key}") for key, cosine in found]
 
 
-def thumbnails(features: Features, keys: Iterable[str], square: int = 0) -> dict[str, Image.Image]:
+def thumbnails(features: FeatureFolder, keys: Iterable[str], square: int = 0) -> dict[str, Image.Image]:
     """Small pictures of some images, read again from the source; those that cannot be read are grey.
 
     `square`: cut to a square of so many pixels; else at most `THUMBNAIL` wide and high.
@@ -134,7 +134,7 @@ def gallery(title: str, sections: Sequence[tuple[str, Sequence[Picture]]]) -> st
     return _PAGE.format(title=html.escape(title), width=THUMBNAIL, style="", body="\n".join(body))
 
 
-def map_page(title: str, found: Layout, small: Mapping[str, Image.Image]) -> str:
+def map_page(title: str, found: MapLayout, small: Mapping[str, Image.Image]) -> str:
     """A page with every picture at its place; the wheel zooms, dragging moves, a picture tells its key.
 
     Frames are coloured by the first folder of the keys, where there are at most as many as colours.

@@ -1,4 +1,4 @@
-"""Features read back: what `mixmim extract` wrote, a block of rows at a time, in the order of the source."""
+"""Features read back: the output of `mixmim extract`, one shard at a time, in the order of the source."""
 
 from __future__ import annotations
 
@@ -24,67 +24,67 @@ Vectors = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Block:
-    """Rows `start` to `start + len(vectors)` of all."""
+class VectorBlock:
+    """Consecutive rows of a folder: `start` to `start + len(vectors)`."""
 
     start: int
-    vectors: Vectors  # (rows, D), each divided by its length
+    vectors: Vectors  # (rows, D), each of length 1
 
 
-class Features:
-    """A folder of features; of shards that are whole only."""
+class FeatureFolder:
+    """The features in a folder, of its complete shards."""
 
     def __init__(self, place: str | Path) -> None:
         """Read the manifest.
 
         Raises:
-            OutputError: there is none, or no rows yet.
+            OutputError: there is no manifest, or no row yet.
         """
         self.folder = Folder(place)
         self.manifest = read_manifest(self.folder)
         self.shards = [shard for shard in self.manifest["shards"] if shard["rows"]]
         if not self.shards:
-            raise OutputError(f"{place} holds no features yet: run mixmim extract to its end.")
+            raise OutputError(f"{place} has no features yet: let mixmim extract finish.")
         self.ends = list(itertools.accumulate(shard["rows"] for shard in self.shards))
 
     def __len__(self) -> int:
-        """Rows."""
+        """Number of rows."""
         return int(self.ends[-1])
 
-    def blocks(self) -> Iterator[Block]:
-        """All vectors, a shard at a time; local files are mapped into memory, so each pass is cheap."""
+    def blocks(self) -> Iterator[VectorBlock]:
+        """All vectors, one shard at a time; local files are memory-mapped, so each pass is cheap."""
         for number in range(len(self.shards)):
             yield self.block(number)
 
-    def block(self, number: int) -> Block:
+    def block(self, number: int) -> VectorBlock:
         """The vectors of one shard.
 
         Raises:
-            OutputError: its file is not what the manifest says.
+            OutputError: its file does not match the manifest.
         """
         vectors = self._vectors(self.shards[number]).astype(np.float32)
         if len(vectors) != self.shards[number]["rows"]:
-            raise OutputError(f"{self.folder.place} was altered: run the same mixmim extract again.")
+            raise OutputError(f"{self.folder.place} was altered: run the same `mixmim extract` again.")
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
         vectors /= np.maximum(lengths, np.finfo(np.float32).tiny)
-        return Block(self.ends[number] - len(vectors), vectors)
+        return VectorBlock(self.ends[number] - len(vectors), vectors)
 
     def keys(self, rows: Sequence[int]) -> list[str]:
-        """The keys of some rows; only their shards are opened."""
-        found: dict[int, str] = {}
+        """The keys of these rows; only their shards are opened."""
+        keys: dict[int, str] = {}
         for number, group in itertools.groupby(sorted(rows), lambda row: bisect.bisect(self.ends, row)):
             column = self._keys(self.shards[number])
             start = self.ends[number] - self.shards[number]["rows"]
-            found |= {row: column[row - start].as_py() for row in group}
-        return [found[row] for row in rows]
+            keys |= {row: column[row - start].as_py() for row in group}
+        return [keys[row] for row in rows]
 
     def vectors(self, rows: Sequence[int]) -> Vectors:
-        """Some rows, (rows, D), each divided by its length."""
-        found: dict[int, Vectors] = {}
+        """The vectors of these rows, (rows, D), each of length 1."""
+        vectors: dict[int, Vectors] = {}
         for number, group in itertools.groupby(sorted(rows), lambda row: bisect.bisect(self.ends, row)):
             block = self.block(number)
-            found |= {row: block.vectors[row - block.start] for row in group}
-        return np.stack([found[row] for row in rows])
+            vectors |= {row: block.vectors[row - block.start] for row in group}
+        return np.stack([vectors[row] for row in rows])
 
     def _vectors(self, shard: dict[str, Any]) -> NDArray[Any]:
         files = sorted(shard["files"])
@@ -110,20 +110,20 @@ class Features:
 
 
 def embed_query(manifest: Mapping[str, Any], data: bytes, bundle: Path | None = None) -> Vectors:
-    """The embedding, (D,), of an encoded image by the bundle, engine and precision that a manifest names.
+    """Embed an encoded image, (D,), with the bundle, engine and precision that a manifest names, or a moved `bundle`.
 
     Raises:
         ImageError: the image cannot be read.
-        BundleError: the bundle is not where it was.
-        OutputError: it is another bundle now, or another engine.
+        BundleError: the bundle is no longer there.
+        OutputError: the bundle or engine is not the one that made the features.
     """
     engine = open_engine(
         bundle or Path(manifest["bundle"]), manifest["engine"].partition("-")[0], manifest["precision"]
     )
     if engine_fingerprint(engine) != manifest["fingerprint"]:
         raise OutputError(
-            f"{engine.bundle.path} by {engine.name} does not give the numbers of these features (made by "
-            f"{manifest['model']} on {manifest['engine']}): name their bundle with --bundle."
+            f"{engine.bundle.path} on {engine.name} did not make these features ({manifest['model']} on "
+            f"{manifest['engine']} did): name their bundle with --bundle."
         )
     pixels = preprocess(data, engine.bundle.description.preprocessing)
     vector: Vectors = engine.run("encoder", {"pixels": pixels[None]}, ["embedding"])["embedding"][0]

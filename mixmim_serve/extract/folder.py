@@ -1,7 +1,7 @@
-"""The folder of results: local, or below a URL of anything that fsspec opens. Files in it are whole or not there.
+"""The output folder: local, or at a URL of any storage that fsspec supports. Files in it are written atomically.
 
-Locally a file is written under a temporary name, flushed to the disk and renamed. Behind a URL it is written to this
-machine's temporary folder and sent as one object, which object stores show only when they have all of it.
+A local file is written under a temporary name, flushed to disk and renamed. A file at a URL is written to this
+machine's temporary folder and uploaded as one object, which object stores show only once it is complete.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from mixmim_serve.errors import DataError, MixMIMError, OutputError
 from mixmim_serve.files import atomic_path
 from mixmim_serve.sources import storage
 
-FEATURES, LEDGER = "features", "shards"  # folders: data, and what is known of each shard
-DATASET = "features.lance"  # of Lance, in the place of `features`
+FEATURES, LEDGER = "features", "shards"  # folders: data, and a record per shard
+DATASET = "features.lance"  # with Lance, instead of `features`
 MANIFEST, ERRORS = "manifest.json", "errors.parquet"
 
-Files = dict[str, dict[str, Any]]  # name: bytes and sha256
+Files = dict[str, dict[str, Any]]  # name: size in bytes, sha256
 
 
 class Folder:
-    """Files by their names relative to the folder, `/` between parts."""
+    """Files by their names relative to the folder, with `/` between parts."""
 
     def __init__(self, place: str | Path) -> None:
         self.place = storage.from_spec(place)
@@ -35,17 +35,17 @@ class Folder:
             self.place = os.path.abspath(self.place)
 
     def path(self, name: str) -> str:
-        """The place of a file."""
-        return storage.below(self.place, name)
+        """The path or URL of a file."""
+        return storage.join(self.place, name)
 
     @contextlib.contextmanager
     def write(self, name: str) -> Iterator[Path]:
-        """A local path to write to; the file is in the folder when the block ends well, else nothing is.
+        """A local path to write to; the file appears in the folder when the block succeeds, and not when it raises.
 
         Raises:
-            OutputError: it cannot be written, such as on a full disk.
+            OutputError: it cannot be written, for example because the disk is full.
         """
-        with self.explained(name):
+        with self.translated_errors(name):
             if not self.is_url:
                 with atomic_path(Path(self.path(name))) as temporary:
                     yield temporary
@@ -58,7 +58,7 @@ class Folder:
                     filesystem.put_file(str(temporary), target)
 
     def write_bytes(self, name: str, data: bytes) -> None:
-        """A whole file.
+        """Write a file.
 
         Raises:
             OutputError: it cannot be written.
@@ -67,12 +67,12 @@ class Folder:
             path.write_bytes(data)
 
     def read_bytes(self, name: str) -> bytes | None:
-        """A whole file; None if there is none.
+        """Read a file; None if it does not exist.
 
         Raises:
             DataError: it cannot be read.
         """
-        with storage.explained(self.path(name), DataError):
+        with storage.translated_errors(self.path(name), DataError):
             try:
                 with storage.open_binary(self.path(name)) as file:
                     return file.read()
@@ -80,20 +80,20 @@ class Folder:
                 return None
 
     def sizes(self, below: str) -> dict[str, int]:
-        """Bytes of each file in one of its folders, by whole name."""
+        """Size in bytes of each file in a subfolder, by its name in this folder."""
         if not self.is_url:
-            with contextlib.suppress(FileNotFoundError), os.scandir(self.path(below)) as found:
-                return {f"{below}/{each.name}": each.stat().st_size for each in found if each.is_file()}
+            with contextlib.suppress(FileNotFoundError), os.scandir(self.path(below)) as entries:
+                return {f"{below}/{entry.name}": entry.stat().st_size for entry in entries if entry.is_file()}
             return {}
-        with storage.explained(self.path(below), DataError):
+        with storage.translated_errors(self.path(below), DataError):
             filesystem, path = storage.connect(self.path(below))
             filesystem.invalidate_cache()
-            listed = filesystem.ls(path, detail=True) if filesystem.exists(path) else []
-            return {f"{below}/{each['name'].rpartition('/')[2]}": each["size"] for each in listed}
+            infos = filesystem.ls(path, detail=True) if filesystem.exists(path) else []
+            return {f"{below}/{info['name'].rpartition('/')[2]}": info["size"] for info in infos}
 
     def remove(self, name: str) -> None:
-        """A file that may not be there."""
-        with self.explained(name), contextlib.suppress(FileNotFoundError):
+        """Delete a file, if it exists."""
+        with self.translated_errors(name), contextlib.suppress(FileNotFoundError):
             if self.is_url:
                 filesystem, path = storage.connect(self.path(name))
                 filesystem.rm_file(path)
@@ -101,30 +101,30 @@ class Folder:
                 os.unlink(self.path(name))
 
     def clean(self) -> None:
-        """Remove what writers that were killed left behind; only where no other run is under way."""
+        """Delete temporary files of killed writers; only while holding the folder's lock."""
         if not self.is_url:
             for folder in ("", FEATURES, LEDGER):
                 for path in Path(self.path(folder)).glob(".*.tmp"):
                     path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def explained(self, name: str) -> Iterator[None]:
-        """Turn whatever fails while a file is written into an `OutputError`."""
+    def translated_errors(self, name: str) -> Iterator[None]:
+        """Turn any failure to write a file into an `OutputError`."""
         try:
             yield
         except (MixMIMError, ModuleNotFoundError):
             raise
-        except Exception as error:  # OSError, pyarrow's, and whatever classes a storage has
+        except Exception as error:  # OSError, pyarrow's, and those of each storage
             if not self.is_url and not isinstance(error, OSError):
                 raise
             reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
             raise OutputError(
-                f"cannot write {self.path(name)}: {reason.splitlines()[0].rstrip('.') or type(error).__name__}; what "
-                "was written before is whole, and the same command goes on from there."
+                f"cannot write {self.path(name)}: {reason.splitlines()[0].rstrip('.') or type(error).__name__}; all "
+                "shards written so far are complete: run the same command again to resume."
             ) from error
 
 
 def sha256_and_size(path: Path) -> tuple[str, int]:
-    """Of a file that was just written."""
+    """Hex digest and size in bytes of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size

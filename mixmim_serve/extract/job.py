@@ -8,23 +8,23 @@ from pathlib import Path
 from typing import Protocol
 
 from mixmim_serve.extract.folder import Folder
-from mixmim_serve.extract.options import Options, Resources
-from mixmim_serve.extract.plan import Outcome, Shard
-from mixmim_serve.extract.progress import Meter, Progress
+from mixmim_serve.extract.options import ExtractOptions, Resources
+from mixmim_serve.extract.plan import Shard, ShardResult
+from mixmim_serve.extract.progress import ExtractProgress, Meter
 
 
 @dataclass(frozen=True)
-class Job:
-    """What to do; plain values, so that it can be sent and stored."""
+class ExtractJob:
+    """What a run of extraction does; plain values, so that it can be sent and stored."""
 
     bundle: Path
     source: str
     out: str
     engine: str = "auto"
     precision: str = ""
-    options: Options = field(default_factory=Options)
-    effort: Resources = field(default_factory=Resources)
-    retry_failed: bool = False  # only the images that could not be read before
+    options: ExtractOptions = field(default_factory=ExtractOptions)
+    effort: Resources = field(default_factory=Resources)  # its name is that of `--set effort.threads=4`
+    retry_failed: bool = False  # try only the images that could not be read before
 
 
 @dataclass(frozen=True)
@@ -34,21 +34,21 @@ class Summary:
     rows: int
     errors: int
     images: int  # of the source
-    complete: bool  # False when it was cancelled
-    progress: Progress
-    examples: tuple[tuple[str, str], ...]  # key and reason of some that could not be read
+    complete: bool  # False after a cancellation
+    progress: ExtractProgress
+    examples: tuple[tuple[str, str], ...]  # key and reason of some images that could not be read
 
 
 class Executor(Protocol):
-    """Who calls `extract_shard`, and where."""
+    """Decides where `extract_shard` runs."""
 
-    def about(self) -> Mapping[str, object]:
-        """What the engine says of itself, as `table.about`; and refuses options that it cannot do."""
+    def engine_metadata(self) -> Mapping[str, object]:
+        """The engine's `table.engine_metadata`; raises if it cannot produce what the options ask for."""
 
     def run(
-        self, shards: Sequence[Shard], known: Mapping[str, Outcome], folder: Folder, meter: Meter
-    ) -> Iterator[Outcome]:
-        """Do the shards, of those in `known` only the errors; each outcome is recorded before it is given."""
+        self, shards: Sequence[Shard], retried: Mapping[str, ShardResult], folder: Folder, meter: Meter
+    ) -> Iterator[ShardResult]:
+        """Do the shards, of those in `retried` only the failed images; each result is recorded, then yielded."""
 
     def close(self) -> None:
-        """Let go of engines."""
+        """Release the engines."""

@@ -1,6 +1,6 @@
-"""A Lance data set, `features.lance`: a fragment or more a shard, and one commit that lists those of whole shards.
+"""A Lance data set, `features.lance`: at least one fragment per shard, and one commit that lists the complete shards.
 
-Lance names its files itself, at random: here two runs hold the same table in files of different names.
+Lance gives its files random names, so two runs write the same table into files of different names.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import pyarrow as pa
 
 from mixmim_serve.errors import ConfigError
 from mixmim_serve.extract.folder import DATASET, Files, Folder, sha256_and_size
-from mixmim_serve.extract.plan import Outcome
+from mixmim_serve.extract.plan import ShardResult
 from mixmim_serve.extract.table import Table
 
-os.environ.setdefault("LANCE_LOG", "error")  # it warns of each data set that does not exist yet
+os.environ.setdefault("LANCE_LOG", "error")  # it warns about every data set that does not exist yet
 try:
     import lance
     from lance.file import LanceFileReader
@@ -31,20 +31,20 @@ except ImportError as error:
 
 @dataclass(frozen=True)
 class LanceSink:
-    """Fragments that no version of the data set names yet; see `mixmim_serve.extract.sinks.Sink`."""
+    """Writes fragments, which `commit` later adds to the data set; see `mixmim_serve.extract.sinks.Sink`."""
 
     folder: Folder
     table: Table
 
     def __post_init__(self) -> None:
         if self.folder.is_url:
-            raise ConfigError("Lance data sets are written to a local folder: choose one, or another format.")
+            raise ConfigError("Lance data sets are written to local folders only: choose one, or another format.")
 
     def write(self, shard: str, rows: Iterator[pa.Table]) -> Files:
         """See `Sink.write`."""
         batches = (batch for group in self.table.groups(rows) for batch in group.to_batches())
         reader = pa.RecordBatchReader.from_batches(self.table.schema, batches)
-        with self.folder.explained(DATASET):
+        with self.folder.translated_errors(DATASET):
             fragments = write_fragments(reader, self.folder.path(DATASET))
         return dict(self._entry(fragment) for fragment in fragments)
 
@@ -59,17 +59,17 @@ class LanceSink:
 
 
 def read(folder: Folder, name: str, columns: list[str] | None = None) -> pa.Table:
-    """The rows of one file."""
+    """Read the rows of one file."""
     return LanceFileReader(folder.path(name), columns=columns).read_all().to_table()
 
 
-def commit(folder: Folder, whole: Mapping[str, Outcome]) -> None:
-    """Make a version of the data set that holds exactly these shards, in order, and delete all files of others."""
-    files = {name: about for _, each in sorted(whole.items()) for name, about in each.files.items()}
+def commit(folder: Folder, shards: Mapping[str, ShardResult]) -> None:
+    """Write a version of the data set with exactly these shards, in order, and delete all other files."""
+    files = {name: entry for _, result in sorted(shards.items()) for name, entry in result.files.items()}
     if not files:
         return
     schema = LanceFileReader(folder.path(next(iter(files)))).metadata().schema
-    fragments = [FragmentMetadata.from_json(json.dumps(about["fragment"])) for about in files.values()]
-    with folder.explained(DATASET):
+    fragments = [FragmentMetadata.from_json(json.dumps(entry["fragment"])) for entry in files.values()]
+    with folder.translated_errors(DATASET):
         dataset = lance.LanceDataset.commit(folder.path(DATASET), lance.LanceOperation.Overwrite(schema, fragments))
         dataset.cleanup_old_versions(older_than=timedelta(0), delete_unverified=True)

@@ -1,4 +1,4 @@
-"""Lead one run of extraction: begin or resume it, have its missing shards done, and write down how it ended."""
+"""Lead one run of extraction: begin or resume it, run its missing shards, and write the manifest."""
 
 from __future__ import annotations
 
@@ -10,89 +10,89 @@ from pathlib import Path
 
 from mixmim_serve.errors import MixMIMError
 from mixmim_serve.extract.folder import Folder
-from mixmim_serve.extract.job import Executor, Job, Summary
+from mixmim_serve.extract.job import Executor, ExtractJob, Summary
 from mixmim_serve.extract.local import LocalExecutor
 from mixmim_serve.extract.lock import locked
 from mixmim_serve.extract.manifest import Ledger, Origin
-from mixmim_serve.extract.plan import images_a_shard, plan
-from mixmim_serve.extract.progress import FEW_AT_LAST, Meter, Progress
+from mixmim_serve.extract.plan import images_per_shard, plan
+from mixmim_serve.extract.progress import FEW_AT_END, ExtractProgress, Meter
 from mixmim_serve.extract.shard import CancelledError
 from mixmim_serve.sources import Source, open_source, storage
 
-EXAMPLES = 5  # of images that could not be read, for a person to see at once
+EXAMPLES = 5  # unreadable images in a summary
 
 
 def run(
-    job: Job,
+    job: ExtractJob,
     *,
-    executor: Callable[[Job, Source], Executor] | None = None,
-    progress: Callable[[Progress], None] = lambda _: None,
+    executor: Callable[[ExtractJob, Source], Executor] | None = None,
+    progress: Callable[[ExtractProgress], None] = lambda _: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Summary:
-    """Do a job, or what is left of it. `progress` hears of every batch, from any thread; `cancelled` is asked then.
+    """Run a job, or resume it. After every batch, `progress` is called, from any thread, and `cancelled` checked.
 
     Raises:
-        MixMIMError: one sentence; what was written before stays whole, and the same job goes on from there.
+        MixMIMError: one sentence. Shards written so far stay complete, and the same job resumes after them.
     """
     source = open_source(job.source)
-    options = dataclasses.replace(job.options, images=job.options.images or images_a_shard(len(source.keys)))
+    options = dataclasses.replace(job.options, images=job.options.images or images_per_shard(len(source.keys)))
     job = dataclasses.replace(job, options=options)
     folder = Folder(job.out)
     with locked(folder):
         folder.clean()
-        leader = (executor or LocalExecutor)(job, source)
+        instance = (executor or LocalExecutor)(job, source)
         meter = Meter(len(source.keys), progress, cancelled, job.effort.max_failures)
         try:
-            return _lead(job, source, folder, leader, meter)
+            return _lead(job, source, folder, instance, meter)
         finally:
-            leader.close()
+            instance.close()
             folder.clean()
 
 
-def _lead(job: Job, source: Source, folder: Folder, executor: Executor, meter: Meter) -> Summary:
+def _lead(job: ExtractJob, source: Source, folder: Folder, executor: Executor, meter: Meter) -> Summary:
     ledger = Ledger(folder, _origin(job, source, executor))
     shards = plan(source, job.options.images)
-    whole = dict(ledger.whole)
-    retried = {name: each for name, each in whole.items() if each.errors} if job.retry_failed else {}
-    missing = [shard for shard in shards if shard.name in retried or (shard.name not in whole and not job.retry_failed)]
-    again = sum(len(each.errors) for each in retried.values())
-    meter.resume(sum(each.images for each in whole.values()) - again, ledger.errors - again)
-    ended_well = False
+    done = dict(ledger.complete)
+    retried = {name: result for name, result in done.items() if result.errors} if job.retry_failed else {}
+    missing = [shard for shard in shards if shard.name in retried or (shard.name not in done and not job.retry_failed)]
+    retries = sum(len(result.errors) for result in retried.values())
+    meter.resume(sum(result.images for result in done.values()) - retries, ledger.errors - retries)
+    succeeded = False
     try:
         with contextlib.suppress(CancelledError):
-            for outcome in executor.run(missing, retried, folder, meter):
-                ledger.note(outcome)
-            meter.check(FEW_AT_LAST)
-        ended_well = True
+            for result in executor.run(missing, retried, folder, meter):
+                ledger.add(result)
+            meter.check(FEW_AT_END)
+        succeeded = True
     finally:
-        _end(ledger, len(shards), ended_well)
-    complete = len(ledger.whole) == len(shards)
-    errors = (error for _, outcome in sorted(ledger.whole.items()) for error in outcome.errors)
+        _end(ledger, len(shards), succeeded)
+    complete = len(ledger.complete) == len(shards)
+    errors = (error for _, result in sorted(ledger.complete.items()) for error in result.errors)
     examples = tuple(itertools.islice(errors, EXAMPLES))
     return Summary(ledger.rows, ledger.errors, len(source.keys), complete, meter.state(), examples)
 
 
-def _origin(job: Job, source: Source, executor: Executor) -> Origin:
+def _origin(job: ExtractJob, source: Source, executor: Executor) -> Origin:
     names = _absolute(str(job.bundle)), _absolute(job.source)
-    return Origin(*names, executor.about(), job.options.to_dict(), len(source.keys), source.digest())
+    return Origin(*names, executor.engine_metadata(), job.options.to_dict(), len(source.keys), source.digest())
 
 
-def _end(ledger: Ledger, shards: int, ended_well: bool) -> None:
-    """Write down how far the run came; where that fails, the error that ended the run is the one to hear of."""
+def _end(ledger: Ledger, shards: int, succeeded: bool) -> None:
+    """Write the manifest; if that fails after an error, the first error is the one to report."""
     try:
-        ledger.take_stock()  # a shard may have been written, or half replaced, while the run was ended
+        ledger.scan()  # a shard may have been written, or half replaced, while the run ended
         if ledger.origin.options["format"] == "lance":
             from mixmim_serve.extract.lance import commit
 
-            commit(ledger.folder, ledger.whole)
+            commit(ledger.folder, ledger.complete)
         ledger.save_errors()
-        ledger.save(complete=len(ledger.whole) == shards)
+        ledger.save(complete=len(ledger.complete) == shards)
     except MixMIMError:
-        if ended_well:
+        if succeeded:
             raise
 
 
 def _absolute(source: str) -> str:
-    """A local path that means the same from any folder."""
+    """A source as an absolute path or a URL."""
     place = storage.from_spec(source)
     return place if storage.is_url(place) else str(Path(place).absolute())

@@ -1,8 +1,8 @@
-"""One run at a time in a folder of results.
+"""One run at a time in an output folder.
 
-Locally the operating system holds the lock and lets go of it when the process ends, however it ends. Object stores
-have no locks: there a small object says who writes and when it last said so; it is believed for `LEASE` seconds. Two
-runs that begin within the same second may both pass; they would write the same bytes under the same names.
+A local folder is locked with `mixmim_serve.locks`. Object stores have no locks: there a small object names the writer
+and when it last renewed its lease, which is valid for `LEASE` seconds. Two runs that start within the same second may
+both pass; they would write the same bytes under the same names.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LEASE = 60.0  # seconds; renewed three times as often
 
 @contextlib.contextmanager
 def locked(folder: Folder) -> Iterator[None]:
-    """Hold the folder's lock.
+    """Hold the folder's lock or lease.
 
     Raises:
         InUseError: another run holds it.
@@ -45,56 +45,56 @@ def _file_lock(folder: Folder) -> Iterator[None]:
         yield
     finally:
         lock.release()
-        if new and [each.name for each in path.iterdir()] == [LOCK]:  # the run failed before it wrote anything
+        if new and [entry.name for entry in path.iterdir()] == [LOCK]:  # the run failed before it wrote anything
             shutil.rmtree(path)
 
 
 @contextlib.contextmanager
 def _lease(folder: Folder) -> Iterator[None]:
-    me: dict[str, str | int] = {"host": socket.gethostname(), "pid": os.getpid(), "run": uuid.uuid4().hex}
+    owner: dict[str, str | int] = {"host": socket.gethostname(), "pid": os.getpid(), "run": uuid.uuid4().hex}
     _refuse_if_held(folder)
-    ended = threading.Event()
+    stopped = threading.Event()
 
-    def renew() -> None:
-        while not ended.wait(LEASE / 3):
-            with contextlib.suppress(OutputError):  # of a network that is away for a moment
-                _sign(folder, me)
+    def keep_renewing() -> None:
+        while not stopped.wait(LEASE / 3):
+            with contextlib.suppress(OutputError):  # the network may be down for a moment
+                _renew(folder, owner)
 
-    _sign(folder, me)
-    thread = threading.Thread(target=renew, name="lease", daemon=True)
+    _renew(folder, owner)
+    thread = threading.Thread(target=keep_renewing, name="lease", daemon=True)
     thread.start()
     try:
         yield
     finally:
-        ended.set()
+        stopped.set()
         thread.join()
         with contextlib.suppress(OutputError):
             folder.remove(LOCK)
 
 
-def _sign(folder: Folder, me: dict[str, str | int]) -> None:
-    folder.write_bytes(LOCK, json.dumps(me | {"time": time.time()}).encode())
+def _renew(folder: Folder, owner: dict[str, str | int]) -> None:
+    folder.write_bytes(LOCK, json.dumps(owner | {"time": time.time()}).encode())
 
 
 def _refuse_if_held(folder: Folder) -> None:
-    held = folder.read_bytes(LOCK)
-    if held is None:
+    lease = folder.read_bytes(LOCK)
+    if lease is None:
         return
-    holder = json.loads(held)
+    holder = json.loads(lease)
     age = time.time() - holder["time"]
-    here = holder["host"] == socket.gethostname() and holder["pid"] != os.getpid()
-    if age < LEASE and not (here and not _runs(holder["pid"])):
+    is_local = holder["host"] == socket.gethostname() and holder["pid"] != os.getpid()
+    if age < LEASE and not (is_local and not _is_running(holder["pid"])):
         raise InUseError(
             f"another run ({holder['host']}, process {holder['pid']}) wrote to {folder.place} {age:.0f} seconds ago: "
             f"wait for it or, if it was killed, for {LEASE - age:.0f} seconds."
         )
 
 
-def _runs(process: int) -> bool:
+def _is_running(process: int) -> bool:
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
     except OSError:
-        pass  # somebody else's
+        pass  # another user's process
     return True

@@ -1,7 +1,7 @@
-"""What is whole, and what it was made from.
+"""Which shards are complete, and what they were made from.
 
-Each shard has a small file in `shards/`, written last: a shard without one is done again. `manifest.json` gathers them,
-and is written by the one process that leads a run, so any number of workers may write shards. `errors.parquet` lists
+Each shard has a record in `shards/`, written last: a shard without one is done again. `manifest.json` combines the
+records. Only the process that leads a run writes it, so any number of workers may write shards. `errors.parquet` lists
 the images that could not be read.
 """
 
@@ -20,97 +20,99 @@ import pyarrow.parquet as pq
 
 from mixmim_serve.errors import OutputError
 from mixmim_serve.extract.folder import DATASET, ERRORS, FEATURES, LEDGER, MANIFEST, Folder
-from mixmim_serve.extract.plan import Outcome
+from mixmim_serve.extract.plan import ShardResult
 
-FORMAT = 1  # of a manifest; raised when an older reader would misread the folder
-SAVE_EVERY = 30.0  # seconds between two manifests of a run
-AT_ONCE = 16  # small files that are read side by side
+FORMAT = 1  # of the manifest; increased when an older reader would misread the folder
+SAVE_EVERY = 30.0  # seconds between two updates of the manifest
+AT_ONCE = 16  # records read in parallel
 _ERRORS_SCHEMA = pa.schema([("key", pa.string()), ("reason", pa.string()), ("shard", pa.string())])
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a folder of features is made from; all of it has to be the same in a later run."""
+    """What a folder of features is made from; a run that resumes it must have the same."""
 
-    bundle: str  # as it was given, for people and later commands; not compared
+    bundle: str  # as the user named it, for later commands; not compared
     source: str  # likewise
-    about: Mapping[str, Any]  # see `table.about`
+    engine: Mapping[str, Any]  # see `table.engine_metadata`
     options: Mapping[str, Any]
     images: int
     digest: str  # of the source
 
-    def refuse_other(self, place: str, manifest: Mapping[str, Any]) -> None:
-        """Compare with what a folder holds.
+    def check_same(self, place: str, manifest: Mapping[str, Any]) -> None:
+        """Compare with the manifest of a folder.
 
         Raises:
-            OutputError: saying what differs, and what to do.
+            OutputError: naming what differs, and what to do.
         """
         if manifest.get("format") != FORMAT:
             raise OutputError(
-                f"{place} is of format {manifest.get('format')}, this version writes {FORMAT}: choose another folder."
+                f"{place} has format {manifest.get('format')}, this version writes {FORMAT}: choose another folder."
             )
-        if manifest["fingerprint"] != self.about["fingerprint"]:
+        if manifest["fingerprint"] != self.engine["fingerprint"]:
             raise OutputError(
-                f"{place} holds features {_made_by(manifest)}, not {_made_by(self.about)}: choose another folder, or "
+                f"{place} has features {_made_by(manifest)}, not {_made_by(self.engine)}: choose another folder, or "
                 "that bundle and engine."
             )
         different = [name for name, value in manifest["options"].items() if self.options.get(name) != value]
         if different:
             values = ", ".join(f"{name} {manifest['options'][name]}" for name in different)
-            raise OutputError(f"{place} was begun with other options ({values}): use those, or choose another folder.")
+            raise OutputError(
+                f"{place} was started with other options ({values}): use those, or choose another folder."
+            )
         if manifest["source"]["sha256"] != self.digest:
             raise OutputError(
-                f"{self.source} is not what {place} was begun with (then {manifest['source']['images']:,} images, now "
-                f"{self.images:,}; names or sizes differ): bring the old images back, or choose another folder."
+                f"{self.source} has changed since {place} was started (then {manifest['source']['images']:,} images, "
+                f"now {self.images:,}; names or sizes differ): restore the images, or choose another folder."
             )
 
 
 class Ledger:
-    """The shards of a folder that are whole."""
+    """The complete shards of a folder."""
 
     def __init__(self, folder: Folder, origin: Origin) -> None:
-        """Read what is there, or begin.
+        """Read the folder, or begin a new one.
 
         Raises:
-            OutputError: the folder holds something else, or cannot be written to.
+            OutputError: the folder has other contents, or cannot be written to.
         """
         self.folder, self.origin = folder, origin
-        self.whole: dict[str, Outcome] = {}
+        self.complete: dict[str, ShardResult] = {}
         self.saved = 0.0
-        found = folder.read_bytes(MANIFEST)
-        if found is not None:
-            origin.refuse_other(folder.place, read_manifest(folder, found))
-            self.take_stock()
+        manifest = folder.read_bytes(MANIFEST)
+        if manifest is not None:
+            origin.check_same(folder.place, read_manifest(folder, manifest))
+            self.scan()
         elif folder.sizes(FEATURES):
-            raise OutputError(f"{folder.place} holds features that no {MANIFEST} describes: choose another folder.")
+            raise OutputError(f"{folder.place} has features but no {MANIFEST}: choose another folder.")
         self.save(complete=False)
 
-    def note(self, outcome: Outcome) -> None:
-        """A shard that was recorded, by whatever worker."""
-        self.whole[outcome.shard] = outcome
+    def add(self, result: ShardResult) -> None:
+        """Add a shard that a worker has recorded."""
+        self.complete[result.shard] = result
         if time.monotonic() - self.saved > SAVE_EVERY:
             self.save(complete=False)
 
     @property
     def rows(self) -> int:
-        """Of all shards that are whole."""
-        return sum(outcome.rows for outcome in self.whole.values())
+        """Rows of all complete shards."""
+        return sum(result.rows for result in self.complete.values())
 
     @property
     def errors(self) -> int:
-        """Images that could not be read."""
-        return sum(len(outcome.errors) for outcome in self.whole.values())
+        """Images of complete shards that could not be read."""
+        return sum(len(result.errors) for result in self.complete.values())
 
     def save(self, *, complete: bool) -> None:
         """Write the manifest."""
         shards = [
-            {"name": name, "images": each.images, "rows": each.rows, "errors": len(each.errors), "files": each.files}
-            for name, each in sorted(self.whole.items())
+            {"name": name, "images": done.images, "rows": done.rows, "errors": len(done.errors), "files": done.files}
+            for name, done in sorted(self.complete.items())
         ]
         values = {
             "format": FORMAT,
             "complete": complete,
-            **self.origin.about,
+            **self.origin.engine,
             "bundle": self.origin.bundle,
             "source": {"name": self.origin.source, "images": self.origin.images, "sha256": self.origin.digest},
             "options": self.origin.options,
@@ -122,53 +124,54 @@ class Ledger:
         self.saved = time.monotonic()
 
     def save_errors(self) -> None:
-        """Write `errors.parquet`, which is there even when it is empty."""
-        rows = [(key, why, name) for name, each in sorted(self.whole.items()) for key, why in each.errors]
+        """Write `errors.parquet`, even without errors."""
+        rows = [(key, reason, name) for name, done in sorted(self.complete.items()) for key, reason in done.errors]
         columns = list(zip(*rows, strict=True)) or [(), (), ()]
         table = pa.table([pa.array(column, pa.string()) for column in columns], schema=_ERRORS_SCHEMA)
         with self.folder.write(ERRORS) as path:
             pq.write_table(table, path)
 
-    def take_stock(self) -> None:
-        """Look which shards have been recorded, and still have all their files, as long as they were."""
-        self.whole.clear()
+    def scan(self) -> None:
+        """Find the shards that are recorded and still have all their files, with unchanged sizes."""
+        self.complete.clear()
         sizes: dict[str, int] = {}
         for below in (FEATURES, f"{DATASET}/data"):
             sizes |= self.folder.sizes(below)
         names = sorted(name for name in self.folder.sizes(LEDGER) if name.endswith(".json"))
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            for outcome in pool.map(self._recorded, names):
-                if all(sizes.get(file) == about["bytes"] for file, about in outcome.files.items()):
-                    self.whole[outcome.shard] = outcome
+            for result in pool.map(self._read_record, names):
+                if all(sizes.get(file) == entry["bytes"] for file, entry in result.files.items()):
+                    self.complete[result.shard] = result
 
-    def _recorded(self, name: str) -> Outcome:
+    def _read_record(self, name: str) -> ShardResult:
         values = json.loads(self.folder.read_bytes(name) or b"{}")
-        return Outcome(**values | {"errors": tuple((key, why) for key, why in values["errors"])})
+        return ShardResult(**values | {"errors": tuple((key, reason) for key, reason in values["errors"])})
 
 
-def record(folder: Folder, outcome: Outcome) -> None:
-    """Write a shard's own file, after its features."""
-    values = dataclasses.asdict(outcome)
+def record(folder: Folder, result: ShardResult) -> None:
+    """Write a shard's record, after its features."""
+    values = dataclasses.asdict(result)
     del values["busy"]
-    folder.write_bytes(f"{LEDGER}/{outcome.shard}.json", (json.dumps(values, indent=1) + "\n").encode())
+    folder.write_bytes(f"{LEDGER}/{result.shard}.json", (json.dumps(values, indent=1) + "\n").encode())
 
 
-def read_manifest(folder: Folder, found: bytes | None = None) -> dict[str, Any]:
-    """The manifest of a folder of features.
+def read_manifest(folder: Folder, content: bytes | None = None) -> dict[str, Any]:
+    """The manifest of a folder of features, parsed; `content` if it is read already.
 
     Raises:
-        OutputError: there is none, or it is not one of ours.
+        OutputError: it is missing or not a manifest.
     """
-    found = found if found is not None else folder.read_bytes(MANIFEST)
-    if found is None:
-        raise OutputError(f"{folder.place} holds no {MANIFEST}: expected a folder that `mixmim extract` wrote.")
+    content = content if content is not None else folder.read_bytes(MANIFEST)
+    if content is None:
+        raise OutputError(f"{folder.place} has no {MANIFEST}: expected a folder written by `mixmim extract`.")
     try:
-        values: dict[str, Any] = json.loads(found)
+        values: dict[str, Any] = json.loads(content)
         values["format"], values["fingerprint"], values["shards"]
     except (ValueError, KeyError, TypeError) as error:
-        raise OutputError(f"{folder.path(MANIFEST)} is damaged or not ours: choose another folder.") from error
+        raise OutputError(f"{folder.path(MANIFEST)} is damaged or not a manifest: choose another folder.") from error
     return values
 
 
-def _made_by(about: Mapping[str, Any]) -> str:
-    return f"of {about['model']} by {about['engine']} in {about['precision']} (fingerprint {about['fingerprint'][:8]})"
+def _made_by(engine: Mapping[str, Any]) -> str:
+    model, name, precision, fingerprint = (engine[key] for key in ("model", "engine", "precision", "fingerprint"))
+    return f"of {model} on {name} in {precision} (fingerprint {fingerprint[:8]})"

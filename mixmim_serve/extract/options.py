@@ -1,4 +1,4 @@
-"""What a run of extraction is told: `Options` decide the numbers and files and are recorded, `Resources` only how."""
+"""Settings of a run: `ExtractOptions` determine the output and are recorded, `Resources` do not affect it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ DTYPES = ("float32", "float16")
 
 
 @dataclass(frozen=True)
-class Options:
-    """Two runs with equal options, source and fingerprint write the same bytes."""
+class ExtractOptions:
+    """What to write. Runs with equal options, source and fingerprint write the same bytes."""
 
-    features: tuple[str, ...] = ()  # outputs of the encoder besides the embedding: stage1..stage4, logits
+    features: tuple[str, ...] = ()  # encoder outputs besides the embedding: stage1..stage4, logits
     format: str = "parquet"
-    dtype: str = "float32"  # in which embedding and features are stored
-    batch: int = BATCH  # images a call of the engine
-    fast_jpeg: bool = False  # large JPEGs decoded at a fraction of their size
-    images: int = 0  # a shard; 0: as `plan.images_a_shard` says
+    dtype: str = "float32"  # of the stored embedding and features
+    batch: int = BATCH  # images per call of the engine
+    fast_jpeg: bool = False  # decode large JPEGs at a fraction of their size
+    images: int = 0  # per shard; 0: `plan.images_per_shard`
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "features", tuple(self.features))
@@ -32,39 +32,39 @@ class Options:
         if self.dtype not in DTYPES:
             raise ConfigError(f"unknown type {self.dtype!r}: choose one of {', '.join(DTYPES)}.")
         if self.batch < 1 or self.images < 0:
-            raise ConfigError("a batch has 1 image at least, and a shard cannot have fewer than none.")
+            raise ConfigError("batch must be at least 1, and images per shard at least 1, or 0 for the default.")
 
     def check(self, bundle: Bundle) -> None:
-        """Check that the bundle gives what is asked for.
+        """Check that the bundle has the features.
 
         Raises:
-            ConfigError: for a feature that it does not have, listing those it has.
+            ConfigError: for a feature that it lacks, listing those it has.
         """
-        known = [name for name in bundle.graphs["encoder"] if name != "embedding"]
+        available = [name for name in bundle.graphs["encoder"] if name != "embedding"]
         for name in self.features:
-            if name not in known:
-                raise ConfigError(f"this model has no features named {name!r}: choose among {', '.join(known)}.")
+            if name not in available:
+                raise ConfigError(f"this model has no features {name!r}: choose among {', '.join(available)}.")
         if len(set(self.features)) < len(self.features):
-            raise ConfigError("name each of the features once.")
+            raise ConfigError("a feature is listed twice: list each one once.")
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """The options as JSON values, for the manifest."""
         return dataclasses.asdict(self) | {"features": list(self.features)}
 
 
 @dataclass(frozen=True)
 class Resources:
-    """How hard to try, and with what; nothing here changes a number."""
+    """Threads, workers and tolerance of a run; none of them changes the output."""
 
-    max_failures: float = 0.1  # share of images that cannot be read; more stop the run
-    threads: int = 0  # that decode, in each process; 0: one a core
-    actors: int = 1  # of Ray, at most; Ray starts nodes for them where it may
-    gpus: float = 0.0  # of one actor: 0.25 lets four share a device
-    cpus: float = 1.0  # of one actor
-    address: str = ""  # of the Ray cluster: auto, or ray://...; empty: this machine
+    max_failures: float = 0.1  # share of unreadable images above which the run stops
+    threads: int = 0  # for decoding, per process; 0: one per usable core
+    actors: int = 1  # of Ray, at most; a cluster that scales starts nodes for them
+    gpus: float = 0.0  # per actor; with 0.25 four actors share a GPU
+    cpus: float = 1.0  # per actor
+    address: str = ""  # of the Ray cluster: auto or ray://...; empty: this machine
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_failures <= 1:
-            raise ConfigError("max_failures is a share between 0 and 1.")
+            raise ConfigError(f"max_failures must be a share between 0 and 1, got {self.max_failures}.")
         if self.threads < 0 or self.actors < 1 or self.gpus < 0 or self.cpus < 0:
-            raise ConfigError("threads, gpus and cpus cannot be negative, and there is one actor at least.")
+            raise ConfigError("threads, gpus and cpus must be 0 or more, and actors at least 1.")

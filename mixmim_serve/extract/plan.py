@@ -1,4 +1,4 @@
-"""A source cut into shards: by its images alone, so that a resumed run and every worker cut it alike."""
+"""Cut a source into shards. The cuts depend only on its images, so that resumed runs and all workers agree."""
 
 from __future__ import annotations
 
@@ -9,45 +9,45 @@ from typing import Any
 
 from mixmim_serve.sources import Source
 
-IMAGES = 4096  # a shard at least: what a crash loses; 4 MB of `tiny` embeddings, 17 MB of `base`
-SHARDS = 65_536  # about, at most: above 268 million images shards grow instead, to 15,259 for a billion
+IMAGES = 4096  # per shard at least, which a crash loses: 4 MB of `tiny` embeddings, 17 MB of `base`
+SHARDS = 65_536  # about, at most: above 268 million images shards grow, to 15,259 images for a billion
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Neighbouring images of a source, and one file of features."""
+    """Consecutive images of a source, whose features are written together."""
 
     number: int
     indices: range
 
     @property
     def name(self) -> str:
-        """As in file names; sorts like the number up to a million shards."""
+        """The name used in file names; sorts like the number up to a million shards."""
         return f"{self.number:06d}"
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """A shard that is whole."""
+class ShardResult:
+    """A complete shard."""
 
     shard: str
     images: int
     rows: int
     errors: tuple[tuple[str, str], ...]  # key and reason
-    files: Mapping[str, Any]  # name: bytes and sha256
-    busy: float = 0.0  # seconds that the engine ran; not recorded
+    files: Mapping[str, Any]  # name: size in bytes, sha256
+    busy: float = 0.0  # seconds that the engine computed; not recorded
 
 
-def images_a_shard(images: int) -> int:
-    """How many images a shard has when nobody says: `IMAGES`, or more so that there are about `SHARDS`."""
+def images_per_shard(images: int) -> int:
+    """The default number of images per shard: `IMAGES`, or more to stay at about `SHARDS` shards."""
     return max(IMAGES, -(-images // SHARDS))
 
 
 def plan(source: Source, images: int) -> tuple[Shard, ...]:
     """Cut a source into shards of at most `images`.
 
-    Where the source itself is cut (a tar shard, a Parquet row group), so is the plan where it can: small runs are
-    joined whole, larger ones cut evenly, so that no two workers read one row group if it fits a shard.
+    Shards follow the source's own cuts (tar shards, Parquet row groups): small runs are joined as a whole, larger ones
+    cut evenly, so that no two workers read one row group if it fits a shard.
     """
     pieces: list[range] = []
     for run in source.runs:

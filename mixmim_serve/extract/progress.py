@@ -1,4 +1,4 @@
-"""How a run gets on: images, images a second, how long the engine waited, errors and when they are too many."""
+"""Progress of a run: images, images/s, idle time of the engine, and errors, of which too many stop the run."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from dataclasses import dataclass
 
 from mixmim_serve.errors import DataError
 
-FEW_NOW, FEW_AT_LAST = 1000, 100  # images by which failures are judged at least: a share of fewer says little
+FEW, FEW_AT_END = 1000, 100  # images below which a share of failures says little, during a run and at its end
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Where a run stands."""
+class ExtractProgress:
+    """The state of a run."""
 
     total: int  # images of the source
-    done: int  # of them, in earlier runs too
-    errors: int  # of those
-    rate: float  # images/s of this run
-    waiting: float  # share of this run's time in which the engine had nothing to do
-    left: float | None  # seconds; None before the first images
+    done: int  # images, including those of earlier runs
+    errors: int  # images that could not be read
+    rate: float  # images/s in this run
+    waiting: float  # share of this run's time in which the engine was idle
+    left: float | None  # seconds to the end; None before the first images
 
     def __str__(self) -> str:
         left = "" if self.left is None else f"  {_clock(self.left)} left"
@@ -29,37 +29,42 @@ class Progress:
 
 
 class Meter:
-    """Counts batches from any thread, tells `progress` of them, and stops the run for `cancelled` or many failures."""
+    """Counts batches from any thread, reports them to `progress`, and stops a run with too many failures."""
 
     def __init__(
-        self, total: int, progress: Callable[[Progress], None], cancelled: Callable[[], bool], max_failures: float
+        self,
+        total: int,
+        progress: Callable[[ExtractProgress], None],
+        cancelled: Callable[[], bool],
+        max_failures: float,
     ) -> None:
         self.total, self.progress, self.cancelled, self.max_failures = total, progress, cancelled, max_failures
-        self.done = self.errors = self.now = 0
-        self.last = "errors.parquet has the reasons"
-        self.busy: Callable[[], float] = lambda: 0.0  # seconds that engines ran, divided by their number
-        self.began = time.perf_counter()
+        self.done = self.errors = self.done_now = 0
+        self.last_error = "errors.parquet lists the reasons"
+        self.busy: Callable[[], float] = lambda: 0.0  # mean seconds that the engines computed
+        self.started = time.perf_counter()
         self._lock = threading.Lock()
 
     def resume(self, done: int, errors: int) -> None:
-        """Images of earlier runs."""
+        """Start from the images and errors of earlier runs."""
         self.done, self.errors = done, errors
 
     def count(self, images: int, errors: Sequence[tuple[str, str]]) -> None:
-        """Images that were tried now, and key and reason of those that could not be read.
+        """Count a batch: its images, and key and reason of those that could not be read.
 
         Raises:
             DataError: more failures than allowed.
         """
         with self._lock:
-            self.done, self.errors, self.now = self.done + images, self.errors + len(errors), self.now + images
+            self.done, self.errors = self.done + images, self.errors + len(errors)
+            self.done_now += images
             if errors:
-                self.last = f"the last is {errors[-1][0]}: {errors[-1][1].rstrip('.')}"
-            self.check(FEW_NOW)
+                self.last_error = f"the last is {errors[-1][0]}: {errors[-1][1].rstrip('.')}"
+            self.check(FEW)
             self.progress(self.state())
 
     def check(self, least: int) -> None:
-        """Refuse to go on with too many failures.
+        """Stop a run with too many failures, of at least `least` images.
 
         Raises:
             DataError: more failures than allowed.
@@ -67,16 +72,16 @@ class Meter:
         if self.errors > self.max_failures * max(self.done, least):
             raise DataError(
                 f"{self.errors:,} of {self.done:,} images could not be read, more than the share of "
-                f"{self.max_failures:g} that max_failures allows; {self.last}."
+                f"{self.max_failures:g} that max_failures allows; {self.last_error}."
             )
 
-    def state(self) -> Progress:
-        """Now."""
-        elapsed = max(time.perf_counter() - self.began, 1e-9)
-        rate = self.now / elapsed
+    def state(self) -> ExtractProgress:
+        """The current progress."""
+        elapsed = max(time.perf_counter() - self.started, 1e-9)
+        rate = self.done_now / elapsed
         waiting = min(max(1 - self.busy() / elapsed, 0.0), 1.0)
         left = (self.total - self.done) / rate if rate else None
-        return Progress(self.total, self.done, self.errors, rate, waiting, left)
+        return ExtractProgress(self.total, self.done, self.errors, rate, waiting, left)
 
 
 def _clock(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Rows to files, one shard at a time. Equal rows give equal bytes: fixed settings, no dates."""
+"""Write the rows of a shard to files. Equal rows give equal bytes: fixed settings, no dates."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from mixmim_serve.sources import storage
 
 
 class Sink(Protocol):
-    """One format."""
+    """Writes and reads one format."""
 
     def write(self, shard: str, rows: Iterator[pa.Table]) -> Files:
-        """Write a shard; its files appear whole or not at all."""
+        """Write a shard; its files appear complete or not at all."""
 
     def read(self, files: Mapping[str, Any]) -> pa.Table:
-        """A shard's rows as they were given, all columns."""
+        """Read a shard's rows back, with all columns."""
 
 
 def open_sink(folder: Folder, table: Table) -> Sink:
@@ -41,7 +41,7 @@ def open_sink(folder: Folder, table: Table) -> Sink:
 
 @dataclass(frozen=True)
 class ParquetSink:
-    """`features/000000.parquet`: every column."""
+    """`features/000000.parquet`, with every column."""
 
     folder: Folder
     table: Table
@@ -51,8 +51,7 @@ class ParquetSink:
         name = f"{FEATURES}/{shard}.parquet"
         with self.folder.write(name) as path:
             _write_parquet(path, self.table.schema, self.table.groups(rows))
-            found = sha256_and_size(path)
-        return _entry(name, found)
+            return _entry(name, path)
 
     def read(self, files: Mapping[str, Any]) -> pa.Table:
         """See `Sink.read`."""
@@ -62,7 +61,7 @@ class ParquetSink:
 
 @dataclass(frozen=True)
 class NpySink:
-    """`features/000000.npy`, (rows, D), `features/000000.stage4.npy`..., and `features/000000.keys.parquet`."""
+    """`features/000000.npy` (rows, D), `features/000000.stage4.npy`..., and `features/000000.keys.parquet`."""
 
     folder: Folder
     table: Table
@@ -74,14 +73,14 @@ class NpySink:
             arrays: dict[str, tuple[Path, _NpyWriter]] = {}
             for column, size in self.table.lists.items():
                 path = stack.enter_context(self.folder.write(_npy_name(shard, column)))
-                opened = stack.enter_context(path.open("wb"))
-                arrays[column] = path, _NpyWriter(opened, size, np.dtype(self.table.options.dtype))
+                file = stack.enter_context(path.open("wb"))
+                arrays[column] = path, _NpyWriter(file, size, np.dtype(self.table.options.dtype))
             keys = stack.enter_context(self.folder.write(f"{FEATURES}/{shard}.keys.parquet"))
             _write_parquet(keys, self._keys_schema(), self._append(arrays, rows))
             for column, (path, writer) in arrays.items():
                 writer.close()
-                files |= _entry(_npy_name(shard, column), sha256_and_size(path))
-            return files | _entry(f"{FEATURES}/{shard}.keys.parquet", sha256_and_size(keys))
+                files |= _entry(_npy_name(shard, column), path)
+            return files | _entry(f"{FEATURES}/{shard}.keys.parquet", keys)
 
     def read(self, files: Mapping[str, Any]) -> pa.Table:
         """See `Sink.read`."""
@@ -97,7 +96,7 @@ class NpySink:
         return pa.schema([f for f in self.table.schema if f.name not in self.table.lists], self.table.schema.metadata)
 
     def _append(self, arrays: dict[str, tuple[Path, _NpyWriter]], rows: Iterator[pa.Table]) -> Iterator[pa.Table]:
-        """Arrays go into their files; what is left, on."""
+        """Append the arrays to their files, and pass on the other columns."""
         for group in self.table.groups(rows):
             for column, (_, writer) in arrays.items():
                 writer.append(matrix(group[column]))
@@ -105,30 +104,30 @@ class NpySink:
 
 
 class _NpyWriter:
-    """An .npy file whose number of rows is known last: numpy leaves room for it in the header."""
+    """Writes an .npy file whose number of rows is known last; numpy's header has room for it."""
 
     def __init__(self, file: IO[bytes], size: int, dtype: np.dtype[Any]) -> None:
         self.file, self.size, self.dtype, self.rows = file, size, dtype, 0
-        self._header()
+        self._write_header()
 
     def append(self, array: np.ndarray[Any, Any]) -> None:
-        """More rows, (n, size)."""
+        """Append rows (n, size)."""
         self.file.write(np.ascontiguousarray(array, self.dtype).data)
         self.rows += len(array)
 
     def close(self) -> None:
-        """Write the header anew; the file itself belongs to the caller."""
+        """Rewrite the header; the caller closes the file."""
         self.file.seek(0)
-        self._header()
+        self._write_header()
         self.file.flush()
 
-    def _header(self) -> None:
-        about = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.rows, self.size)}
-        np.lib.format.write_array_header_1_0(self.file, about)
+    def _write_header(self) -> None:
+        header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.rows, self.size)}
+        np.lib.format.write_array_header_1_0(self.file, header)
 
 
 def read_parquet(place: str, columns: list[str] | None = None) -> pa.Table:
-    """Rows of a file, local (mapped into memory) or behind a URL."""
+    """Read a file, local (memory-mapped) or at a URL."""
     if not storage.is_url(place):
         return pq.ParquetFile(place, memory_map=True).read(columns=columns)
     with storage.open_seekable(place) as file:
@@ -136,7 +135,7 @@ def read_parquet(place: str, columns: list[str] | None = None) -> pa.Table:
 
 
 def read_npy(place: str) -> np.ndarray[Any, Any]:
-    """An array, local ones mapped into memory."""
+    """Read an array, local (memory-mapped) or at a URL."""
     if not storage.is_url(place):
         return np.load(place, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
     with storage.open_binary(place) as file:
@@ -144,9 +143,9 @@ def read_npy(place: str) -> np.ndarray[Any, Any]:
 
 
 def _write_parquet(path: Path, schema: pa.Schema, groups: Iterator[pa.Table]) -> None:
-    """A row group each. Floats hardly compress; keys and checksums do."""
+    """One row group per table. Floats hardly compress; keys and checksums do."""
     compression = {f.name: "NONE" if pa.types.is_fixed_size_list(f.type) else "ZSTD" for f in schema}
-    compression |= {f"{name}.list.element": how for name, how in compression.items() if how == "NONE"}
+    compression |= {f"{name}.list.element": codec for name, codec in compression.items() if codec == "NONE"}
     with pq.ParquetWriter(
         path, schema, compression=compression, use_dictionary=False, write_statistics=["key"]
     ) as writer:
@@ -158,5 +157,6 @@ def _npy_name(shard: str, column: str) -> str:
     return f"{FEATURES}/{shard}.npy" if column == "embedding" else f"{FEATURES}/{shard}.{column}.npy"
 
 
-def _entry(name: str, found: tuple[str, int]) -> Files:
-    return {name: {"bytes": found[1], "sha256": found[0]}}
+def _entry(name: str, path: Path) -> Files:
+    sha256, size = sha256_and_size(path)
+    return {name: {"bytes": size, "sha256": sha256}}

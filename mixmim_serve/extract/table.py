@@ -1,11 +1,11 @@
-"""The columns of features: what they are called, of which type, and rows of them.
+"""The columns of a feature table: their names and types, and rows from arrays.
 
-key             as the source names the image
+key             the source's name of the image
 embedding       fixed-size list of float32 or float16
-class, probability    of the most probable class, where the model has a head
-stage1..., logits     where asked for: a fixed-size list, flat; `shapes` in the file's metadata says its shape
-width, height   of the image, upright
-sha256          of its bytes, in hex
+class, probability    the most probable class, if the model has a head
+stage1..., logits     on request: flat fixed-size lists; `shapes` in the file's metadata has their shapes
+width, height   of the upright image
+sha256          of the encoded image, in hex
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mixmim_serve.config import size_name
 from mixmim_serve.engines import Engine, engine_fingerprint
 from mixmim_serve.engines.base import Arrays
 from mixmim_serve.errors import DataError
-from mixmim_serve.extract.options import Options
+from mixmim_serve.extract.options import ExtractOptions
 from mixmim_serve.tasks import top_classes
 
 try:
@@ -31,13 +31,13 @@ try:
 except ImportError as error:
     raise DataError("pyarrow is not installed: run pip install 'mixmim-serve[extract]'.") from error
 
-METADATA_KEY = "mixmim"  # of a Parquet file
-ROW_GROUP, ROW_GROUP_BYTES = 1024, 64_000_000  # rows in memory and in a row group; fewer where rows are large
+METADATA_KEY = "mixmim"  # in the metadata of a Parquet file
+ROW_GROUP, ROW_GROUP_BYTES = 1024, 64_000_000  # rows in memory and per row group; fewer if rows are large
 
 
 @dataclass(frozen=True)
 class Row:
-    """What is known of an image besides its features."""
+    """The columns of an image besides its features."""
 
     key: str
     width: int
@@ -46,51 +46,51 @@ class Row:
 
 
 class Table:
-    """The schema for one engine and its options, and how arrays become rows of it."""
+    """The schema for one engine and its options; turns arrays into rows."""
 
-    def __init__(self, engine: Engine, options: Options) -> None:
+    def __init__(self, engine: Engine, options: ExtractOptions) -> None:
         options.check(engine.bundle)
         self.bundle, self.options = engine.bundle, options
         self.has_head = "logits" in engine.bundle.graphs["encoder"]
         shapes = _shapes(engine.bundle, options)
-        self.about: dict[str, Any] = about(engine)
+        self.engine: dict[str, Any] = engine_metadata(engine)
         self.lists = {name: int(np.prod(shape)) for name, shape in shapes.items()}
-        metadata = {METADATA_KEY: json.dumps({**self.about, "shapes": shapes}, sort_keys=True)}
+        metadata = {METADATA_KEY: json.dumps({**self.engine, "shapes": shapes}, sort_keys=True)}
         self.schema = pa.schema(_fields(self.lists, options.dtype, self.has_head), metadata)
         width = sum(self.lists.values()) * np.dtype(options.dtype).itemsize
         self.group = max(1, min(ROW_GROUP, ROW_GROUP_BYTES // width))  # rows
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """What the engine is asked for."""
+        """The encoder outputs that the columns need."""
         return tuple(dict.fromkeys((*self.lists, *(("logits",) if self.has_head else ()))))
 
     def rows(self, rows: Sequence[Row], arrays: Arrays) -> pa.Table:
-        """Rows of images and their outputs, (rows, ...) each."""
+        """A table of images and their outputs, (rows, ...) each."""
         columns: dict[str, Any] = {name: [getattr(row, name) for row in rows] for name in Row.__dataclass_fields__}
         for name, size in self.lists.items():
             flat = arrays[name].astype(self.options.dtype).reshape(-1)
             columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(flat), size)
         if self.has_head:
             best = [top_classes(self.bundle, logits, 1)[0] for logits in arrays["logits"]]
-            columns |= {"class": [each.label for each in best], "probability": [each.probability for each in best]}
+            columns |= {"class": [top.label for top in best], "probability": [top.probability for top in best]}
         arrays_in_order = [pa.array(columns[field.name], field.type) for field in self.schema]
         return pa.Table.from_arrays(arrays_in_order, schema=self.schema)
 
     def groups(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-        """The same rows in tables of `group` rows each, so that files do not depend on how rows arrive."""
-        kept = self.schema.empty_table()
+        """The same rows in tables of `group` rows, so that files do not depend on the size of batches."""
+        rest = self.schema.empty_table()
         for table in tables:
-            kept = pa.concat_tables([kept, table])
-            while len(kept) >= self.group:
-                yield kept.slice(0, self.group).combine_chunks()
-                kept = kept.slice(self.group).combine_chunks()  # a copy: the slice would keep all of it in memory
-        if len(kept):
-            yield kept.combine_chunks()
+            rest = pa.concat_tables([rest, table])
+            while len(rest) >= self.group:
+                yield rest.slice(0, self.group).combine_chunks()
+                rest = rest.slice(self.group).combine_chunks()  # a copy: a slice would keep all rows in memory
+        if len(rest):
+            yield rest.combine_chunks()
 
 
-def about(engine: Engine) -> dict[str, Any]:
-    """What the numbers were made with; JSON values."""
+def engine_metadata(engine: Engine) -> dict[str, Any]:
+    """Model, fingerprint, engine, precision and preprocessing behind the features, as JSON values."""
     return {
         "model": size_name(engine.bundle.arch),
         "fingerprint": engine_fingerprint(engine),
@@ -101,7 +101,7 @@ def about(engine: Engine) -> dict[str, Any]:
 
 
 def matrix(column: Any) -> NDArray[Any]:
-    """A column of fixed-size lists as an array (rows, size), without copying where there is one chunk."""
+    """A column of fixed-size lists as an array (rows, size), not copied if it has one chunk."""
     chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
     size = column.type.list_size
     arrays = [chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, size) for chunk in chunks]
@@ -118,8 +118,8 @@ def _fields(lists: dict[str, int], dtype: str, has_head: bool) -> list[Any]:
     return [pa.field("key", pa.string()), features[0], *head, *features[1:], *image]
 
 
-def _shapes(bundle: Bundle, options: Options) -> dict[str, list[int]]:
-    """Of the embedding and each feature, for one image."""
+def _shapes(bundle: Bundle, options: ExtractOptions) -> dict[str, list[int]]:
+    """Shapes of the embedding and each feature of one image."""
     arch = bundle.arch
     shapes = {"embedding": [arch.embedding_size]}
     for name in options.features:

@@ -1,9 +1,9 @@
 """The MixMIM encoder, from pixels to embedding: a Swin transformer with large windows and no shifts.
 
-Written afresh from arXiv 2205.13137 (section 3) and Swin (arXiv 2103.14030); held to the golden arrays of the
+Written from arXiv 2205.13137 (section 3) and Swin (arXiv 2103.14030); verified against golden arrays of the
 official implementation. Parameter names are the official ones, so a released checkpoint needs no renaming.
 
-Windows never shift, so the tokens are cut into windows once a stage and put back once, not once a block.
+Windows never shift, so tokens are cut into windows and merged once per stage, not in every block.
 
 Shape suffixes:
     B images   C colour channels   H, W grid   L tokens (H * W)   D channels of a token

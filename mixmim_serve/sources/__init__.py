@@ -1,13 +1,12 @@
-"""Where images come from: a folder, tar shards, Parquet files or a list of paths, on disk or behind a URL.
+"""Sources of images: a folder, tar shards, Parquet files or a list of paths, on disk or at a URL.
 
-    folder             images at any depth; the first folder below it is the label
-    .tar               shards in the layout of WebDataset                                    sources/tar.py
+    folder             images at any depth; the first subfolder is the label
+    .tar               shards in WebDataset's layout                                          sources/tar.py
     .parquet           a column of encoded images, as Hugging Face datasets have             sources/parquet.py
-    .txt .csv .tsv     a path or URL a line, with a label behind a tab or comma              sources/files.py
+    .txt .csv .tsv     a path or URL per line, with a label after a tab or comma             sources/files.py
 
-One file, a pattern (`train-{000..127}.tar`, `data/*.parquet`, `photos/**/*.jpg`), or a folder that holds only .tar or
-.parquet files.
-A URL (`s3://`, `gs://`, `https://`, `memory://`) needs fsspec and the package for its kind.
+A source is one file, a pattern (`train-{000..127}.tar`, `data/*.parquet`, `photos/**/*.jpg`), or a folder of images or
+of .tar or .parquet files. URLs (`s3://`, `gs://`, `https://`, `memory://`) need fsspec and its package for the storage.
 """
 
 from __future__ import annotations
@@ -39,16 +38,16 @@ _EXPECTED = "a folder of images, .tar or .parquet files, or a .txt, .csv or .tsv
 
 
 def open_source(spec: str | Path) -> Source:
-    """The images that a folder, file, pattern or URL means; see the module.
+    """Open a folder, file, pattern or URL as a source; see the module.
 
     Raises:
-        DataError: nothing there, nothing usable in it, or a kind that cannot be read.
+        DataError: it does not exist, has no images, or is of a kind that cannot be read.
     """
     name, place = str(spec), storage.from_spec(spec)
     if storage.has_wildcards(place):
         return _open_pattern(name, storage.expand(place))
     if storage.is_url(place):
-        is_folder = not storage.bare(place).lower().endswith((*_OPENERS, *_COMPRESSED))
+        is_folder = not storage.without_query(place).lower().endswith((*_OPENERS, *_COMPRESSED))
     elif os.path.exists(place):
         is_folder = os.path.isdir(place)
     else:
@@ -57,38 +56,38 @@ def open_source(spec: str | Path) -> Source:
 
 
 def _open_folder(name: str, folder: str) -> Source:
-    """Its images if there are any, else its shards."""
+    """Open a folder's images if it has any, else its shards."""
     names = storage.list_files(folder)
     if images := [file for file in names if is_image_name(file)]:
         return open_folder(name, folder, images)
-    shards = [storage.below(folder, file) for file in names if file.lower().endswith((*_SHARDS, *_COMPRESSED))]
+    shards = [storage.join(folder, file) for file in names if file.lower().endswith((*_SHARDS, *_COMPRESSED))]
     if not shards:
-        raise DataError(f"{name} holds no images, and no .tar or .parquet files: expected {_EXPECTED}.")
+        raise DataError(f"{name} has no images and no .tar or .parquet files: expected {_EXPECTED}.")
     return _open_files(name, shards)
 
 
 def _open_pattern(name: str, places: Sequence[str]) -> Source:
-    """Images as if their common folder held nothing else; without any, the files that they come in."""
-    if not any(is_image_name(storage.bare(place).rpartition("/")[2]) for place in places):
+    """Open the matching images as a folder; without any, open the matching files."""
+    if not any(is_image_name(storage.without_query(place).rpartition("/")[2]) for place in places):
         return _open_files(name, places)
     names = storage.short_names(places)
-    folder = places[0][: len(storage.bare(places[0])) - len(names[0])]
-    found = [short for short in names if is_image_name(short)]
-    return open_folder(name, folder or "./", sorted(found, key=lambda short: short.split("/")))
+    folder = places[0][: len(storage.without_query(places[0])) - len(names[0])]
+    images = [short for short in names if is_image_name(short)]
+    return open_folder(name, folder or "./", sorted(images, key=lambda short: short.split("/")))
 
 
 def _open_files(name: str, places: Sequence[str]) -> Source:
     kinds = sorted({_kind(place) for place in places})
     if len(kinds) > 1:
-        raise DataError(f"{name} mixes {' and '.join(kinds)} files: give one kind, such as 'folder/*{kinds[0]}'.")
+        raise DataError(f"{name} mixes {' and '.join(kinds)} files: choose one kind, such as 'folder/*{kinds[0]}'.")
     return _OPENERS[kinds[0]](name, places)
 
 
 def _kind(place: str) -> str:
-    file = storage.bare(place).lower()
+    file = storage.without_query(place).lower()
     if file.endswith(_COMPRESSED):
-        raise DataError(f"{place} is compressed, so images cannot be picked out of it: decompress it to a .tar.")
+        raise DataError(f"{place} is compressed, so single images cannot be read from it: decompress it to a .tar.")
     for suffix in _OPENERS:
         if file.endswith(suffix):
             return suffix
-    raise DataError(f"{place} is no source of images: expected {_EXPECTED}.")
+    raise DataError(f"{place} is not a source of images: expected {_EXPECTED}.")

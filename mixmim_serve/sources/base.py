@@ -1,4 +1,4 @@
-"""What a source of images is, and what all kinds share."""
+"""The Source protocol, and what all sources share."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-LABEL_NAMES = ("label", "labels", "class", "cls", "class_name", "category")  # of a column or a JSON key, best first
+LABEL_NAMES = ("label", "labels", "class", "cls", "class_name", "category")  # columns or JSON keys, best first
 
 
 class Source(Protocol):
-    """Encoded images by index. It can be pickled, forked and read from threads: files are open only during a call."""
+    """Encoded images by index; safe to pickle, fork and read from threads, as files are open only during a call."""
 
     @property
     def name(self) -> str:
-        """As the user gave it, for messages."""
+        """The source as the user named it, for messages."""
 
     @property
     def keys(self) -> Sequence[str]:
-        """One an image, unique, in an order that opening again repeats: `cat/1.jpg`, `train-0.tar/1.jpg`."""
+        """One unique key per image, in a reproducible order: `cat/1.jpg`, `train-0.tar/1.jpg`."""
 
     @property
     def labels(self) -> Sequence[str] | None:
@@ -28,43 +28,43 @@ class Source(Protocol):
 
     @property
     def runs(self) -> Sequence[range]:
-        """All indices in order, cut where reading stops being cheap: at the end of a shard or a Parquet row group."""
+        """All indices in order, in ranges that are cheap to read consecutively: a tar shard, a Parquet row group."""
 
     @property
     def places(self) -> Iterable[str]:
-        """The files and URLs that images are read from, each once."""
+        """The files and URLs that images are read from, without duplicates."""
 
     def read(self, index: int) -> bytes:
-        """The encoded image.
+        """Read an encoded image.
 
         Raises:
-            ImageError: this image cannot be had: missing, too large, damaged, or the network failed.
-            DataError: no image of its kind can be had here: a package for its URL is not installed.
+            ImageError: the image is missing, too large or damaged, or the network failed.
+            DataError: no such image can be read: the package for its URL is not installed.
         """
 
     def check(self, index: int) -> None:
-        """Look at what holds an image (a folder, a shard); for an image that could not be read.
+        """Check the folder or shard of an image that could not be read.
 
         Raises:
-            DataError: it is gone or was altered since the source was opened, so the fault is not the image's.
+            DataError: it is gone or was altered since the source was opened, so the image is not at fault.
         """
 
     def digest(self) -> str:
-        """SHA-256 of the keys and, where it is known without reading them, of the images' sizes and places."""
+        """SHA-256 of the keys and, if known without reading the images, of their sizes and positions."""
 
 
 def run_of(runs: Sequence[range], index: int) -> int:
-    """Which of `Source.runs` holds an image."""
+    """The position in `Source.runs` of the run that contains an image."""
     return bisect.bisect(runs, index, key=lambda run: run.start) - 1
 
 
 def fingerprint(source: Source) -> str:
-    """SHA-256 of the keys: changes when an image is added, removed or renamed (of Parquet: the number of rows)."""
+    """SHA-256 of the keys: changes when images are added, removed or renamed (Parquet: when the row count changes)."""
     return digest_of(source.keys, ())
 
 
 def digest_of(keys: Iterable[str], more: Iterable[bytes]) -> str:
-    """SHA-256 of keys, then of whatever else tells one content from another."""
+    """SHA-256 of keys, followed by whatever else identifies the content."""
     digest = hashlib.sha256()
     for key in keys:
         digest.update(key.encode(errors="surrogateescape") + b"\0")
@@ -73,11 +73,11 @@ def digest_of(keys: Iterable[str], more: Iterable[bytes]) -> str:
     return digest.hexdigest()
 
 
-def complete(labels: Iterable[str | None]) -> tuple[str, ...] | None:
-    """Labels when every image has one, else None; equal ones share one string."""
-    found: list[str] = []
+def all_or_none(labels: Iterable[str | None]) -> tuple[str, ...] | None:
+    """The labels if every image has one, else None; equal labels share one string."""
+    complete: list[str] = []
     for label in labels:
         if not label:
             return None
-        found.append(sys.intern(label))
-    return tuple(found)
+        complete.append(sys.intern(label))
+    return tuple(complete)

@@ -1,4 +1,4 @@
-"""Images that are files of their own: below a folder, or named in a list."""
+"""Image files, in a folder or named in a list."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from mixmim_serve.errors import DataError
 from mixmim_serve.sources import storage
-from mixmim_serve.sources.base import LABEL_NAMES, complete, digest_of
+from mixmim_serve.sources.base import LABEL_NAMES, all_or_none, digest_of
 from mixmim_serve.sources.names import IMAGE_SUFFIXES
 
 PATH_NAMES = ("path", "file", "filename", "file_name", "filepath", "image", "image_path", "url")  # columns, best first
@@ -17,16 +17,16 @@ PATH_NAMES = ("path", "file", "filename", "file_name", "filepath", "image", "ima
 
 @dataclass(frozen=True)
 class FileSource:
-    """A file an image. The key is its name below `folder`, or a whole path or URL."""
+    """One file per image. The key is its name relative to `folder`, or an absolute path or URL."""
 
     name: str
-    folder: str  # ends with a slash, or is empty: where this process runs
+    folder: str  # ends with a slash; empty for the working directory
     keys: Sequence[str]
     labels: Sequence[str] | None
 
     @property
     def runs(self) -> Sequence[range]:
-        """One: no order is cheaper than another."""
+        """One run: no order is cheaper than another."""
         return (range(len(self.keys)),)
 
     @property
@@ -35,13 +35,13 @@ class FileSource:
         return map(self._place, self.keys)
 
     def read(self, index: int) -> bytes:
-        """The encoded image; see `Source.read`."""
+        """See `Source.read`."""
         return storage.read_image(self._place(self.keys[index]))
 
     def check(self, index: int) -> None:
-        """See `Source.check`; of images at addresses of their own nothing is known."""
+        """See `Source.check`; images with absolute paths or URLs have no common folder to check."""
         if self._place(self.keys[index]) != self.keys[index] and not storage.is_folder(self.folder or "."):
-            raise DataError(f"{self.name} is no longer there: bring it back, and run again.")
+            raise DataError(f"{self.name} no longer exists: restore it, and run again.")
 
     def digest(self) -> str:
         """See `Source.digest`; sizes are those of local files."""
@@ -53,57 +53,59 @@ class FileSource:
 
 
 def open_folder(name: str, folder: str, names: Sequence[str]) -> FileSource:
-    """The images among a folder's files; the first folder below it is the label."""
-    labels = complete(key.partition("/")[0] if "/" in key else None for key in names)
-    return FileSource(name, storage.below(folder, ""), tuple(names), labels)
+    """A source of these images of a folder; the first subfolder is the label."""
+    labels = all_or_none(key.partition("/")[0] if "/" in key else None for key in names)
+    return FileSource(name, storage.join(folder, ""), tuple(names), labels)
 
 
 def open_list(name: str, places: Sequence[str]) -> FileSource:
-    """The images that a .txt, .csv or .tsv file names, a line each, with a label behind a tab or comma.
+    """A source of the images in a .txt, .csv or .tsv file: one per line, with a label after a tab or comma.
 
-    Paths are relative to the list. Blank lines and those that begin with # are passed over; a first line that names
-    the columns (`path,label`) chooses them. A file that is missing is found out when it is read.
+    Paths are relative to the list. Blank lines and lines that start with # are skipped; a header (`path,label`) selects
+    the columns. A missing file is reported when it is read.
 
     Raises:
-        DataError: several lists, no text, no images, or one image twice.
+        DataError: several lists, not text, no images, or a duplicate image.
     """
     if len(places) > 1:
-        raise DataError(f"{name} means {len(places)} lists: join them to one.")
-    found: dict[str, str | None] = {}
+        raise DataError(f"{name} matches {len(places)} lists: combine them into one.")
+    labels: dict[str, str | None] = {}
     for path, label in _rows(places[0]):
-        if path in found:
-            raise DataError(f"{name} lists {path} twice: name each image once.")
-        found[path] = label
-    if not found:
-        raise DataError(f"{name} lists no images: expected a path a line, and behind a tab or comma its label.")
-    keys = tuple(sorted(found))
-    return FileSource(name, storage.folder_of(places[0]), keys, complete(found[key] for key in keys))
+        if path in labels:
+            raise DataError(f"{name} lists {path} twice: list each image once.")
+        labels[path] = label
+    if not labels:
+        raise DataError(
+            f"{name} lists no images: expected a path per line, optionally with a tab or comma and a label."
+        )
+    keys = tuple(sorted(labels))
+    return FileSource(name, storage.folder_of(places[0]), keys, all_or_none(labels[key] for key in keys))
 
 
 def _rows(place: str) -> list[tuple[str, str | None]]:
     """Path and label of each line."""
-    with storage.explained(place, DataError):
+    with storage.translated_errors(place, DataError):
         with storage.open_binary(place) as file:
             lines = [line.rstrip("\r") for line in file.read().decode("utf-8-sig").split("\n")]
         rows = _cells(place, [line for line in lines if line.strip() and not line.lstrip().startswith("#")])
     path, label = 0, 1
     header = [cell.strip().lower() for cell in rows[0]] if rows else []
-    named = [header.index(name) for name in PATH_NAMES if name in header]
-    if named and not any(_is_image(cell) for cell in header):  # `a.jpg,file` is an image of the class file
-        path = named[0]
+    path_columns = [header.index(name) for name in PATH_NAMES if name in header]
+    if path_columns and not any(_is_image(cell) for cell in header):  # `a.jpg,file` is an image of the class "file"
+        path = path_columns[0]
         label = next((header.index(name) for name in LABEL_NAMES if name in header), len(header))
         rows = rows[1:]
-    found = [(row[path].strip(), row[label].strip() if label < len(row) else None) for row in rows if path < len(row)]
-    return [(name, text) for name, text in found if name]
+    pairs = [(row[path].strip(), row[label].strip() if label < len(row) else None) for row in rows if path < len(row)]
+    return [(name, text) for name, text in pairs if name]
 
 
 def _cells(place: str, lines: Sequence[str]) -> list[list[str]]:
-    suffix = os.path.splitext(storage.bare(place))[1].lower()
+    suffix = os.path.splitext(storage.without_query(place))[1].lower()
     if suffix != ".txt":
         return list(csv.reader(lines, delimiter="," if suffix == ".csv" else "\t"))
     return [
         line.split("\t") if "\t" in line else [line] if _is_image(line) else line.rsplit(",", 1) for line in lines
-    ]  # a comma may belong to the name of an image
+    ]  # a comma may be part of a file name
 
 
 def _is_image(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Image files on disk: a folder counts as its images, at any depth, sorted."""
+"""Names of image files: which are images, and the images of a folder, at any depth, sorted."""
 
 from __future__ import annotations
 
@@ -7,52 +7,52 @@ from pathlib import Path
 
 from mixmim_serve.errors import DataError
 
-# By name only, so that listing a million files opens none of them. Content decides later what can be decoded.
+# By name only, so that listing a million files opens none of them. Decoding later goes by content.
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif"}
 )
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a relative name, `/` between its parts, is that of an image: its suffix says so and no part is hidden."""
+    """Whether a relative name, with `/` between parts, has an image suffix and no hidden part."""
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not is_hidden(name)
 
 
 def is_hidden(name: str) -> bool:
-    """Whether any part of a relative name begins with a dot."""
+    """Whether any part of a relative name starts with a dot."""
     return name.startswith(".") or "/." in name
 
 
 def list_files(folder: Path) -> list[str]:
-    """Every file below a folder by its relative name, hidden ones left out, sorted by folder, then name."""
+    """Relative names of all files in a folder, at any depth but without hidden ones, sorted by folder, then name."""
     names: list[str] = []
     for directory, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not is_hidden(name)]
-        below = Path(directory).relative_to(folder).as_posix()
-        prefix = "" if below == "." else f"{below}/"
+        relative = Path(directory).relative_to(folder).as_posix()
+        prefix = "" if relative == "." else f"{relative}/"
         names.extend(prefix + name for name in files if not is_hidden(name))
     return sorted(names, key=lambda name: name.split("/"))
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Every image file below a folder, hidden ones left out, sorted by path.
+    """All image files in a folder, at any depth but without hidden ones, sorted by path.
 
     Raises:
-        DataError: when the folder is missing or holds no image.
+        DataError: when the folder is missing or has no images.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder: give one that holds images, at any depth.")
-    found = [folder / name for name in list_files(folder) if is_image_name(name)]
-    if not found:
-        raise DataError(f"{folder} holds no images (looked for {', '.join(sorted(IMAGE_SUFFIXES))}).")
-    return found
+        raise DataError(f"{folder} is not a folder: expected one with images, at any depth.")
+    images = [folder / name for name in list_files(folder) if is_image_name(name)]
+    if not images:
+        raise DataError(f"{folder} has no images: expected files that end in {', '.join(sorted(IMAGE_SUFFIXES))}.")
+    return images
 
 
 def expand(paths: list[Path]) -> list[Path]:
-    """Files in the order given, each folder replaced by its images.
+    """The given files in order, with each folder replaced by its images.
 
     Raises:
-        DataError: when a path does not exist or a folder holds no image.
+        DataError: when a path does not exist or a folder has no images.
     """
     files: list[Path] = []
     for path in paths:

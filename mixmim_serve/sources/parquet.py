@@ -1,7 +1,8 @@
-"""Parquet files with encoded images in a column: plain bytes, or the struct {bytes, path} of Hugging Face datasets.
+"""Parquet files with a column of encoded images: plain bytes, or the struct {bytes, path} of Hugging Face datasets.
 
-A row group is read whole, and the last ones stay in memory up to `CACHED_BYTES`; so the speed of reading out of order
-depends on their size. Hugging Face writes 100 images in one, which suits. pyarrow is imported when a file is opened.
+Row groups are read as a whole, and the last ones stay in memory up to `CACHED_BYTES`, so the speed of random reads
+depends on their size. Hugging Face writes 100 images per row group, which works well. pyarrow is imported when a file
+is opened.
 """
 
 from __future__ import annotations
@@ -16,23 +17,23 @@ from typing import Any
 
 from mixmim_serve.errors import DataError, ImageError, UndecodableImageError
 from mixmim_serve.sources import storage
-from mixmim_serve.sources.base import LABEL_NAMES, complete, digest_of, run_of
+from mixmim_serve.sources.base import LABEL_NAMES, all_or_none, digest_of, run_of
 
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo", "bytes")  # columns, best first
-CACHED_BYTES = 500_000_000  # of row groups in a process, all sources together; one more is always let in
+CACHED_BYTES = 500_000_000  # of row groups per process, for all sources together; the newest one is always cached
 
 
 @dataclass(frozen=True)
 class ParquetSource:
-    """Rows of Parquet files. The key is file and row: `train-0.parquet/00000012`."""
+    """One row per image. The key is file and row: `train-0.parquet/00000012`."""
 
     name: str
     keys: Sequence[str]
     labels: Sequence[str] | None
-    runs: Sequence[range]  # one a row group
-    groups: Sequence[tuple[str, int]]  # place and number of the row group of each run
+    runs: Sequence[range]  # one per row group
+    groups: Sequence[tuple[str, int]]  # file and row group number of each run
     column: str
-    stamps: Mapping[str, tuple[int, str]]  # of each place, as `storage.stamp` gives it
+    stamps: Mapping[str, tuple[int, str]]  # `storage.stamp` of each file
 
     @property
     def places(self) -> Iterable[str]:
@@ -40,13 +41,13 @@ class ParquetSource:
         return self.stamps.keys()
 
     def read(self, index: int) -> bytes:
-        """The encoded image; see `Source.read`. A row group is read whole, whatever the size of its images."""
+        """See `Source.read`. The whole row group is read, however large its images are."""
         run = run_of(self.runs, index)
         place, number = self.groups[run]
-        with storage.explained(place, ImageError):
+        with storage.translated_errors(place, ImageError):
             cell = _row_groups.get(place, number, self.column)[index - self.runs[run].start]
         if not cell.is_valid:
-            raise UndecodableImageError(f"{self.keys[index]} holds no bytes: store the image itself, not its path.")
+            raise UndecodableImageError(f"{self.keys[index]} has no bytes: store the image itself, not its path.")
         content = cell.as_buffer()
         storage.check_size(self.keys[index], content.size)
         return bytes(content)
@@ -62,17 +63,17 @@ class ParquetSource:
 
 
 def open_parquet(name: str, places: Sequence[str]) -> ParquetSource:
-    """Read the schemas and labels.
+    """Open Parquet files, reading their schemas and labels.
 
     Raises:
-        DataError: a file is missing or damaged, has no column of images or another one than the first, or no rows.
+        DataError: a file is missing or damaged, has no image column or not the same one as the others, or no rows.
     """
-    files = storage.each(_open, places)
+    files = storage.parallel_map(_open, places)
     if len({file.column for file in files}) > 1:
-        raise DataError(f"{name} has its images in columns of different names: give files of one kind.")
+        raise DataError(f"{name} has its images in columns of different names: use files with the same columns.")
     groups = [(place, *group) for place, file in zip(places, files, strict=True) for group in file.groups]
     if not groups:
-        raise DataError(f"{name} has no rows: expected an image in each.")
+        raise DataError(f"{name} has no rows: expected one image per row.")
     ends = list(itertools.accumulate(rows for _, _, rows in groups))
     return ParquetSource(
         name,
@@ -81,7 +82,7 @@ def open_parquet(name: str, places: Sequence[str]) -> ParquetSource:
             for short, file in zip(storage.short_names(places), files, strict=True)
             for row in range(sum(rows for _, rows in file.groups))
         ),
-        labels=complete(label for file in files for label in file.labels),
+        labels=all_or_none(label for file in files for label in file.labels),
         runs=tuple(range(start, end) for start, end in zip([0, *ends], ends, strict=False)),
         groups=tuple((place, number) for place, number, _ in groups),
         column=files[0].column,
@@ -91,7 +92,7 @@ def open_parquet(name: str, places: Sequence[str]) -> ParquetSource:
 
 @dataclass(frozen=True)
 class _File:
-    groups: Sequence[tuple[int, int]]  # number and rows of each row group that has any
+    groups: Sequence[tuple[int, int]]  # number and row count of each non-empty row group
     labels: Sequence[str | None]
     column: str
     stamp: tuple[int, str]
@@ -101,7 +102,7 @@ def _open(place: str) -> _File:
     import pyarrow.parquet as pq
 
     stamp = storage.stamp(place)
-    with storage.explained(place, DataError), storage.open_seekable(place) as opened:
+    with storage.translated_errors(place, DataError), storage.open_seekable(place) as opened:
         file = pq.ParquetFile(opened)
         rows = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
         groups = [(number, count) for number, count in enumerate(rows) if count]
@@ -114,8 +115,8 @@ def _image_column(place: str, schema: Any) -> str:
     if named or len(candidates) == 1:
         return str((named or candidates)[0])
     raise DataError(
-        f"{place} has no column that is clearly the images: expected bytes, or a struct with bytes in it, "
-        f"in a column named image; its columns are {', '.join(schema.names)}."
+        f"{place} has no column that is clearly the images: expected a column `image` of bytes, or of structs with "
+        f"bytes; its columns are {', '.join(schema.names)}."
     )
 
 
@@ -128,42 +129,42 @@ def _holds_bytes(kind: Any) -> bool:
 
 
 def _labels(file: Any) -> list[str | None]:
-    """The class of each row; numbers become names where Hugging Face's metadata have them (-1 is none)."""
+    """The class of each row; numbers become names if Hugging Face's metadata has them (-1 means no label)."""
     from pyarrow import types
 
     schema = file.schema_arrow
     names = _class_names(schema.metadata or {})
-    known = [name for name in (*LABEL_NAMES, *names) if name in schema.names]
-    if not known:
+    name = next((name for name in (*LABEL_NAMES, *names) if name in schema.names), None)
+    if name is None:
         return [None] * file.metadata.num_rows
-    column = file.read(columns=known[:1]).column(0)
-    if types.is_integer(column.type) and known[0] in names:
-        own = dict(enumerate(names[known[0]]))
-        return [own.get(value) for value in column.to_pylist()]
+    column = file.read(columns=[name]).column(0)
+    if types.is_integer(column.type) and name in names:
+        classes = dict(enumerate(names[name]))
+        return [classes.get(value) for value in column.to_pylist()]
     return [str(value) if isinstance(value, str | int) else None for value in column.to_pylist()]
 
 
 def _class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
-    """The `ClassLabel` columns that `datasets` notes in a schema, with the names of their classes."""
+    """The `ClassLabel` columns in the schema metadata of `datasets`, with their class names."""
     try:
         features = json.loads(metadata[b"huggingface"])["info"]["features"]
         return {column: feature["names"] for column, feature in features.items() if "names" in feature}
-    except (KeyError, TypeError, ValueError, AttributeError):  # none, or in a form of its own
+    except (KeyError, TypeError, ValueError, AttributeError):  # missing, or in another form
         return {}
 
 
 class _RowGroups:
-    """The encoded images of the row groups that this process read last, as pyarrow columns."""
+    """A cache of the row groups that this process read last, as pyarrow columns of encoded images."""
 
     def __init__(self) -> None:
         self.columns: OrderedDict[tuple[str, int, str], Any] = OrderedDict()
-        self.lock = threading.Lock()  # or every thread of a pool would decode the row group that all of them wait for
+        self.lock = threading.Lock()  # or every thread of a pool would read the same row group
 
     def get(self, place: str, number: int, column: str) -> Any:
         key = (place, number, column)
         with self.lock:
             if key not in self.columns:
-                while self.columns and sum(kept.nbytes for kept in self.columns.values()) > CACHED_BYTES:
+                while self.columns and sum(column.nbytes for column in self.columns.values()) > CACHED_BYTES:
                     self.columns.popitem(last=False)
                 self.columns[key] = _read_group(*key)
             self.columns.move_to_end(key)

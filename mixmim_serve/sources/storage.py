@@ -1,4 +1,4 @@
-"""Places that hold bytes: a local path, or a URL of anything that fsspec opens (s3://, gs://, https://, memory://).
+"""Reading of places: a place is a local path or a URL that fsspec supports (s3://, gs://, https://, memory://).
 
 Nothing stays open between calls, so that sources can be pickled, forked and read from threads.
 """
@@ -19,70 +19,70 @@ from mixmim_serve.preprocess import MAX_IMAGE_BYTES, read_limited
 from mixmim_serve.sources.names import is_hidden
 from mixmim_serve.sources.names import list_files as list_local_files
 
-T = TypeVar("T")
+Value = TypeVar("Value")
 
-AT_ONCE = 8  # shards that are opened side by side: remote ones wait for the network
+AT_ONCE = 8  # shards opened in parallel: remote ones wait for the network
 
 
 def is_url(place: str) -> bool:
-    """Whether a place is a URL; `file://` is one too, see `from_spec`."""
+    """Whether a place is a URL; so is `file://`, see `from_spec`."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", place) is not None
 
 
 def from_spec(spec: str | Path) -> str:
-    """The place that a user named; `file://` becomes the local path, for which fsspec is not needed."""
+    """The place that a user named; `file://` becomes a local path, which needs no fsspec."""
     return re.sub(r"^file://(localhost)?(?=/)", "", str(spec))
 
 
-def bare(place: str) -> str:
-    """Without the query of a web address: signed addresses carry one behind the file's name."""
+def without_query(place: str) -> str:
+    """The place without the query of a web address; signed addresses have one after the file name."""
     return re.split(r"[?#]", place, maxsplit=1)[0] if place.startswith(("http://", "https://")) else place
 
 
 def folder_of(place: str) -> str:
-    """What stands before the last part of a place, with its slash: `s3://bucket/`, or nothing."""
-    return place[: bare(place).rfind("/") + 1]
+    """The place up to its last slash, such as `s3://bucket/`; empty without a slash."""
+    return place[: without_query(place).rfind("/") + 1]
 
 
-def below(folder: str, name: str) -> str:
-    """The place of a file by its name relative to a folder; also of the folder itself, with its slash, by no name."""
+def join(folder: str, name: str) -> str:
+    """The place of a file in a folder; with an empty name, the folder with a slash."""
     return f"{folder}{name}" if folder.endswith("/") else f"{folder}/{name}"
 
 
 def short_names(places: Sequence[str]) -> list[str]:
-    """Places without the folder that all share; of a single one the file's name."""
-    shared = len(folder_of(os.path.commonprefix([bare(place) for place in places])))  # noqa: RUF071 - cut at a slash
-    return [bare(place)[shared:] for place in places]
+    """Places without their common folder; of a single place, the file name."""
+    shared = len(folder_of(os.path.commonprefix([without_query(place) for place in places])))  # noqa: RUF071 - cut at a slash
+    return [without_query(place)[shared:] for place in places]
 
 
 def has_wildcards(place: str) -> bool:
-    """Whether it is a pattern for `expand`, and not a local file that happens to look like one."""
-    return re.search(r"[*?\[{]", bare(place)) is not None and not os.path.exists(place)
+    """Whether a place is a pattern for `expand`, and not an existing local file that looks like one."""
+    return re.search(r"[*?\[{]", without_query(place)) is not None and not os.path.exists(place)
 
 
 def expand(pattern: str) -> list[str]:
-    """The files that a pattern means, sorted: `train-*.tar`, `train-{000..127}.tar`, `{a,b}.parquet`.
+    """The files that match a pattern, sorted: `train-*.tar`, `train-{000..127}.tar`, `{a,b}.parquet`.
 
-    A name without `*`, `?` or `[...]` is taken as it is, whether the file is there or not.
+    A name without `*`, `?` or `[...]` is returned unchanged, whether the file exists or not.
 
     Raises:
-        DataError: a pattern that nothing matches.
+        DataError: when nothing matches.
     """
-    found = sorted({place for plain in _braces(pattern) for place in _glob(plain)})
-    if not found:
-        raise DataError(f"{pattern} means no file: check the pattern, and quote it if a shell reads it.")
-    return found
+    places = sorted({place for plain in _braces(pattern) for place in _glob(plain)})
+    if not places:
+        raise DataError(f"no file matches {pattern}: check the pattern, and quote it in a shell.")
+    return places
 
 
 def list_files(folder: str) -> list[str]:
-    """What `mixmim_serve.sources.names.list_files` gives, also of a URL.
+    """Like `mixmim_serve.sources.names.list_files`, for URLs too.
 
     Raises:
         DataError: a URL that cannot be listed.
     """
     if not is_url(folder):
         return list_local_files(Path(folder))
-    with explained(folder, DataError):
+    with translated_errors(folder, DataError):
         filesystem, root = connect(folder)
         prefix = root.rstrip("/") + "/"
         names = [place.removeprefix(prefix) for place in filesystem.find(root) if place.startswith(prefix)]
@@ -90,7 +90,7 @@ def list_files(folder: str) -> list[str]:
 
 
 def open_binary(place: str) -> IO[bytes]:
-    """A file to read from the start."""
+    """Open a file to read from the start."""
     if not is_url(place):
         return open(place, "rb")
     filesystem, path = connect(place)
@@ -99,115 +99,121 @@ def open_binary(place: str) -> IO[bytes]:
 
 
 def open_seekable(place: str) -> IO[bytes]:
-    """A file to read at any position.
+    """Open a file to read at any position.
 
     Raises:
-        DataError: a web server that sends files only whole.
+        DataError: the web server does not support range requests.
     """
     file = open_binary(place)
-    if getattr(file, "size", 0) is None:  # fsspec's stream over HTTP; it calls itself seekable until a seek fails
+    if getattr(file, "size", 0) is None:  # fsspec's HTTP stream; it claims to be seekable until a seek fails
         file.close()
-        raise DataError(f"{place} cannot be read in parts, the server does not offer it: download the file first.")
+        raise DataError(f"{place} cannot be read in parts, its server ignores range requests: download the file first.")
     return file
 
 
 def is_folder(place: str) -> bool:
-    """Whether a folder is there; of the web, which has none, always."""
+    """Whether a folder exists; always True on the web, which has no folders."""
     if place.startswith(("http://", "https://")):
         return True
     if not is_url(place):
         return os.path.isdir(place)
-    with explained(place, DataError):
+    with translated_errors(place, DataError):
         filesystem, path = connect(place)
         return bool(filesystem.exists(path.rstrip("/")))
 
 
 def local_size(place: str) -> int:
-    """Bytes of a local file; -1 for one that is missing, or behind a URL."""
+    """Size in bytes of a local file; -1 if it is missing or at a URL."""
     try:
         return -1 if is_url(place) else os.stat(place).st_size
-    except (OSError, ValueError):  # ValueError: a name with a null byte
+    except (OSError, ValueError):  # ValueError: a null byte in the name
         return -1
 
 
 def stamp(place: str) -> tuple[int, str]:
-    """Bytes of a file, and whatever changes when it is written anew: a time or a tag.
+    """Size in bytes of a file, and a time or tag that changes when it is rewritten.
 
     Raises:
-        DataError: it cannot be looked at, or is gone.
+        DataError: the file is gone or cannot be accessed.
     """
-    with explained(place, DataError):
+    with translated_errors(place, DataError):
         if not is_url(place):
             status = os.stat(place)
             return status.st_size, str(status.st_mtime_ns)
         filesystem, path = connect(place)
-        about = filesystem.info(path)
-        tags = (about.get(name) for name in ("ETag", "etag", "LastModified", "mtime", "created"))
-        return int(about.get("size") or 0), str(next((tag for tag in tags if tag), ""))
+        info = filesystem.info(path)
+        tags = (info.get(name) for name in ("ETag", "etag", "LastModified", "mtime", "created"))
+        return int(info.get("size") or 0), str(next((tag for tag in tags if tag), ""))
 
 
 def check_stamp(place: str, opened: tuple[int, str]) -> None:
-    """Compare a file with what `stamp` said when it was opened.
+    """Compare a file with its `stamp` from when it was opened.
 
     Raises:
         DataError: it is gone or was altered.
     """
     if is_url(place):
-        with explained(place, DataError):
+        with translated_errors(place, DataError):
             connect(place)[0].invalidate_cache()
     if stamp(place) != opened:
-        raise DataError(f"{place} was altered while it was read: bring the old file back, and run again.")
+        raise DataError(f"{place} was altered while it was being read: restore the old file, and run again.")
 
 
 def read_image(place: str) -> bytes:
-    """A whole file of at most `MAX_IMAGE_BYTES`; no more than that is read.
+    """Read a file of at most `MAX_IMAGE_BYTES`; of a larger one at most one more byte is read.
 
     Raises:
         ImageError: see `mixmim_serve.preprocess.read_limited`.
     """
     if not is_url(place):
         return read_limited(place)
-    with explained(place, ImageError):
+    with translated_errors(place, ImageError):
         data = _read(place, 0, MAX_IMAGE_BYTES + 1)
     check_size(place, len(data))
     return data
 
 
 def read_part(place: str, start: int, size: int) -> bytes:
-    """`size` bytes from the byte `start` on.
+    """Read `size` bytes of a file, starting at `start`.
 
     Raises:
         ImageTooLargeError: more than `MAX_IMAGE_BYTES`; nothing is read.
-        UndecodableImageError: the file ends before.
+        UndecodableImageError: the file is too short.
         ImageError: the file cannot be read.
     """
     check_size(place, size)
-    with explained(place, ImageError):
+    with translated_errors(place, ImageError):
         data = _read(place, start, start + size)
     if len(data) != size:
-        raise UndecodableImageError(f"{place} is shorter than when it was opened: run again without changing the data.")
+        raise UndecodableImageError(
+            f"{place} is shorter than when it was opened: leave the data unchanged, and run again."
+        )
     return data
 
 
 def check_size(place: str, size: int) -> None:
-    """Refuse an image of too many bytes."""
+    """Check the size of an encoded image.
+
+    Raises:
+        ImageTooLargeError: more than `MAX_IMAGE_BYTES`.
+    """
     if size > MAX_IMAGE_BYTES:
         raise ImageTooLargeError(f"{place}: the image has more than {MAX_IMAGE_BYTES:,} bytes: make it smaller.")
 
 
 @contextlib.contextmanager
-def explained(place: str, error: type[MixMIMError]) -> Iterator[None]:
-    """Turn whatever fails inside into one sentence; our own errors and missing packages pass."""
+def translated_errors(place: str, error: type[MixMIMError]) -> Iterator[None]:
+    """Turn any exception into `error` with one sentence; our own errors and missing packages pass unchanged."""
     try:
         yield
     except (MixMIMError, ModuleNotFoundError):
         raise
-    except Exception as cause:  # every storage has classes of its own: OSError, aiohttp's, botocore's, pyarrow's
+    except Exception as cause:  # every storage raises its own classes: OSError, aiohttp's, botocore's, pyarrow's
         raise error(f"cannot read {place}: {_reason(cause)}.") from cause
 
 
-def each(function: Callable[[str], T], places: Sequence[str]) -> list[T]:
-    """`function` of every place, `AT_ONCE` of them at a time; the first error ends it."""
+def parallel_map(function: Callable[[str], Value], places: Sequence[str]) -> list[Value]:
+    """Call `function` for every place, `AT_ONCE` at a time; the first error is raised."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         return list(pool.map(function, places))
 
@@ -227,14 +233,14 @@ def _read(place: str, start: int, end: int) -> bytes:
     filesystem, path = connect(place)
     if not place.startswith(("http://", "https://")):
         return bytes(filesystem.cat_file(path, start=start, end=end))
-    # cat_file would take the whole file from a server that ignores ranges. With a size, open() asks the server nothing.
+    # cat_file would load the whole file from a server that ignores ranges. With a size, open() sends no request.
     with filesystem.open(path, "rb", size=end) as file:
         file.seek(start)
         return bytes(file.read(end - start))
 
 
 def connect(place: str) -> tuple[Any, str]:
-    """Of this process: fsspec keeps one a process, and forgets those from before a fork."""
+    """The file system of a place, and the path in it. fsspec caches one per process, and drops it after a fork."""
     from fsspec.core import url_to_fs
     from fsspec.registry import known_implementations
 
@@ -249,7 +255,7 @@ def connect(place: str) -> tuple[Any, str]:
 
 
 def _braces(pattern: str) -> Iterator[str]:
-    """`{000..127}` counted out with as many digits, `{a,b}` chosen from, any number of them."""
+    """Expand all `{000..127}`, keeping leading zeros, and all `{a,b}` in a pattern."""
     group = re.search(r"\{([^{}]*)\}", pattern)
     if group is None:
         yield pattern
@@ -266,6 +272,6 @@ def _glob(place: str) -> list[str]:
         return [place]
     if not is_url(place):
         return glob.glob(place, recursive=True)
-    with explained(place, DataError):
+    with translated_errors(place, DataError):
         filesystem, path = connect(place)
-        return [filesystem.unstrip_protocol(found) for found in filesystem.glob(path)]
+        return [filesystem.unstrip_protocol(match) for match in filesystem.glob(path)]

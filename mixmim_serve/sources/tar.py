@@ -1,8 +1,8 @@
-"""Tar shards in the layout of WebDataset: `0001.jpg` beside `0001.cls` or `0001.json`, which hold its label.
+"""Tar shards in WebDataset's layout: `0001.jpg` next to `0001.cls` or `0001.json`, which contain its label.
 
-A sample is the members that share their path up to the first dot of the file's name; each of its images counts.
-Opening reads all headers of every shard once: some 45 seconds for a million images with labels on a local disk, and
-about as long as a full download for shards behind a URL. Reading is then one seek, or one request.
+A sample is all members whose paths agree up to the first dot of the file name; it may have several images. Opening
+reads all headers of every shard once: about 45 seconds for a million labelled images on a local disk, and about as long
+as a full download for shards at a URL. Reading an image is then one seek, or one request.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from numpy.typing import NDArray
 
 from mixmim_serve.errors import DataError
 from mixmim_serve.sources import storage
-from mixmim_serve.sources.base import LABEL_NAMES, complete, digest_of, run_of
+from mixmim_serve.sources.base import LABEL_NAMES, all_or_none, digest_of, run_of
 from mixmim_serve.sources.names import is_image_name
 
-MAX_LABEL_BYTES = 1_000_000  # a longer .cls or .json is no label
+MAX_LABEL_BYTES = 1_000_000  # a longer .cls or .json is not a label
 
 
 @dataclass(frozen=True, eq=False)
 class TarSource:
-    """Members of tar shards, by position. The key is shard and member: `train-0.tar/0001.jpg`."""
+    """Members of tar shards, by offset. The key is shard and member: `train-0.tar/0001.jpg`."""
 
     name: str
     keys: Sequence[str]
     labels: Sequence[str] | None
-    runs: Sequence[range]  # one a shard
-    shards: Sequence[str]  # the place of each run
-    stamps: Sequence[tuple[int, str]]  # of each shard, as `storage.stamp` gives it
-    spans: NDArray[np.int64]  # (images, 2): first byte and size
+    runs: Sequence[range]  # one per shard
+    shards: Sequence[str]  # the file of each run
+    stamps: Sequence[tuple[int, str]]  # `storage.stamp` of each shard
+    spans: NDArray[np.int64]  # (images, 2): offset and size in bytes
 
     @property
     def places(self) -> Sequence[str]:
@@ -44,7 +44,7 @@ class TarSource:
         return self.shards
 
     def read(self, index: int) -> bytes:
-        """The encoded image; see `Source.read`."""
+        """See `Source.read`."""
         start, size = self.spans[index].tolist()
         return storage.read_part(self.shards[run_of(self.runs, index)], start, size)
 
@@ -66,20 +66,20 @@ class _Member:
 
 
 def open_tar(name: str, places: Sequence[str]) -> TarSource:
-    """Index the shards.
+    """Open tar shards, indexing their members.
 
     Raises:
-        DataError: a shard is missing, compressed, cut short or damaged, or none holds an image.
+        DataError: a shard is missing, compressed, truncated or damaged, or none has an image.
     """
-    indexed = zip(places, storage.short_names(places), storage.each(_index, places), strict=True)
+    indexed = zip(places, storage.short_names(places), storage.parallel_map(_index, places), strict=True)
     shards = [(place, short, stamp, members) for place, short, (stamp, members) in indexed if members]
     if not shards:
-        raise DataError(f"{name} holds no images: expected members such as 0001.jpg beside 0001.cls.")
+        raise DataError(f"{name} has no images: expected members such as 0001.jpg next to 0001.cls.")
     ends = np.cumsum([len(members) for *_, members in shards]).tolist()
     return TarSource(
         name,
         keys=tuple(f"{short}/{member.name}" for _, short, _, members in shards for member in members),
-        labels=complete(member.label for *_, members in shards for member in members),
+        labels=all_or_none(member.label for *_, members in shards for member in members),
         runs=tuple(range(start, end) for start, end in zip([0, *ends], ends, strict=False)),
         shards=tuple(place for place, *_ in shards),
         stamps=tuple(stamp for _, _, stamp, _ in shards),
@@ -88,14 +88,18 @@ def open_tar(name: str, places: Sequence[str]) -> TarSource:
 
 
 def _index(place: str) -> tuple[tuple[int, str], list[_Member]]:
-    """The stamp and images of one shard, by name; of members with one name the last counts, as when it is unpacked."""
+    """The stamp of a shard and its images, sorted by name; of duplicate names the last counts, as when unpacking."""
     stamp = storage.stamp(place)
     spans: dict[str, tuple[int, int]] = {}
     labels: dict[str, str] = {}
-    with storage.explained(place, DataError), storage.open_seekable(place) as file, _archive(place, file) as archive:
+    with (
+        storage.translated_errors(place, DataError),
+        storage.open_seekable(place) as file,
+        _archive(place, file) as archive,
+    ):
         try:
             for member in archive:
-                archive.members = []  # type: ignore[attr-defined]  # it would keep every header: 0.5 kB a member
+                archive.members = []  # type: ignore[attr-defined]  # else every header stays in memory: 0.5 kB each
                 name = posixpath.normpath(member.name)
                 if not member.isfile():
                     continue
@@ -103,12 +107,12 @@ def _index(place: str) -> tuple[tuple[int, str], list[_Member]]:
                     spans[name] = (member.offset_data, member.size)
                 elif label := _label(name, archive, member):
                     labels[_sample(name)] = label
-            file.seek(archive.offset)  # tarfile takes a damaged header for the end: look for the true one
-            whole = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+            file.seek(archive.offset)  # tarfile takes a damaged header for the end of the archive
+            is_complete = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
         except tarfile.TarError:
-            whole = False
-    if not whole:
-        raise DataError(f"{place} is cut short or damaged: copy it again, or write it anew.")
+            is_complete = False
+    if not is_complete:
+        raise DataError(f"{place} is truncated or damaged: copy or write it again.")
     return stamp, [_Member(name, spans[name], labels.get(_sample(name))) for name in sorted(spans)]
 
 
@@ -116,7 +120,9 @@ def _archive(place: str, file: IO[bytes]) -> tarfile.TarFile:
     try:
         return tarfile.open(fileobj=file, mode="r:")
     except tarfile.TarError as error:
-        raise DataError(f"{place} is not a tar archive, or a compressed one: give an uncompressed .tar.") from error
+        raise DataError(
+            f"{place} is not an uncompressed tar archive: decompress it, or choose another file."
+        ) from error
 
 
 def _sample(name: str) -> str:
@@ -125,7 +131,7 @@ def _sample(name: str) -> str:
 
 
 def _label(name: str, archive: tarfile.TarFile, member: tarfile.TarInfo) -> str | None:
-    """The text of a .cls, or the string or whole number under a known key of a .json."""
+    """The text of a .cls, or the first string or integer of a .json under one of `LABEL_NAMES`."""
     suffix = os.path.splitext(name)[1].lower()
     content = archive.extractfile(member) if suffix in (".cls", ".json") and member.size <= MAX_LABEL_BYTES else None
     if content is None:
@@ -134,7 +140,7 @@ def _label(name: str, archive: tarfile.TarFile, member: tarfile.TarInfo) -> str 
     try:
         if suffix == ".cls":
             return text.decode().strip()
-        about = json.loads(text)
-        return next(str(about[key]) for key in LABEL_NAMES if isinstance(about.get(key), str | int))
-    except (ValueError, AttributeError, StopIteration):  # no text, no JSON, no object, no such key
+        values = json.loads(text)
+        return next(str(values[key]) for key in LABEL_NAMES if isinstance(values.get(key), str | int))
+    except (ValueError, AttributeError, StopIteration):  # not text, not JSON, not an object, no such key
         return None

@@ -7,15 +7,15 @@ from typing import Any
 from mixmim_serve.bundle import Bundle
 from mixmim_serve.config import unknown
 from mixmim_serve.errors import ConfigError
-from mixmim_serve.extract.options import DTYPES, Options, Resources
+from mixmim_serve.extract.options import DTYPES, ExtractOptions, Resources
 
-MAX_FAILURES = "max_failures"  # belongs to `Resources`; the others to `Options`
+MAX_FAILURES = "max_failures"  # belongs to `Resources`; the others to `ExtractOptions`
 _OPTIONS: dict[str, dict[str, Any]] = {
     "features": {"type": "array", "items": {"type": "string"}, "default": []},
     # Lance's files are read only by its own library, and from a folder.
-    "format": {"enum": ["parquet", "npy"], "default": Options.format},
-    "dtype": {"enum": list(DTYPES), "default": Options.dtype},
-    "batch": {"type": "integer", "minimum": 1, "maximum": 256, "default": Options.batch},
+    "format": {"enum": ["parquet", "npy"], "default": ExtractOptions.format},
+    "dtype": {"enum": list(DTYPES), "default": ExtractOptions.dtype},
+    "batch": {"type": "integer", "minimum": 1, "maximum": 256, "default": ExtractOptions.batch},
     "images": {
         "type": "integer",
         "minimum": 0,
@@ -52,7 +52,7 @@ def parse_options(values: object, bundle: Bundle) -> dict[str, Any]:
             raise unknown("option", name, _OPTIONS)
         _check(name, value, _OPTIONS[name])
     resources = Resources(values.get(MAX_FAILURES, Resources.max_failures))
-    options = Options(**{name: value for name, value in values.items() if name != MAX_FAILURES})
+    options = ExtractOptions(**{name: value for name, value in values.items() if name != MAX_FAILURES})
     options.check(bundle)
     return options.to_dict() | {MAX_FAILURES: resources.max_failures}
 

@@ -22,7 +22,7 @@ class Roots:
 
     def __init__(self, roots: Iterable[str]) -> None:
         places = [storage.from_spec(root) for root in roots]
-        self.urls = tuple(storage.below(place, "") for place in places if storage.is_url(place))
+        self.urls = tuple(storage.join(place, "") for place in places if storage.is_url(place))
         folders = [place for place in places if not storage.is_url(place)]
         for place in folders:
             if not os.path.isdir(place):

@@ -42,7 +42,7 @@ WHERE source = ? AND options = ? AND retry_failed = 0 AND state IN ('queued', 'r
 NEW = "INSERT INTO jobs (id, source, options, state, created) VALUES (?, ?, ?, 'queued', ?) RETURNING *"
 BEFORE = """
 SELECT * FROM jobs
-WHERE number <> ?1 AND (state IN ('running', 'cancelling') OR (state = 'queued' AND number < ?1))
+WHERE number <> ? AND (state IN ('running', 'cancelling') OR (state = 'queued' AND number < ?))
 """
 START_NEXT = """
 UPDATE jobs SET state = 'running', started = ?
@@ -129,7 +129,7 @@ class JobStore:
 
     def ahead(self, record: JobRecord) -> int:
         """The number of jobs that run before a queued one."""
-        return len(self._read(BEFORE, record.number))
+        return len(self._read(BEFORE, record.number, record.number))
 
     def start_next(self) -> JobRecord | None:
         """Mark the oldest queued job as running and return it; None when the queue is empty."""

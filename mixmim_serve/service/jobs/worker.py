@@ -23,10 +23,10 @@ from typing import IO, Any
 from mixmim_serve.engines import open_engine
 from mixmim_serve.errors import InUseError, MixMIMError
 from mixmim_serve.extract import lead
-from mixmim_serve.extract.job import Executor, Job, Summary
+from mixmim_serve.extract.job import Executor, ExtractJob, Summary
 from mixmim_serve.extract.local import LocalExecutor
-from mixmim_serve.extract.options import Options, Resources
-from mixmim_serve.extract.progress import Progress
+from mixmim_serve.extract.options import ExtractOptions, Resources
+from mixmim_serve.extract.progress import ExtractProgress
 from mixmim_serve.service.jobs.roots import Roots
 from mixmim_serve.service.jobs.store import CRASHED
 from mixmim_serve.service.metrics import log_config
@@ -66,7 +66,7 @@ def main() -> None:
         send(failed=CRASHED)
 
 
-def run_task(task: Mapping[str, Any], report: Callable[[Progress], None], stop: threading.Event) -> Summary:
+def run_task(task: Mapping[str, Any], report: Callable[[ExtractProgress], None], stop: threading.Event) -> Summary:
     """Extract as `mixmim extract` does, from inside the root of the source, so that messages name nothing above it.
 
     Raises:
@@ -77,10 +77,10 @@ def run_task(task: Mapping[str, Any], report: Callable[[Progress], None], stop: 
     os.chdir(root or task["out"].rpartition(os.sep)[0])
     options = dict(task["options"])
     effort = Resources(options.pop("max_failures"))
-    job = Job(Path(task["bundle"]), source, task["out"], options=Options(**options), effort=effort)
+    job = ExtractJob(Path(task["bundle"]), source, task["out"], options=ExtractOptions(**options), effort=effort)
     engine = open_engine(job.bundle, task["engine"])
 
-    def executor(job: Job, opened: Source) -> Executor:
+    def executor(job: ExtractJob, opened: Source) -> Executor:
         roots.check(opened)
         return LocalExecutor(job, opened, engine)
 
@@ -125,11 +125,11 @@ def _watch_stdin(stop: threading.Event) -> None:
     os._exit(1)
 
 
-def _throttled(report: Callable[[Progress], None]) -> Callable[[Progress], None]:
+def _throttled(report: Callable[[ExtractProgress], None]) -> Callable[[ExtractProgress], None]:
     """`report`, at most once per `REPORT_EVERY` seconds."""
     last = -REPORT_EVERY
 
-    def throttled(progress: Progress) -> None:
+    def throttled(progress: ExtractProgress) -> None:
         nonlocal last
         if time.monotonic() - last >= REPORT_EVERY:
             last = time.monotonic()

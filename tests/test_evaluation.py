@@ -1,4 +1,4 @@
-"""Judging embeddings: k-NN, linear probe and confusion matrix against slow references, and what must be refused."""
+"""Evaluation: k-NN, linear probe and confusion matrix against slow references, and inputs that must be rejected."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ QUICK = ProbeConfig(epochs=5, batch_size=64, lrs=(0.01, 0.1, 1.0))
 
 
 def clouds(images: int, classes: int, channels: int = 12, spread: float = 1.5, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Embeddings around one centre a class, each channel with its own offset and scale, and their labels."""
+    """Embeddings around one centre per class, each channel with its own offset and scale, and their labels."""
     generator = torch.Generator().manual_seed(seed)
     world = torch.Generator().manual_seed(99)  # centres, offsets and scales are the same for every seed
     centres, offset = torch.randn(classes, channels, generator=world), torch.randn(channels, generator=world)
@@ -57,7 +57,7 @@ def slow_rank(scores: np.ndarray, label: int) -> int:
 
 def test_top_1_and_top_5_are_those_of_a_sorted_list() -> None:
     rng = np.random.default_rng(0)
-    scores = rng.integers(0, 6, (200, 9)).astype(np.float32)  # so few values that most rows hold equal ones
+    scores = rng.integers(0, 6, (200, 9)).astype(np.float32)  # so few values that most rows have ties
     labels = rng.integers(0, 9, 200)
     ranks = np.array([slow_rank(row, label) for row, label in zip(scores, labels, strict=True)])
     result = accuracy(torch.from_numpy(scores), torch.from_numpy(labels))
@@ -105,7 +105,7 @@ def test_knn_is_what_loops_over_images_find(classes: int, images: int) -> None:
     assert list(fast) == [1, 7, 40]
     for k, result in fast.items():
         assert [result.top1, result.top5] == pytest.approx(slow_knn(train, train_labels, query, labels, classes, k))
-        assert 20 < result.top1 < 95  # neither chance nor certainty, or nothing was compared
+        assert 20 < result.top1 < 95  # neither chance nor perfect, or nothing was compared
 
 
 @pytest.mark.parametrize(("train_rows", "query_rows"), [(1, 1), (7, 11), (50, 3), (1000, 1000)])
@@ -130,7 +130,7 @@ def test_more_neighbours_than_train_images_means_all_of_them() -> None:
 def test_of_equal_votes_the_lower_class_wins() -> None:
     train = torch.tensor([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
     result = knn_accuracy(train, torch.tensor([4, 2, 0]), torch.tensor([[2.0, 0.0]] * 4), torch.arange(4) + 1, 6, (2,))
-    assert (result[2].top1, result[2].top5) == (25, 50)  # class 2 first, class 4 second, and no other guess
+    assert (result[2].top1, result[2].top5) == (25, 50)  # class 2 first, class 4 second, and no other prediction
 
 
 def test_a_class_without_a_vote_is_no_guess() -> None:
@@ -197,7 +197,7 @@ LABELS = torch.arange(3)
         (lambda: ProbeConfig(heldout=1.0), ConfigError, "heldout"),
     ],
 )
-def test_what_cannot_be_judged_is_refused(call: Callable[[], object], error: type[MixMIMError], words: str) -> None:
+def test_invalid_inputs_are_rejected(call: Callable[[], object], error: type[MixMIMError], words: str) -> None:
     with pytest.raises(error, match=words):
         call()
 
@@ -206,7 +206,7 @@ def test_what_cannot_be_judged_is_refused(call: Callable[[], object], error: typ
 
 
 def slow_logits(x: Tensor, labels: Tensor, classes: int, lr: float, config: ProbeConfig, query: Tensor) -> Tensor:
-    """One rate by torch's own layers, loss, optimiser and schedule, on standardised embeddings: logits of `query`."""
+    """One learning rate with torch's layers, loss, optimiser and schedule, on standardised embeddings: query logits."""
     mean, std = x.double().mean(0).float(), x.double().std(0, correction=0).float()
     head = nn.Linear(x.shape[1], classes)
     nn.init.zeros_(head.weight)
@@ -241,7 +241,7 @@ def test_the_bank_trains_every_head_as_torch_trains_one() -> None:
 
 
 def test_two_gaussians_give_the_layer_that_fisher_derived() -> None:
-    """Of equal covariance S, means a and b: weight S^-1 (a - b), bias -(a + b) / 2 times that."""
+    """For equal covariance S and means a and b: weight S^-1 (a - b), bias -(a + b) / 2 times that."""
     generator = torch.Generator().manual_seed(0)
     shape = torch.tensor([[1.0, 0.5, 0.0], [0.0, 1.0, -0.4], [0.0, 0.0, 0.5]])
     means = torch.tensor([[3.0, -1.0, 5.0], [3.8, -0.5, 4.6]])
@@ -391,7 +391,7 @@ def test_precision_and_recall_of_each_class() -> None:
 def test_the_most_frequent_confusions_come_first() -> None:
     assert confusions(MATRIX, NAMES) == [Confusion("dog", "cat", 5, 10), Confusion("cat", "dog", 2, 10)]
     tie = np.array([[90, 3, 0], [0, 1, 3], [0, 4, 2]])
-    assert [found.true for found in confusions(tie, NAMES)] == ["owl", "dog", "cat"]  # 3 of 4 before 3 of 93
+    assert [confusion.true for confusion in confusions(tie, NAMES)] == ["owl", "dog", "cat"]  # 3 of 4 before 3 of 93
     assert len(confusions(tie, NAMES, limit=1)) == 1
 
 
