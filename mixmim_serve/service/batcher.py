@@ -96,10 +96,10 @@ class Batcher:
         engine: Engine,
         graph: str,
         thread: ThreadPoolExecutor,
-        stack_thread: ThreadPoolExecutor | None = None,
         max_batch: int = 32,
         observe: Callable[[int, float], None] = lambda size, seconds: None,
         pending_decodes: PendingDecodes | None = None,
+        stack_thread: ThreadPoolExecutor | None = None,
     ) -> None:
         self.engine, self.graph, self.observe = engine, graph, observe
         self.thread, self.stack_thread = thread, stack_thread or thread

@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -152,6 +152,7 @@ def main() -> None:
             image = _read(sys.stdin.buffer, length)
             _allow_cpu_seconds(settings.cpu_seconds)
             kind, answer = _answer(image, settings)
+            _allow_cpu_seconds(0)  # until the next image, for ever
             out.write(HEADER.pack(kind, len(answer)) + answer)
             out.flush()
 
@@ -182,15 +183,9 @@ def _limit_memory(beyond: int) -> None:
 
 
 def _allow_cpu_seconds(seconds: float) -> None:
-    """End this process with SIGXCPU once it has used so many more seconds of CPU time."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return
-    usage: Any = resource.getrusage(resource.RUSAGE_SELF)
-    limit = math.ceil(usage.ru_utime + usage.ru_stime + seconds)
-    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))
+    """End this process with SIGPROF once it has used so many more seconds of CPU time."""
+    if hasattr(signal, "setitimer"):  # not on Windows
+        signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 if __name__ == "__main__":

@@ -164,10 +164,10 @@ class Decoder:
 
     @contextlib.asynccontextmanager
     async def _budget(self, context: RequestContext, cost: float) -> AsyncIterator[None]:
-        """Count the cost of an image for its request and, until it is decoded, for its client."""
+        """Count the cost of an image for its request and, until it is decoded, for its client; one alone always passes."""
         is_stream = context.endpoint is not None and context.endpoint.streams
-        context.decode_cost += cost
-        if context.decode_cost > self.settings.max_request_megapixels * 1e6 and not is_stream:
+        others, context.decode_cost = context.decode_cost, context.decode_cost + cost
+        if others and context.decode_cost > self.settings.max_request_megapixels * 1e6 and not is_stream:
             message = (
                 f"decoding the images of this request costs more than {self.settings.max_request_megapixels:,} "
                 "megapixels: send fewer or smaller images."

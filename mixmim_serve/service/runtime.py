@@ -77,8 +77,15 @@ class Runtime:
             size.observe(images)
             seconds.observe(spent)
 
-        threads = self.engine_thread, self.stack_thread
-        return Batcher(self.engine, graph, *threads, self.settings.max_batch, observe, self.pending_decodes)
+        return Batcher(
+            self.engine,
+            graph,
+            self.engine_thread,
+            self.settings.max_batch,
+            observe,
+            self.pending_decodes,
+            self.stack_thread,
+        )
 
     def _publish_metrics(self) -> None:
         for graph, batcher in self.batchers.items():
