@@ -13,6 +13,7 @@ MAX_ENTRIES = 4_096  # in one directory: cameras write 20 to 100, raw converters
 MAX_NUMBERS = 20_000  # in all tags of Exif directories: Pillow makes a fraction of each (2.3 us, 190 bytes)
 _EXIF, _GPS, _INTEROPERABILITY = 34665, 34853, 40965
 _BYTE_TYPES = (1, 2, 7)  # BYTE, ASCII, UNDEFINED: kept as one bytes object
+_SIZES = {3: 2, 4: 4, 5: 8, 6: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}  # bytes of a value of the other types
 _INTEGERS = {3: "H", 4: "I", 8: "h", 9: "i", 13: "I", 16: "Q"}  # SHORT, LONG, SSHORT, SLONG, IFD, LONG8
 _PREFIX = re.compile(rb"(?:Exif\0\0){1,2}")
 
@@ -26,8 +27,12 @@ class Entry(NamedTuple):
 
     @property
     def numbers(self) -> int:
-        """How many objects a reader makes of it."""
+        """How many objects a reader makes of its values."""
         return 1 if self.kind in _BYTE_TYPES else self.length
+
+    def numbers_within(self, size: int) -> int:
+        """The same, if Pillow reads it: it skips unknown types, and values that do not fit in `size` bytes."""
+        return self.length if self.kind in _SIZES and self.length * _SIZES[self.kind] <= size else 0
 
 
 class Directories:
@@ -57,7 +62,7 @@ class Directories:
         Raises:
             UndecodableImageError: more than `MAX_ENTRIES`.
         """
-        count = self.length(offset)
+        count = min(self.length(offset), (len(self.data) - offset) // self.entry_size)
         header.at_most(MAX_ENTRIES, count, "entries in a directory of tags")
         return dict(reversed(list(self._entries(offset, count))))
 
@@ -69,6 +74,10 @@ class Directories:
         for tag, kind, values, _ in struct.iter_unpack(self.order + self.entry, block):
             yield tag, Entry(kind, values, at)
             at += self.entry_size
+
+    def numbers(self, entries: dict[int, Entry]) -> int:
+        """How many objects Pillow makes of all values."""
+        return sum(entry.numbers_within(len(self.data)) for entry in entries.values())
 
     def next(self, offset: int) -> int:
         """The offset of the directory that follows the one at an offset; 0 for none."""
@@ -103,7 +112,7 @@ def check_exif(block: bytes, header: Header) -> None:
     directories = Directories(block[prefix.end() :] if prefix else block)
     try:
         entries = directories.read(directories.first(), header)
-        header.at_most(MAX_NUMBERS, sum(entry.numbers for entry in entries.values()), "numbers in its Exif tags")
+        header.at_most(MAX_NUMBERS, directories.numbers(entries), "numbers in its Exif tags")
         check_nested(directories, entries, header)
     except ENDS_EARLY:
         return
@@ -128,5 +137,5 @@ def check_nested(directories: Directories, entries: dict[int, Entry], header: He
             continue
         if tag == _EXIF:
             exif = found
-        numbers += sum(entry.numbers for entry in found.values())
+        numbers += directories.numbers(found)
         header.at_most(MAX_NUMBERS, numbers, "numbers in its Exif tags")

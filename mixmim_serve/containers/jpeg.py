@@ -24,8 +24,7 @@ SCAN = 0.25  # cost of one scan for each pixel of each full-size channel, on top
 
 _MARKER = re.compile(rb"\xff[\x01-\xfe]")
 _AFTER_SCAN = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # restart markers and stuffed bytes belong to the scan
-_ENDS_SCAN = np.array([0 < byte < 0xFF and not 0xD0 <= byte <= 0xD7 for byte in range(256)])
-_WINDOW = 65_536
+_FIRST_WINDOW, _WINDOW = 1_024, 65_536  # bytes searched at a time: a scan may be short
 _DENSE = 32  # more than one byte in so many is 0xFF: NumPy is faster than the expression (24 ns for each)
 
 _EOI, _SOS, _APP1, _APP13 = 0xD9, 0xDA, 0xE1, 0xED
@@ -116,15 +115,23 @@ def _next_marker(data: bytes, position: int, scans: int, max_junk: int) -> int |
 
 def _end_of_scan(data: bytes, position: int) -> int | None:
     """The offset of the first marker that is not part of entropy-coded data, in one fast pass."""
-    for start in range(position, len(data) - 1, _WINDOW):
-        end = min(start + _WINDOW + 1, len(data))  # one byte more, for the code of a marker at its end
-        if data.count(b"\xff", start, end) * _DENSE < _WINDOW:
-            found = _AFTER_SCAN.search(data, start, end)
-            if found:
-                return found.start()
+    size = _FIRST_WINDOW
+    while position < len(data) - 1:
+        end = min(position + size + 1, len(data))  # one byte more, for the code of a marker at its end
+        if size > _FIRST_WINDOW and data.count(b"\xff", position, end) * _DENSE > size:
+            found = _search_dense(data, position, end)
         else:
-            window = np.frombuffer(data, np.uint8, end - start, start)
-            ends = (window[:-1] == 0xFF) & _ENDS_SCAN[window[1:]]
-            if ends.any():
-                return start + int(ends.argmax())
+            match = _AFTER_SCAN.search(data, position, end)
+            found = match.start() if match else None
+        if found is not None:
+            return found
+        position, size = position + size, min(4 * size, _WINDOW)
     return None
+
+
+def _search_dense(data: bytes, start: int, end: int) -> int | None:
+    """As the expression, at the same speed whatever the bytes are."""
+    window = np.frombuffer(data, np.uint8, end - start, start)
+    first, second = window[:-1] == 0xFF, window[1:]
+    ends = first & (second != 0xFF) & (second != 0) & (second & 0xF8 != 0xD0)
+    return start + int(ends.argmax()) if ends.any() else None

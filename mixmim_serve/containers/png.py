@@ -32,7 +32,7 @@ def read(data: bytes, header: Header) -> None:
             return
         if name in _PIXELS:
             continue
-        header.add_metadata(length)
+        header.add_metadata(min(length, len(data) - start))
         if name == b"IHDR":
             _read_size(data, start, header)
         elif name == b"acTL":

@@ -51,20 +51,19 @@ def _read_image(data: bytes, directories: Directories, entries: dict[int, Entry]
     header.kind = _KINDS.get(value(_COMPRESSION), "other")
     samples = min(max(1, value(_SAMPLES)), 6)
     header.pixel_factor = max(1.0, samples * value(_BITS) / 24)
-    if _STRIP_OFFSETS in entries:
-        offsets, sizes, across, down = _STRIP_OFFSETS, _STRIP_BYTES, width, min(value(_ROWS, height), height)
-    elif _TILE_OFFSETS in entries:
-        offsets, sizes, across, down = _TILE_OFFSETS, _TILE_BYTES, value(_TILE_WIDTH), value(_TILE_HEIGHT)
-        header.check_size("a tile of the image", across, down)  # libtiff decodes complete tiles
-    else:
-        return
-    header.parts = entries[offsets].length
+    across, down = value(_TILE_WIDTH, 1), value(_TILE_HEIGHT, 1)
+    header.check_size("a tile of the image", across, down)  # libtiff decodes complete tiles
+    parts = {tag: entries[tag].length for tag in (_STRIP_OFFSETS, _TILE_OFFSETS) if tag in entries}
+    header.parts = max(parts.values(), default=0)
     header.at_most(MAX_PARTS, header.parts, "strips or tiles")
     planes = samples if value(_PLANAR) == 2 else 1
+    if _STRIP_OFFSETS in parts:  # which Pillow prefers
+        across, down = width, min(value(_ROWS, height), height)
     needed = -(-width // max(1, across)) * -(-height // max(1, down)) * planes
     if header.kind == "raw" and needed > planes:  # of an image in one part Pillow reads the last one alone
         header.at_most(2 * needed + _SPARE_PARTS, header.parts, "strips or tiles, more than cover it")
-    header.coded_bytes = sum(directories.values(entries.get(sizes), MAX_PARTS))
+    sizes = (directories.values(entries.get(tag), MAX_PARTS) for tag in (_STRIP_BYTES, _TILE_BYTES))
+    header.coded_bytes = max(map(sum, sizes))
     if header.kind == "jpeg" and any(start in data for start in _SEVERAL_SCANS):
         header.pixel_factor *= min(_MAX_SCANS, max(1, data.count(b"\xff\xda")))
 

@@ -29,11 +29,8 @@ def read(data: bytes, header: Header) -> None:
                 _read_frame(data, start, start + length, header)
         elif name == b"EXIF":
             check_exif(data[start : start + length], header)
-            header.add_metadata(length)
         elif name in (b"VP8 ", b"VP8L"):
             _read_image(data, name, start, header)
-        else:
-            header.add_metadata(length)
 
 
 def _read_frame(data: bytes, start: int, end: int, header: Header) -> None:
