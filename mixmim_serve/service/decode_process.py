@@ -25,7 +25,7 @@ from mixmim_serve.errors import ImageError, ImageTooLargeError, UndecodableImage
 from mixmim_serve.preprocess import Pixels, decode, resize_and_crop
 
 MODULE = "mixmim_serve.service.decode_process"
-NICENESS = 10  # so that small images and the engine come first
+NICENESS = 5  # so that small images and the engine come first
 HEADER = struct.Struct("<BQ")  # kind and length of an answer
 PIXELS = 0
 ERRORS: tuple[type[ImageError], ...] = (ImageError, ImageTooLargeError, UnsupportedImageError, UndecodableImageError)
