@@ -134,6 +134,7 @@ class RequestContext:
     stage_seconds: dict[str, float] = field(default_factory=dict)  # by stage, of the slowest image
     images: int = 0
     error_code: str | None = None
+    responding: bool = False  # the response has begun
 
     def expect_images(self, count: int) -> None:
         """Reserve a place for each of the images that the body turned out to hold.
