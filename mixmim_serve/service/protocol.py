@@ -106,8 +106,19 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._ended:
             return
         self._unset_keepalive_if_required()
+        if self._is_lone_head(data):
+            self._parse(data)
+            return
         self._unparsed = self._unparsed + data if self._unparsed else data
         self._advance()
+
+    def _is_lone_head(self, data: bytes) -> bool:
+        """Whether this is a whole head within the limits and nothing else, as most requests come: no need to count."""
+        if not self._in_head or self._head_bytes or data[0] in BLANK or data.find(BLANK) != len(data) - 4:
+            return False
+        settings = self.settings
+        is_short = len(data) <= min(settings.max_request_line, settings.max_header_bytes)
+        return is_short and data.count(b"\n") <= settings.max_headers + 2
 
     def _advance(self) -> None:
         data, start = self._unparsed, 0
@@ -153,15 +164,17 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._chunked:
             self._framing += end - start
             self._framing_run += end - start
+        self._parse(data if end - start == len(data) else memoryview(data)[start:end])
+        if self._chunked and not self._ended and (error := self._check_framing()):
+            self._fail(error)
+
+    def _parse(self, data: bytes | memoryview) -> None:
         try:
-            self.parser.feed_data(data if end - start == len(data) else memoryview(data)[start:end])
+            self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:  # is not offered: answer as usual, then close
             self.cycle.keep_alive, self._ended = False, True
         except httptools.HttpParserError:
             self._fail(RequestError(400, "malformed_request", "this is not a valid HTTP/1.1 request."))
-        else:
-            if self._chunked and (error := self._check_framing()):
-                self._fail(error)
 
     def _check_head(self, data: bytes, start: int, end: int) -> RequestError | None:
         """Count a slice of a head; the error if it is too large."""
@@ -207,9 +220,11 @@ class LimitedProtocol(HttpToolsProtocol):
         """Keep a header; trailers are dropped, because they would become headers of a request that runs already."""
         if not self._in_head:
             return
-        super().on_header(name, value)
-        name = self.headers[-1][0]
-        if name == b"content-length":
+        name = name.lower()
+        self.headers.append((name, value))
+        if name == b"expect":
+            self.expect_100_continue = value.lower() == b"100-continue" or self.expect_100_continue
+        elif name == b"content-length":
             self._body_left = int(value)
         elif name == b"transfer-encoding":
             self._chunked = True
@@ -250,7 +265,10 @@ class LimitedProtocol(HttpToolsProtocol):
             self._set_timer(self.settings.body_seconds, self._close)
             return
         self._expect_head()
-        self._advance()
+        if self._unparsed:
+            self._advance()
+        else:
+            self._await_head()
 
     def pause_writing(self) -> None:
         """The client does not read: it has `send_seconds` for what waits."""
