@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mixmim_serve.bundle import Bundle
-from mixmim_serve.errors import ConfigError
+from mixmim_serve.errors import ConfigError, quoted
 from mixmim_serve.extract.pipeline import BATCH
 
 FORMATS = ("parquet", "npy", "lance")
@@ -43,7 +43,7 @@ class Options:
         known = [name for name in bundle.graphs["encoder"] if name != "embedding"]
         for name in self.features:
             if name not in known:
-                raise ConfigError(f"this model has no features named {name!r}: choose among {', '.join(known)}.")
+                raise ConfigError(f"this model has no features named {quoted(name)}: choose among {', '.join(known)}.")
         if len(set(self.features)) < len(self.features):
             raise ConfigError("name each of the features once.")
 

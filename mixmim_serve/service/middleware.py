@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mixmim_serve.errors import MixMIMError
+from mixmim_serve.errors import MixMIMError, quoted
 from mixmim_serve.service import body as bodies
 from mixmim_serve.service.auth import ApiKeys
 from mixmim_serve.service.errors import RequestError, describe_error
@@ -98,7 +98,8 @@ class RequestMiddleware:
         except ValueError:
             value = 0.0
         if not 0 < value <= MAX_REQUEST_TIMEOUT:
-            message = f"X-Request-Timeout must be seconds above 0 and up to {MAX_REQUEST_TIMEOUT:g}, got {text!r}."
+            limit = f"{MAX_REQUEST_TIMEOUT:g}"
+            message = f"X-Request-Timeout must be seconds above 0 and up to {limit}, got {quoted(text)}."
             raise RequestError(400, "bad_option", message, "X-Request-Timeout")
         return value
 

@@ -18,6 +18,7 @@ from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Scope
 
+from mixmim_serve.errors import quoted
 from mixmim_serve.service.errors import RequestError
 from mixmim_serve.service.options import Option
 
@@ -181,4 +182,4 @@ def check_options(request: Request) -> None:
     for name in request.query_params:
         if name not in names:
             available = f"it takes {', '.join(names)}" if names else "it takes none"
-            raise RequestError(400, "unknown_option", f"this route has no option {name!r}: {available}.", name)
+            raise RequestError(400, "unknown_option", f"this route has no option {quoted(name)}: {available}.", name)

@@ -14,7 +14,7 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +52,33 @@ def launch(path: Path, host: str, port: int, engine: str, settings: Settings) ->
     with bind(host, port) as listener:
         app = prepare(bundle, engine, settings)
         photo = "examples/hat.jpg" if Path("examples/hat.jpg").is_file() else "photo.jpg"
-        is_public = host not in LOOPBACK and not (settings.api_keys or os.environ.get(auth.VARIABLE))
-        note = "\nanyone who reaches this address may use it: --api-keys FILE requires a key" if is_public else ""
-        if app.state.jobs:
-            note += f"\njobs may read below {', '.join(settings.jobs_roots)} and write to {app.state.jobs.folder}"
-        print(  # noqa: T201
-            f"serving {size_name(bundle.arch)} from {path} at http://{host}:{port}\n"
-            f"try: curl -F image=@{photo} http://{host}:{port}/embed{note}",
-            flush=True,
-        )
+        lines = [
+            f"serving {size_name(bundle.arch)} from {path} at http://{host}:{port}",
+            f"try: curl -F image=@{photo} http://{host}:{port}/embed",
+        ]
+        folder = str(app.state.jobs.folder) if app.state.jobs else None
+        if folder:
+            lines.append(f"jobs may read below {', '.join(settings.jobs_roots)} and write to {folder}")
+        if host not in LOOPBACK and not (settings.api_keys or os.environ.get(auth.VARIABLE)):
+            lines.append(open_door(host, settings.jobs_roots, folder))
+        print("\n".join(lines), flush=True)  # noqa: T201
         run(app, listener)
+
+
+def open_door(host: str, jobs_roots: Sequence[str], jobs_folder: str | None) -> str:
+    """The warning of a server that others reach without a key: what they can do, and how to prevent it."""
+    abilities = ["use the model, at the cost of this machine's processors and memory", "read /model and /metrics"]
+    if jobs_folder:
+        abilities += [
+            f"learn which images lie below {', '.join(jobs_roots)} and download their features",
+            "see, cancel and delete everybody's jobs",
+            f"fill the disk of {jobs_folder}",
+        ]
+    return (
+        f"WARNING: no API key is set, and {host} can be reached from other machines. Anyone who reaches it can "
+        f"{'; '.join(abilities)}. Requests and answers travel unencrypted. "
+        "Require a key with --api-keys FILE and put TLS in front, or keep --host 127.0.0.1."
+    )
 
 
 def bind(host: str, port: int) -> socket.socket:
