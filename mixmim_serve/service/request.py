@@ -20,6 +20,7 @@ from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Scope
 
+from mixmim_serve.errors import quoted
 from mixmim_serve.service.errors import RequestError
 from mixmim_serve.service.options import Option
 
@@ -219,6 +220,7 @@ class RequestContext:
     images: int = 0
     decode_cost: float = 0.0  # pixels, of all images so far
     error_code: str | None = None
+    responding: bool = False  # the response has begun
 
     def expect_images(self, count: int) -> None:
         """Reserve a place for each of the images that the body turned out to hold.
@@ -269,4 +271,4 @@ def check_options(request: Request) -> None:
     for name in request.query_params:
         if name not in names:
             available = f"it takes {', '.join(names)}" if names else "it takes none"
-            raise RequestError(400, "unknown_option", f"this route has no option {name!r}: {available}.", name)
+            raise RequestError(400, "unknown_option", f"this route has no option {quoted(name)}: {available}.", name)

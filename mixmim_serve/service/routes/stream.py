@@ -1,6 +1,6 @@
 """POST /embed/stream: thousands of images over one connection, answered in order while they arrive.
 
-In: NDJSON, a line `{"input": "data:image/jpeg;base64,...", "id": anything}`, or a multipart form with files `image`.
+In: NDJSON, a line `{"input": "data:image/jpeg;base64,...", "id": "a.jpg"}`, or a multipart form with files `image`.
 Out: NDJSON, one line `{"index", "id", "status", "embedding" | "error"}` per image.
 
 Reading, inference and writing overlap, and each waits for the next: the window bounds memory.
@@ -11,14 +11,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any
 
-import orjson
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
-from mixmim_serve.errors import ImageError
+from mixmim_serve.errors import ImageError, quoted
 from mixmim_serve.service.body import body_of, stream_chunks
+from mixmim_serve.service.bounded_json import load_json
 from mixmim_serve.service.errors import RequestError, describe_error, image_refused
 from mixmim_serve.service.options import DTYPE, NORMALIZE
 from mixmim_serve.service.request import check_options, context_of
@@ -30,7 +29,10 @@ from mixmim_serve.service.uploads import KEY, form_images, from_base64, media_ty
 NDJSON = "application/x-ndjson"
 MEDIA_TYPES = (NDJSON, "application/ndjson", "application/jsonl", "multipart/form-data")
 MAX_UNREAD_LINES = 4096  # answers kept for a client that sends everything before it reads
+MAX_ID = 1024  # characters, which the answer repeats
 UNLIMITED = 2**62
+
+StreamId = str | int | float | None
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class StreamedImage:
 
     index: int
     image: bytes | RequestError
-    id: Any = None
+    id: StreamId = None
 
 
 class EmbedSession:
@@ -173,7 +175,7 @@ class EmbedStream:
             raise RequestError(405, "method", "send images with POST.", headers={"Allow": "POST"})
         kind = media_type(request)
         if kind not in MEDIA_TYPES:
-            message = f"content type {kind or 'missing'!r} is not accepted: send one of {', '.join(MEDIA_TYPES)}."
+            message = f"content type {quoted(kind or 'missing')} is not accepted: send one of {', '.join(MEDIA_TYPES)}."
             raise RequestError(415, "unsupported_body", message)
         session = EmbedSession(request, runtime_of(request))
         session.body.make_stream()
@@ -207,16 +209,21 @@ def parse_line(index: int, line: bytes) -> StreamedImage:
     """One line of NDJSON; a line that cannot be used gives its error in place of the image."""
     param = f"input[{index}]"
     try:
-        value = orjson.loads(line)
-    except orjson.JSONDecodeError:
-        return StreamedImage(index, RequestError(400, "malformed_json", "the line is not valid JSON.", param))
+        value = load_json(line)
+    except RequestError as error:
+        return StreamedImage(index, RequestError(error.status, error.code, f"the line {error}.", param))
     if not isinstance(value, dict) or value.keys() - {KEY, "id"} or KEY not in value:
         message = f'a line must be an object with {KEY!r} and, optionally, "id".'
         return StreamedImage(index, RequestError(400, "malformed_json", message, param))
+    id_ = value.get("id")
+    if not isinstance(id_, StreamId) or (isinstance(id_, str) and len(id_) > MAX_ID):
+        expected = f"a string of at most {MAX_ID} characters, a number, true, false or null"
+        message = f"id must be {expected}, got {quoted(id_)}."
+        return StreamedImage(index, RequestError(400, "bad_id", message, param))
     try:
-        return StreamedImage(index, from_base64(value[KEY], param), value.get("id"))
+        return StreamedImage(index, from_base64(value[KEY], param), id_)
     except RequestError as error:
-        return StreamedImage(index, error, value.get("id"))
+        return StreamedImage(index, error, id_)
 
 
 async def _last_line(error: Exception) -> bytes:
