@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mixmim_serve.errors import ConfigError
+from mixmim_serve.errors import MAX_QUOTED, ConfigError, quoted
 
 PATCH_SIZE = 4  # pixels on one side of a patch
 STAGES = 4
@@ -170,9 +170,9 @@ def architecture(name: str, *, num_classes: int = 0, with_decoder: bool = True) 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> ConfigError:
     """The error for a name that is not among `choices`; its message lists them and suggests the closest."""
     names = list(choices)
-    closest = difflib.get_close_matches(name, names, n=1)
+    closest = difflib.get_close_matches(name[:MAX_QUOTED], names, n=1)
     hint = f" Did you mean {closest[0]}?" if closest else ""
-    return ConfigError(f"unknown {kind} {name!r}: choose one of {', '.join(names)}.{hint}")
+    return ConfigError(f"unknown {kind} {quoted(name)}: choose one of {', '.join(names)}.{hint}")
 
 
 def size_names() -> tuple[str, ...]:

@@ -23,6 +23,14 @@
 The command line prints the message and exits with 1. The service responds with an `ImageError`'s `status` and `code`.
 """
 
+import reprlib
+
+MAX_QUOTED = 200  # characters of what a client sent, in the message it gets back
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = MAX_QUOTED
+_REPR.maxlevel = 3
+
 
 class MixMIMError(Exception):
     """Base class; `str(error)` is one sentence for the user."""
@@ -125,3 +133,9 @@ class UnavailableError(ServerError):
 
 class ModelChangedError(ServerError):
     """A response from a different model than the responses before it."""
+
+
+def quoted(value: object) -> str:
+    """`repr` of what a client sent, cut at `MAX_QUOTED` characters; neither its size nor its depth costs anything."""
+    text = _REPR.repr(value)
+    return text if len(text) <= MAX_QUOTED else f"{text[: MAX_QUOTED - 3]}..."

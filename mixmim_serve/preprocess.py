@@ -20,8 +20,6 @@ least 4 bytes per pixel (256 MB), and up to four times as much for WebP.
 from __future__ import annotations
 
 import os
-import re
-import struct
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -29,27 +27,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
-from PIL.TiffImagePlugin import BITSPERSAMPLE, TILELENGTH, TILEWIDTH, TiffImageFile
+from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 
 from mixmim_serve.config import Preprocessing
-from mixmim_serve.errors import ImageError, ImageTooLargeError, UndecodableImageError, UnsupportedImageError
+from mixmim_serve.containers import MAX_PIXELS, Container, inspect
+from mixmim_serve.errors import ImageError, ImageTooLargeError, UndecodableImageError
 
 MAX_IMAGE_BYTES = 20_000_000
-MAX_PIXELS = 64_000_000  # Pillow itself warns above 89 megapixels
-
-# Pillow's format name: the first bytes of its files. MPO (two JPEGs of a stereo camera) starts and opens as JPEG.
-# HEIC shares AVIF's container; the brands at its start tell them apart.
-_SIGNATURES = {
-    "JPEG": rb"\xff\xd8\xff",
-    "PNG": rb"\x89PNG\r\n\x1a\n",
-    "WEBP": rb"RIFF.{4}WEBP",
-    "GIF": rb"GIF8[79]a",
-    "TIFF": rb"(II|MM)([*+]\0|\0[*+])",
-    "BMP": rb"BM",
-    "AVIF": rb".{4}ftyp(avi[fs]|(mif1|msf1).{4}(.{4}){0,16}?avi[fs])",
-}
-ACCEPTED_FORMATS = tuple(_SIGNATURES)
-_ACCEPTED = f"{', '.join(ACCEPTED_FORMATS[:-1])} or {ACCEPTED_FORMATS[-1]}"
 
 _TRANSPOSE = {  # EXIF 2.3, tag 0x0112: the transposition to upright; 1 is upright, others are invalid
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -61,12 +45,6 @@ _TRANSPOSE = {  # EXIF 2.3, tag 0x0112: the transposition to upright; 1 is uprig
     8: Image.Transpose.ROTATE_90,
 }
 _SWAPPING = tuple(_TRANSPOSE[orientation] for orientation in (5, 6, 7, 8))  # swap width and height
-
-# Two attacks that pixel limits miss. Cameras write 1 to 20 scans; 20 MB of random bytes after a JPEG contain about 305
-# start-of-scan markers by chance. A TIFF of 64 megapixels in the smallest tiles (16 x 16) has 250,000 of them.
-_MAX_JPEG_SCANS = 500  # each is a pass over all pixels: 12 s for 500 at 64 megapixels
-_MAX_TIFF_VALUES = 300_000  # in one tag; Pillow makes an object of each: 20 MB of offsets took 1.2 GB and 20 s
-_TIFF_BYTE_TYPES = (1, 2, 7)  # BYTE, ASCII, UNDEFINED: kept as one bytes object
 
 _MAX_RESIZED_SIDE = 8192  # pixels; above it only the crop is resized
 
@@ -98,20 +76,21 @@ def decode(
     Raises:
         ImageTooLargeError: more bytes, or according to its header more pixels, than the limits (Pillow's own limit of
             178 megapixels applies as well).
-        UnsupportedImageError: not an image of `ACCEPTED_FORMATS`.
+        UnsupportedImageError: not an image of `containers.ACCEPTED_FORMATS`.
         UndecodableImageError: empty, truncated or damaged.
     """
-    name = _identify(data, max_bytes)
+    _check_bytes(data, max_bytes)
+    container = inspect(data, max_pixels)
     try:
-        image = _open(data, name, max_pixels)
-        if reduction is not None and name == "JPEG":
+        image = _open(data, container)
+        if reduction is not None and container.format == "JPEG":
             _shrink(image, reduction)
         image.load()
         return _to_rgb(_upright(image))
     except ImageError:
         raise
     except Exception as error:  # Pillow and its plugins raise a dozen classes for bad files, struct.error among them
-        raise _refusal(error, name, max_pixels) from error
+        raise _refusal(error, container.format, max_pixels) from error
 
 
 def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Pixels:
@@ -176,49 +155,19 @@ def read_limited(path: str | os.PathLike[str], max_bytes: int = MAX_IMAGE_BYTES)
     return data
 
 
-def _identify(data: bytes, max_bytes: int) -> str:
-    if not data:
-        raise UndecodableImageError(f"the image is empty: send the bytes of a {_ACCEPTED} file.")
+def _check_bytes(data: bytes, max_bytes: int) -> None:
     if len(data) > max_bytes:
         raise ImageTooLargeError(f"the image has {len(data):,} bytes, the limit is {max_bytes:,}: send a smaller one.")
-    for name, signature in _SIGNATURES.items():
-        if re.match(signature, data, re.DOTALL):
-            return name
-    raise UnsupportedImageError(f"the data is not an image of an accepted format: send {_ACCEPTED}.")
 
 
-def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
-    """Read the header and check all limits, before any pixel is decoded."""
-    if name == "TIFF":
-        _check_tiff_directory(data)
-    if name == "JPEG" and data.count(b"\xff\xda") > _MAX_JPEG_SCANS:
-        raise UndecodableImageError(f"the JPEG image has more than {_MAX_JPEG_SCANS} scans: save it again.")
-    image = Image.open(BytesIO(data), formats=(name,))
-    _check_pixels("the image", *image.size, max_pixels)
-    if isinstance(image, TiffImageFile):  # libtiff decodes complete tiles, which may be larger than the image
-        tags = image.tag_v2
-        _check_pixels("a tile of the image", int(tags.get(TILEWIDTH, 1)), int(tags.get(TILELENGTH, 1)), max_pixels)
-    return image
-
-
-def _check_pixels(what: str, width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        raise ImageTooLargeError(
-            f"{what} has {width} x {height} pixels, the limit is {max_pixels:,} in all: send a smaller one."
+def _open(data: bytes, container: Container) -> Image.Image:
+    """Read the header with Pillow, which must find no more pixels than the limits were checked for."""
+    image = Image.open(BytesIO(data), formats=(container.format,))
+    if image.width * image.height > container.width * container.height:
+        raise UndecodableImageError(
+            f"the {container.format} image has several sizes, of which the decoder takes the largest: save it again."
         )
-
-
-def _check_tiff_directory(data: bytes) -> None:
-    """Reject absurdly long tags before Pillow expands them. Layout: TIFF 6.0, section 2; BigTIFF has wider fields."""
-    order = "<" if data.startswith(b"II") else ">"
-    start_at, start, count, entry = (8, "Q", "Q", "HHQQ") if b"+" in data[:4] else (4, "I", "H", "HHII")
-    (offset,) = struct.unpack_from(order + start, data, start_at)
-    (entries,) = struct.unpack_from(order + count, data, offset)
-    offset += struct.calcsize(order + count)
-    end = offset + entries * struct.calcsize(order + entry)
-    for _, kind, values, _ in struct.iter_unpack(order + entry, data[offset:end]):
-        if kind not in _TIFF_BYTE_TYPES and values > _MAX_TIFF_VALUES:
-            raise UndecodableImageError(f"the TIFF image has a tag of {values:,} numbers: save it again.")
+    return image
 
 
 def jpeg_reduction(short: int, least: float) -> int:

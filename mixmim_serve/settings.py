@@ -13,7 +13,7 @@ import typing
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
-from mixmim_serve.errors import ConfigError
+from mixmim_serve.errors import MAX_QUOTED, ConfigError, quoted
 
 Config = TypeVar("Config")
 
@@ -53,8 +53,8 @@ def parse_assignments(cls: Any, assignments: Iterable[str], exclude: Collection[
 def unknown_setting(key: str, fields: Iterable[str]) -> ConfigError:
     """The error to raise for a key that is not in `fields`; it suggests the nearest, or lists all."""
     names = sorted(fields)
-    suggestions = difflib.get_close_matches(key, names, n=3, cutoff=0.5) or names
-    return ConfigError(f"unknown setting {key!r}: did you mean {' or '.join(suggestions)}?")
+    suggestions = difflib.get_close_matches(key[:MAX_QUOTED], names, n=3, cutoff=0.5) or names
+    return ConfigError(f"unknown setting {quoted(key)}: did you mean {' or '.join(suggestions)}?")
 
 
 def replace(config: Any, values: Mapping[str, Any]) -> Any:

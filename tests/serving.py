@@ -21,6 +21,7 @@ from mixmim_serve.engines.base import Arrays
 from mixmim_serve.engines.certificate import certify
 from mixmim_serve.service.app import create_app
 from mixmim_serve.service.runtime import Runtime
+from mixmim_serve.service.server import server_config
 from mixmim_serve.service.settings import Settings
 
 with warnings.catch_warnings():  # Starlette would rather have httpx2, which BentoML does not use yet
@@ -92,11 +93,18 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def url_of(engine: Engine, **settings: Any) -> Iterator[tuple[str, Starlette]]:
-    """The app behind a real socket, in a thread of this process; nothing may be left inside."""
+def url_of(engine: Engine, *, send_buffer: int = 0, **settings: Any) -> Iterator[tuple[str, Starlette]]:
+    """The app behind a real socket, in a thread of this process; nothing may be left inside.
+
+    `send_buffer` is what the kernel keeps of an answer, in bytes; 0 leaves it to the kernel.
+    """
     app = app_of(engine, **settings)
-    server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_config=None, timeout_graceful_shutdown=1))
+    config = server_config(app)
+    config.timeout_graceful_shutdown = 1
+    server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        if send_buffer:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         try:

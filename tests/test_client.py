@@ -312,7 +312,7 @@ def test_an_image_on_which_the_server_fails_fails_alone(engine: Engine, monkeypa
             raise MemoryError("secret")
         return decode(data, **limits)
 
-    monkeypatch.setattr("mixmim_serve.service.runtime.decode", fail)
+    monkeypatch.setattr("mixmim_serve.service.decoding.decode", fail)
     with url_of(engine) as (url, _), Client(url, policy=QUICK) as client:
         found = [*client.embed_many([HAT, HAT, SHOES, HAT, HAT])]
         with pytest.raises(ServerError, match="500: the server failed on this request"):

@@ -136,9 +136,10 @@ def test_a_server_that_ends_under_load_and_another_in_its_place_lose_nothing(
 
 def test_a_storm_of_deadlines_passes(exported_bundle: Path, tmp_path: Path) -> None:
     """Hundreds who wait a few milliseconds, behind photos that take longer than that to decode."""
-    with serve(exported_bundle, tmp_path, "decode_threads=1") as server, ThreadPoolExecutor(3) as slow:
+    settings = ("decode_threads=1", "max_connections_per_client=500")
+    with serve(exported_bundle, tmp_path, *settings) as server, ThreadPoolExecutor(3) as slow:
         server.wait_until_ready()
-        large = png(6000)
+        large = png(4000)
         jobs = [slow.submit(server.ask, "POST", "/embed", large) for _ in range(3)]
         wait_until(lambda: metric(server, "mixmim_images_inside") == 3)
         statuses = asyncio.run(storm(server.port, 400))

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import email
+import io
 import itertools
 import json
 import os
 import random
 import time
+import zlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,8 +26,10 @@ import pytest
 from conftest import REPOSITORY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from mixmim_serve.config import Preprocessing
+from mixmim_serve.containers import inspect
 from mixmim_serve.errors import ImageError
 from mixmim_serve.preprocess import decode, resize_and_crop
 from mixmim_serve.service.body import Part, split_form
@@ -140,6 +144,64 @@ def peak(*, reset: bool = False) -> int:
         Path("/proc/self/clear_refs").write_text("5")
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024
+
+
+# Containers
+
+
+def container(data: bytes) -> None:
+    """A refusal of one sentence, or a cost and Pillow's size."""
+    try:
+        read = inspect(data)
+    except ImageError as error:
+        assert str(error).endswith(".")
+        return
+    assert 0 <= read.decode_cost < float("inf")
+    try:
+        image = Image.open(io.BytesIO(data), formats=(read.format,))
+    except Exception:  # what Pillow refuses has no size
+        return
+    assert (read.width, read.height) == image.size or fails_to_load(image)
+
+
+def fails_to_load(image: Image.Image) -> bool:
+    """Whether an image has a size, and no pixels."""
+    try:
+        image.load()
+    except Exception:
+        return True
+    return False
+
+
+@fuzzed(400)
+@given(mutated([*SMALL, *seeds("image")]))
+def test_a_container_is_read_as_pillow_reads_it(data: bytes) -> None:
+    kept("image", data, container)
+
+
+SEGMENTS = st.tuples(st.integers(0xC0, 0xFE), st.binary(max_size=60), st.sampled_from((b"", b"\xff", b"\0", b"\xff\0")))
+CHUNKS = st.tuples(
+    st.sampled_from((b"IDAT", b"iCCP", b"zTXt", b"eXIf", b"fcTL", b"acTL", b"prVt")), st.binary(max_size=60)
+)
+
+
+@fuzzed(200)
+@given(st.lists(SEGMENTS, max_size=20))
+def test_any_segments_of_a_jpeg_are_read_as_pillow_reads_them(segments: list[tuple[int, bytes, bytes]]) -> None:
+    jpeg = (FOUND / "image" / "progressive.jpg").read_bytes()
+    middle = b"".join(bytes((255, code)) + (len(body) + 2).to_bytes(2) + body + junk for code, body, junk in segments)
+    container(jpeg[:2] + middle + jpeg[2:])
+
+
+@fuzzed(200)
+@given(st.lists(CHUNKS, max_size=20), st.booleans())
+def test_any_chunks_of_a_png_are_read_as_pillow_reads_them(chunks: list[tuple[bytes, bytes]], last: bool) -> None:
+    png = (FOUND / "image" / "interlaced-exif.png").read_bytes()
+    middle = b"".join(
+        len(body).to_bytes(4) + name + body + zlib.crc32(name + body).to_bytes(4) for name, body in chunks
+    )
+    at = len(png) - 12 if last else 33
+    container(png[:at] + middle + png[at:])
 
 
 # Forms

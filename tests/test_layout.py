@@ -19,6 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "mixmim_serve.errors",
         "mixmim_serve.config",
+        "mixmim_serve.containers",
         "mixmim_serve.version",
         "mixmim_serve.cores",
         "mixmim_serve.files",

@@ -144,7 +144,7 @@ def test_a_failure_while_decoding_is_ours_not_the_clients(engine: Engine, monkey
             raise MemoryError("secret")
         return decode(data, **limits)
 
-    monkeypatch.setattr("mixmim_serve.service.runtime.decode", fail)
+    monkeypatch.setattr("mixmim_serve.service.decoding.decode", fail)
     with client_of(engine) as client:
         response = client.post("/embed", files=files(HAT, SHOES))
     assert refusal(response)[0] == 500  # and not one vector for two images

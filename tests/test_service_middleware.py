@@ -209,7 +209,7 @@ def test_retry_after_comes_from_the_drain_rate(engine: Engine) -> None:
 
 
 def test_bodies_in_progress_share_the_memory_set_aside(engine: Engine) -> None:
-    with client_of(engine, max_held_bytes=len(HAT) + 100) as client:
+    with client_of(engine, max_held_bytes=len(HAT) + 5000) as client:
         assert client.post("/embed", content=HAT, headers=JPEG).status_code == 200
         response = client.post("/embed", files=files(HAT, SHOES))
     assert refusal(response)[0] == 429

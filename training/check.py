@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from mixmim_serve.containers import ACCEPTED_FORMATS
 from mixmim_serve.cores import usable_cores
 from mixmim_serve.errors import ImageError
-from mixmim_serve.preprocess import ACCEPTED_FORMATS, decode
+from mixmim_serve.preprocess import decode
 from mixmim_serve.sources import Source, fingerprint
 
 AHEAD = 4  # images queued per thread; bounds memory

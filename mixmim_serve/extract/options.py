@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mixmim_serve.bundle import Bundle
-from mixmim_serve.errors import ConfigError
+from mixmim_serve.errors import ConfigError, quoted
 from mixmim_serve.extract.pipeline import BATCH
 
 FORMATS = ("parquet", "npy", "lance")
@@ -43,7 +43,7 @@ class ExtractOptions:
         available = [name for name in bundle.graphs["encoder"] if name != "embedding"]
         for name in self.features:
             if name not in available:
-                raise ConfigError(f"this model has no features {name!r}: choose among {', '.join(available)}.")
+                raise ConfigError(f"this model has no features {quoted(name)}: choose among {', '.join(available)}.")
         if len(set(self.features)) < len(self.features):
             raise ConfigError("a feature is listed twice: list each one once.")
 

@@ -69,7 +69,7 @@ def create_app(settings: Settings | None = None) -> Starlette:
         ConfigError: when the file of API keys cannot be read.
     """
     settings = settings or Settings()
-    metrics, admission = Metrics(), Admission(settings.max_waiting, settings.max_held_bytes)
+    metrics, admission = Metrics(), _admission(settings)
     metrics.watch_admission(admission)
     keys = ApiKeys(settings.api_keys)
     app = Starlette(
@@ -81,6 +81,15 @@ def create_app(settings: Settings | None = None) -> Starlette:
     app.state.endpoints = ENDPOINTS
     app.state.runtime, app.state.jobs, app.state.draining = None, None, False
     return app
+
+
+def _admission(settings: Settings) -> Admission:
+    return Admission(
+        settings.max_waiting,
+        settings.max_held_bytes,
+        min(settings.max_client_waiting, settings.max_waiting),
+        settings.max_client_megapixels * 1e6,
+    )
 
 
 def _route(endpoint: Endpoint) -> Route:

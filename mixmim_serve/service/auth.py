@@ -42,14 +42,17 @@ class ApiKeys:
         """Whether a request needs a key; an empty file lets nobody in."""
         return bool(self.path or self._from_environment)
 
-    def check(self, headers: Headers) -> None:
+    def check(self, headers: Headers) -> str | None:
         """Accept a request that carries a key, as `Authorization: Bearer KEY` or `X-Api-Key: KEY`.
+
+        Returns:
+            A name of the key that does not reveal it; None where no key is required.
 
         Raises:
             RequestError: 401.
         """
         if not self.required:
-            return
+            return None
         self._reload()
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
@@ -60,6 +63,7 @@ class ApiKeys:
             reason = "unknown API key" if given else "an API key is needed"
             message = f"{reason}: send a valid one as Authorization: Bearer KEY."
             raise RequestError(401, "invalid_api_key", message, headers={"WWW-Authenticate": "Bearer"})
+        return f"key {digest.hex()}"
 
     def _reload(self) -> None:
         """Read a changed file; one that cannot be read leaves the keys as they were."""

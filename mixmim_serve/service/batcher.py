@@ -99,8 +99,10 @@ class Batcher:
         max_batch: int = 32,
         observe: Callable[[int, float], None] = lambda size, seconds: None,
         pending_decodes: PendingDecodes | None = None,
+        stack_thread: ThreadPoolExecutor | None = None,
     ) -> None:
-        self.engine, self.graph, self.thread, self.observe = engine, graph, thread, observe
+        self.engine, self.graph, self.observe = engine, graph, observe
+        self.thread, self.stack_thread = thread, stack_thread or thread
         self.max_batch = largest_batch(engine, max_batch)
         self.pending_decodes = pending_decodes or PendingDecodes()
         self.waiting: deque[QueuedItem] = deque()
@@ -164,7 +166,8 @@ class Batcher:
         """When a full batch waits for a busy engine, stack it off the event loop and beside the engine."""
         if self.next_arrays is None and len(self.waiting) >= self.max_batch:
             self.next_batch = self._take()
-            self.next_arrays = asyncio.get_running_loop().run_in_executor(None, _try_stack, self.next_batch)
+            loop = asyncio.get_running_loop()
+            self.next_arrays = loop.run_in_executor(self.stack_thread, _try_stack, self.next_batch)
 
     def _infer_timed(
         self, items: list[QueuedItem], arrays: Arrays | None

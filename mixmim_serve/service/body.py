@@ -33,6 +33,7 @@ class Body:
         self.received = 0
         self.complete = asyncio.Event()
         self.streamed = False
+        self.unclaimed = 0  # bytes of a stream that no image was made of yet; held, so that they count
         self._content_length = dict(scope["headers"]).get(b"content-length", b"0")
 
     def check_content_length(self) -> None:
@@ -45,7 +46,7 @@ class Body:
             raise self._too_large()
 
     def make_stream(self) -> None:
-        """Drop the limit on the whole body: from here on each piece has its own time, and no byte counts as held."""
+        """Drop the limit on the whole body: from here on each piece has its own time."""
         self.limit, self.streamed = float("inf"), True
 
     async def __call__(self) -> Message:
@@ -67,11 +68,16 @@ class Body:
         self.received += size
         if self.received > self.limit:
             raise self._too_large()
-        if not self.streamed:
-            self.context.reservation.hold(size)
+        self.context.reservation.hold(size)
+        self.unclaimed += size
         if not message.get("more_body", False):
             self.complete.set()
         return message
+
+    def claim(self) -> int:
+        """The bytes received since the last call, which whoever made an image of them must release."""
+        claimed, self.unclaimed = self.unclaimed, 0
+        return claimed
 
     async def wait_for_disconnect(self) -> None:
         """Wait until the client is gone, once its body is complete."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from mixmim_serve.errors import BundleError, ConfigError, ImageError, MixMIMError
+from mixmim_serve.errors import MAX_QUOTED, BundleError, ConfigError, ImageError, MixMIMError
 
 TYPES = {401: "authentication_error", 408: "timeout_error", 429: "rate_limit_error", 504: "timeout_error"}
 SERVER_FAILED = "the server failed on this request; its log has the reason."
@@ -18,7 +18,8 @@ class RequestError(MixMIMError):
         self, status: int, code: str, message: str, param: str | None = None, headers: dict[str, str] | None = None
     ) -> None:
         super().__init__(message)
-        self.status, self.code, self.param, self.headers = status, code, param, headers or {}
+        self.status, self.code, self.headers = status, code, headers or {}
+        self.param = param and param[:MAX_QUOTED]
 
 
 def image_refused(error: ImageError, param: str) -> RequestError:

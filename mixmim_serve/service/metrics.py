@@ -46,6 +46,8 @@ class Metrics:
         self.queue = self._gauge("queue_images", "Decoded images that wait for the engine.", "graph")
         self.ready = self._gauge("ready", "1 when the last canary through the engine was right.")
         self.engine = self._gauge("engine_info", "What answers.", "model", "engine", "precision", "fingerprint")
+        self.connections = self._gauge("connections", "Open connections.")
+        self.connections_refused = self._counter("connections_refused", "Connections above a limit.")
         self.jobs = self._gauge("jobs", "Jobs by state.", "state")
         self._stages = {stage: self.stage_seconds.labels(stage) for stage in STAGES}
 
@@ -67,6 +69,10 @@ class Metrics:
         """Read the images and bytes inside whenever the metrics are scraped."""
         self.waiting.set_function(lambda: admission.images)
         self.held.set_function(lambda: admission.bytes)
+
+    def watch_connections(self, count: Callable[[], int]) -> None:
+        """Read the number of open connections whenever the metrics are scraped."""
+        self.connections.set_function(count)
 
     def watch_jobs(self, counts: Callable[[], Mapping[str, int]]) -> None:
         """Read the number of jobs in each state whenever the metrics are scraped."""

@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mixmim_serve.errors import MixMIMError
+from mixmim_serve.errors import MixMIMError, quoted
 from mixmim_serve.service import body as bodies
 from mixmim_serve.service.auth import ApiKeys
 from mixmim_serve.service.errors import RequestError, describe_error
@@ -24,6 +24,7 @@ from mixmim_serve.service.responses import json_response
 from mixmim_serve.service.runtime import require_runtime
 from mixmim_serve.service.settings import MAX_REQUEST_TIMEOUT, Settings
 
+PIECE = 262_144  # bytes of a response handed to the transport at once
 CLIENT_CLOSED = 499  # nginx's status for a client that left before its answer; nobody receives it
 
 log = logging.getLogger(__name__)
@@ -71,8 +72,8 @@ class RequestMiddleware:
             RequestError: 401, 413, 429, 503 or 504.
         """
         headers, endpoint = Headers(scope=scope), context.endpoint
-        if context.path not in self.open_paths:
-            self.keys.check(headers)
+        if context.path not in self.open_paths and (key := self.keys.check(headers)):
+            context.reservation.client = key
         if endpoint is None or endpoint.method != "POST":
             await self.app(scope, receive, send)
             return
@@ -83,8 +84,8 @@ class RequestMiddleware:
         scope[bodies.KEY] = body
         seconds = self._timeout(headers, None if endpoint.streams else self.settings.request_seconds)
         with context.reservation as reservation:
-            if endpoint.takes_place:
-                reservation.reserve(1)
+            if endpoint.takes_place and not endpoint.streams:
+                self.admission.check_room(reservation.client)
             await run_until_disconnect(self.app(scope, body, send), body, seconds, context)
 
     def _timeout(self, headers: Headers, default: float | None) -> float | None:
@@ -97,9 +98,10 @@ class RequestMiddleware:
         except ValueError:
             value = 0.0
         if not 0 < value <= MAX_REQUEST_TIMEOUT:
-            message = f"X-Request-Timeout must be seconds above 0 and up to {MAX_REQUEST_TIMEOUT:g}, got {text!r}."
+            limit = f"{MAX_REQUEST_TIMEOUT:g}"
+            message = f"X-Request-Timeout must be seconds above 0 and up to {limit}, got {quoted(text)}."
             raise RequestError(400, "bad_option", message, "X-Request-Timeout")
-        return value
+        return min(value, self.settings.max_request_seconds)
 
     def _record(self, context: RequestContext, status: int) -> None:
         """Count the request in the metrics, and log it unless its path is open to all."""
@@ -128,6 +130,9 @@ async def run_until_disconnect(
     disconnect = asyncio.ensure_future(body.wait_for_disconnect())
     try:
         done, _ = await asyncio.wait({work, disconnect}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if not done and context.responding and not (context.endpoint and context.endpoint.streams):
+            # The answer was ready in time; how long it may take to be sent, the protocol limits.
+            done, _ = await asyncio.wait({work, disconnect}, return_when=asyncio.FIRST_COMPLETED)
         if work in done:
             work.result()
         elif disconnect in done:
@@ -143,7 +148,11 @@ async def run_until_disconnect(
 
 
 class _Responder:
-    """Wraps ASGI's `send`: adds the headers that every response carries, and notes its status."""
+    """Wraps ASGI's `send`: adds the headers that every response carries, notes its status, cuts large bodies in pieces.
+
+    uvicorn's `send` writes all it is given at once and waits only before the next call. In pieces, with an empty one at
+    the end, a response ends when its client has read it, and so do the places and bytes that its request holds.
+    """
 
     def __init__(self, send: Send, context: RequestContext) -> None:
         self.send, self.context = send, context
@@ -151,11 +160,15 @@ class _Responder:
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self.status = message["status"]
+            self.status, self.context.responding = message["status"], True
             headers = MutableHeaders(scope=message)
             headers["X-Request-Id"] = self.context.id
             if timing := self.context.server_timing():
                 headers["Server-Timing"] = timing
+        elif len(body := message.get("body", b"")) > PIECE:
+            for start in range(0, len(body), PIECE):
+                await self.send({**message, "body": body[start : start + PIECE], "more_body": True})
+            message = {**message, "body": b""}
         await self.send(message)
 
 

@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 from starlette.requests import Request
 
 from mixmim_serve.bundle import STAGE_OUTPUTS
+from mixmim_serve.errors import quoted
 from mixmim_serve.service.errors import RequestError
 from mixmim_serve.service.jobs.store import STATES
 
@@ -33,7 +34,7 @@ class Option(ABC):
 
     def refuse(self, expected: str, text: str) -> RequestError:
         """The error for a value that the option does not take."""
-        return RequestError(400, "bad_option", f"{self.name} must be {expected}, got {text!r}.", self.name)
+        return RequestError(400, "bad_option", f"{self.name} must be {expected}, got {quoted(text)}.", self.name)
 
 
 @dataclass(frozen=True)

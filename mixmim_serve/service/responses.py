@@ -18,6 +18,7 @@ from safetensors.numpy import save
 from starlette.requests import Request
 from starlette.responses import Response
 
+from mixmim_serve.errors import quoted
 from mixmim_serve.service.errors import RequestError, describe_error
 from mixmim_serve.service.options import DTYPE
 
@@ -65,7 +66,7 @@ def negotiate(request: Request, *kinds: str) -> ResponseFormat:
         if MEDIA_TYPES.get(media) in kinds:
             return ResponseFormat(MEDIA_TYPES[media], dtype)
     available = ", ".join(CANONICAL[kind] for kind in kinds)
-    raise RequestError(406, "not_acceptable", f"cannot answer as {accepted!r}: accept {available}.")
+    raise RequestError(406, "not_acceptable", f"cannot answer as {quoted(accepted)}: accept {available}.")
 
 
 def write(format_: ResponseFormat, results: Sequence[ImageResult], identity: dict[str, str], *, flat: bool) -> Response:

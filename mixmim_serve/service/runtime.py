@@ -1,4 +1,4 @@
-"""The engine at work: its queues, the pool that decodes images, and the canary that proves its answers right."""
+"""The engine at work: its queues, the decoder in front of them, and the canary that proves its answers right."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from mixmim_serve.engines import Engine, engine_fingerprint, open_engine
 from mixmim_serve.engines.base import Arrays
 from mixmim_serve.engines.buckets import buckets_between
 from mixmim_serve.engines.certificate import TOLERANCES, agreement, certify
-from mixmim_serve.preprocess import Pixels, decode, resize_and_crop
+from mixmim_serve.preprocess import Pixels
 from mixmim_serve.service.batcher import Batcher, PendingDecodes
+from mixmim_serve.service.decoding import Decoder
 from mixmim_serve.service.errors import RequestError
 from mixmim_serve.service.metrics import Metrics
 from mixmim_serve.service.request import RequestContext
@@ -33,7 +34,7 @@ CANARY_AGE = 1.0  # seconds for which one canary counts; probes within them shar
 
 
 class Runtime:
-    """One engine with its batchers and the pool that decodes.
+    """One engine with its batchers and its decoder.
 
     Raises:
         EngineError: when the engine's numbers are wrong.
@@ -47,9 +48,12 @@ class Runtime:
         self.certificate.require()
         self.fingerprint = engine_fingerprint(engine)
         self.model_name = size_name(engine.bundle.arch)
-        self.decoders = ThreadPoolExecutor(self.settings.decoders, thread_name_prefix="decode")
+        # No two of these share threads, so that none of them waits for another kind of work.
         self.engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self.stack_thread = ThreadPoolExecutor(1, thread_name_prefix="stack")
+        self.encode_threads = ThreadPoolExecutor(self.settings.decoders, thread_name_prefix="encode")
         self.pending_decodes = PendingDecodes(*DECODE_WAIT) if engine.name.endswith("-cpu") else PendingDecodes()
+        self.decoder = Decoder(self.settings, engine.bundle.description.preprocessing, self.pending_decodes)
         self.batchers = {graph: self._batcher(graph) for graph in engine.bundle.graphs}
         self.golden = load_file(engine.bundle.path / GOLDEN)
         self._canary: tuple[float, bool] = (-np.inf, False)  # when, and whether its answer was right
@@ -73,8 +77,15 @@ class Runtime:
             size.observe(images)
             seconds.observe(spent)
 
-        max_batch = self.settings.max_batch
-        return Batcher(self.engine, graph, self.engine_thread, max_batch, observe, self.pending_decodes)
+        return Batcher(
+            self.engine,
+            graph,
+            self.engine_thread,
+            self.settings.max_batch,
+            observe,
+            self.pending_decodes,
+            self.stack_thread,
+        )
 
     def _publish_metrics(self) -> None:
         for graph, batcher in self.batchers.items():
@@ -101,15 +112,15 @@ class Runtime:
             self.engine.run("reconstruct", inputs, RECONSTRUCT_OUTPUTS)
 
     async def decode(self, image: bytes, context: RequestContext) -> Pixels:
-        """Decode, resize and crop one image in the pool.
+        """Decode, resize and crop one image.
 
         Raises:
             ImageError: when the image is refused.
+            RequestError: when the images of its request, or its client, cost too much to decode.
         """
         began = time.perf_counter()
         try:
-            with self.pending_decodes:
-                return await asyncio.get_running_loop().run_in_executor(self.decoders, self._preprocess, image)
+            return await self.decoder.decode(image, context)
         finally:
             context.record_stage("decode", time.perf_counter() - began)
 
@@ -151,15 +162,11 @@ class Runtime:
         measured = agreement(result.outputs["embedding"][None], self.golden["encoder.embedding"][:1])
         return measured.within(TOLERANCES[self.engine.precision])
 
-    def _preprocess(self, image: bytes) -> Pixels:
-        limits = self.settings
-        decoded = decode(image, max_bytes=limits.max_image_bytes, max_pixels=limits.max_pixels)
-        return resize_and_crop(decoded, self.bundle.description.preprocessing)
-
     def close(self) -> None:
         """End the threads after the work in progress."""
-        self.decoders.shutdown(cancel_futures=True)
-        self.engine_thread.shutdown()
+        self.decoder.close()
+        for pool in (self.encode_threads, self.stack_thread, self.engine_thread):
+            pool.shutdown(cancel_futures=True)
 
 
 def open_runtime(bundle: Bundle | Path, engine: str, settings: Settings, metrics: Metrics) -> Runtime:

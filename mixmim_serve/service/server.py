@@ -5,7 +5,6 @@ BentoML's own server added a third of a millisecond to each request (docs/decisi
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import gc
@@ -15,13 +14,12 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from mixmim_serve.bundle import Bundle, open_bundle
 from mixmim_serve.config import size_name
@@ -31,6 +29,7 @@ from mixmim_serve.service import auth
 from mixmim_serve.service.app import create_app
 from mixmim_serve.service.jobs.runner import JobRunner
 from mixmim_serve.service.metrics import log_config
+from mixmim_serve.service.protocol import protocol_class
 from mixmim_serve.service.runtime import open_runtime
 from mixmim_serve.service.settings import Settings
 
@@ -53,16 +52,33 @@ def launch(path: Path, host: str, port: int, engine: str, settings: Settings) ->
     with bind(host, port) as listener:
         app = prepare(bundle, engine, settings)
         photo = "examples/hat.jpg" if Path("examples/hat.jpg").is_file() else "photo.jpg"
-        is_public = host not in LOOPBACK and not (settings.api_keys or os.environ.get(auth.VARIABLE))
-        note = "\nanyone who reaches this address may use it: --api-keys FILE requires a key" if is_public else ""
-        if app.state.jobs:
-            note += f"\njobs may read below {', '.join(settings.jobs_roots)} and write to {app.state.jobs.folder}"
-        print(  # noqa: T201
-            f"serving {size_name(bundle.arch)} from {path} at http://{host}:{port}\n"
-            f"try: curl -F image=@{photo} http://{host}:{port}/embed{note}",
-            flush=True,
-        )
+        lines = [
+            f"serving {size_name(bundle.arch)} from {path} at http://{host}:{port}",
+            f"try: curl -F image=@{photo} http://{host}:{port}/embed",
+        ]
+        folder = str(app.state.jobs.folder) if app.state.jobs else None
+        if folder:
+            lines.append(f"jobs may read below {', '.join(settings.jobs_roots)} and write to {folder}")
+        if host not in LOOPBACK and not (settings.api_keys or os.environ.get(auth.VARIABLE)):
+            lines.append(open_door(host, settings.jobs_roots, folder))
+        print("\n".join(lines), flush=True)  # noqa: T201
         run(app, listener)
+
+
+def open_door(host: str, jobs_roots: Sequence[str], jobs_folder: str | None) -> str:
+    """The warning of a server that others reach without a key: what they can do, and how to prevent it."""
+    abilities = ["use the model, at the cost of this machine's processors and memory", "read /model and /metrics"]
+    if jobs_folder:
+        abilities += [
+            f"learn which images lie below {', '.join(jobs_roots)} and download their features",
+            "see, cancel and delete everybody's jobs",
+            f"fill the disk of {jobs_folder}",
+        ]
+    return (
+        f"WARNING: no API key is set, and {host} can be reached from other machines. Anyone who reaches it can "
+        f"{'; '.join(abilities)}. Requests and answers travel unencrypted. "
+        "Require a key with --api-keys FILE and put TLS in front, or keep --host 127.0.0.1."
+    )
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -103,19 +119,7 @@ def prepare(bundle: Bundle, engine: str, settings: Settings) -> Starlette:
 
 def run(app: Starlette, listener: socket.socket) -> None:
     """Answer requests until a signal; then drain those in flight."""
-    settings: Settings = app.state.settings
-    config = uvicorn.Config(
-        app,
-        http=_protocol(settings.header_seconds),
-        loop="uvloop" if sys.platform != "win32" else "asyncio",
-        ws="none",
-        lifespan="off",
-        access_log=False,
-        log_config=None,
-        server_header=False,
-        backlog=BACKLOG,
-        timeout_graceful_shutdown=max(1, round(settings.grace_seconds)),
-    )
+    config = server_config(app)
     tune_garbage_collection()
     allow_connections()
     if app.state.jobs:
@@ -126,6 +130,25 @@ def run(app: Starlette, listener: socket.socket) -> None:
         if app.state.jobs:
             app.state.jobs.close()
         app.state.runtime.close()
+
+
+def server_config(app: Starlette) -> uvicorn.Config:
+    """The configuration of uvicorn: our protocol, and nothing that we do not use."""
+    settings: Settings = app.state.settings
+    return uvicorn.Config(
+        app,
+        http=protocol_class(settings, app.state.metrics),
+        loop="uvloop" if sys.platform != "win32" else "asyncio",
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=list(settings.trusted_proxies),
+        backlog=BACKLOG,
+        timeout_graceful_shutdown=max(1, round(settings.grace_seconds)),
+    )
 
 
 class _Server(uvicorn.Server):
@@ -149,29 +172,6 @@ class _Server(uvicorn.Server):
             self.state.jobs.stop()  # its batch ends in the meantime
         log.info("shutting down: %d requests in flight", len(self.server_state.tasks))
         await super().shutdown(sockets)
-
-
-def _protocol(header_seconds: float) -> type[HttpToolsProtocol]:
-    class Protocol(HttpToolsProtocol):
-        """Closes connections that send no request in time; uvicorn would keep them for ever."""
-
-        _header_timer: asyncio.TimerHandle | None = None
-
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self._header_timer = self.loop.call_later(header_seconds, transport.close)
-
-        def on_headers_complete(self) -> None:
-            if self._header_timer is not None:
-                self._header_timer.cancel()
-            super().on_headers_complete()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            if self._header_timer is not None:
-                self._header_timer.cancel()
-            super().connection_lost(exc)
-
-    return Protocol
 
 
 def tune_garbage_collection() -> None:

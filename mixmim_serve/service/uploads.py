@@ -11,10 +11,11 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
 from starlette.requests import Request
 
+from mixmim_serve.errors import quoted
 from mixmim_serve.service.body import Part, body_of, split_form, stream_chunks
+from mixmim_serve.service.bounded_json import load_json
 from mixmim_serve.service.errors import RequestError
 from mixmim_serve.service.request import context_of
 from mixmim_serve.service.settings import Settings
@@ -53,7 +54,7 @@ async def read_images(request: Request, settings: Settings) -> Uploads:
     elif kind == "application/json":
         uploads = _from_json(await request.body(), settings.max_items)
     else:
-        message = f"content type {kind or 'missing'!r} is not accepted: {HOW_TO_SEND}"
+        message = f"content type {quoted(kind or 'missing')} is not accepted: {HOW_TO_SEND}"
         raise RequestError(415, "unsupported_body", message)
     context_of(request).expect_images(len(uploads.images))
     return uploads
@@ -93,16 +94,16 @@ def too_many_images(most: int, param: str) -> RequestError:
     return RequestError(413, "too_many_images", message, param)
 
 
-def parse_json(body: bytes, how_to_send: str = HOW_TO_SEND) -> dict[str, Any]:
+def parse_json(body: bytes, how_to_send: str = HOW_TO_SEND, max_items: int = Settings.max_items) -> dict[str, Any]:
     """A JSON object; `how_to_send` tells the client what was expected.
 
     Raises:
-        RequestError: 400 for anything else.
+        RequestError: 400 for anything else, 413 for too many values.
     """
     try:
-        value = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise RequestError(400, "malformed_json", f"the body is not valid JSON ({error}): {how_to_send}") from error
+        value = load_json(body, max_items)
+    except RequestError as error:
+        raise RequestError(error.status, error.code, f"the body {error}: {how_to_send}") from error
     if not isinstance(value, dict):
         raise RequestError(400, "malformed_json", f"the body is not a JSON object: {how_to_send}")
     return value
@@ -126,10 +127,10 @@ def decode_inputs(value: Any, most: int) -> Uploads:
 
 
 def _from_json(body: bytes, most: int) -> Uploads:
-    values = parse_json(body)
+    values = parse_json(body, max_items=most)
     for name in values:
         if name != KEY:
-            message = f"unknown key {name!r}: the body takes only {KEY!r}; options go into the URL."
+            message = f"unknown key {quoted(name)}: the body takes only {KEY!r}; options go into the URL."
             raise RequestError(400, "unknown_key", message, name)
     return decode_inputs(values.get(KEY), most)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from mixmim_serve.bundle import Bundle
 from mixmim_serve.config import unknown
-from mixmim_serve.errors import ConfigError
+from mixmim_serve.errors import ConfigError, quoted
 from mixmim_serve.extract.options import DTYPES, ExtractOptions, Resources
 
 MAX_FAILURES = "max_failures"  # belongs to `Resources`; the others to `ExtractOptions`
@@ -60,7 +60,7 @@ def parse_options(values: object, bundle: Bundle) -> dict[str, Any]:
 def _check(name: str, value: Any, option: dict[str, Any]) -> None:
     if "enum" in option:
         if value not in option["enum"]:
-            raise ConfigError(f"{name} must be one of {', '.join(option['enum'])}, got {value!r}.")
+            raise ConfigError(f"{name} must be one of {', '.join(option['enum'])}, got {quoted(value)}.")
         return
     expected, types = _TYPES[option["type"]]
     valid = isinstance(value, types) and (bool in types or not isinstance(value, bool))
@@ -70,4 +70,4 @@ def _check(name: str, value: Any, option: dict[str, Any]) -> None:
         expected += f" from {option['minimum']:,} to {option['maximum']:,}"
         valid = valid and option["minimum"] <= value <= option["maximum"]
     if not valid:
-        raise ConfigError(f"{name} must be {expected}, got {value!r}.")
+        raise ConfigError(f"{name} must be {expected}, got {quoted(value)}.")

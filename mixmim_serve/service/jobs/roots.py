@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from mixmim_serve.errors import ConfigError, DataError
+from mixmim_serve.errors import ConfigError, DataError, quoted
 from mixmim_serve.sources import Source, storage
 
 MAX_NAME = 4096  # characters of a source's name
@@ -49,7 +49,7 @@ class Roots:
                     if not name.startswith("..") and _exists_below(folder, name):
                         return folder, name
         raise DataError(
-            f"unknown source {source[:200]!r}: name a folder, file or pattern below the roots of this server."
+            f"unknown source {quoted(source)}: name a folder, file or pattern below the roots of this server."
         )
 
     def check(self, source: Source) -> None:

@@ -150,7 +150,8 @@ async def reconstruct(request: Request) -> Response:
     outputs = await runtime.run("reconstruct", inputs, RECONSTRUCT_OUTPUTS, context)
     arrays = reconstructed(runtime.bundle, inputs, outputs)
     began = time.perf_counter()
-    body = await _in_decoder_pool(runtime, partial(_reconstruction_bytes, runtime, format_, arrays))
+    body = await _off_loop(runtime, partial(_reconstruction_bytes, runtime, format_, arrays))
+    context.reservation.hold(len(body))
     context.record_stage("encode", time.perf_counter() - began)
     return Response(body, media_type=format_.media_type)
 
@@ -205,13 +206,14 @@ async def _respond(
     arrays = [value for result in results if isinstance(result, dict) for value in result.values()]
     size = sum(getattr(array, "nbytes", 0) for array in arrays)
     make = partial(write, format_, results, runtime.identity, flat=uploads.alone)
-    response = await _in_decoder_pool(runtime, make) if size > LARGE_RESPONSE else make()
+    response = await _off_loop(runtime, make) if size > LARGE_RESPONSE else make()
+    context.reservation.hold(len(response.body))
     context.record_stage("encode", time.perf_counter() - began)
     return response
 
 
-async def _in_decoder_pool(runtime: Runtime, work: Callable[[], Result]) -> Result:
-    return await asyncio.get_running_loop().run_in_executor(runtime.decoders, work)
+async def _off_loop(runtime: Runtime, work: Callable[[], Result]) -> Result:
+    return await asyncio.get_running_loop().run_in_executor(runtime.encode_threads, work)
 
 
 async def _unit_errors(runtime: Runtime, image: bytes, count: int, context: RequestContext) -> NDArray[np.float32]:

@@ -15,7 +15,7 @@ from urllib.parse import urlencode
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
-from mixmim_serve.errors import DataError
+from mixmim_serve.errors import DataError, quoted
 from mixmim_serve.extract.folder import MANIFEST
 from mixmim_serve.service.errors import RequestError
 from mixmim_serve.service.jobs.runner import JobRunner
@@ -37,12 +37,12 @@ async def create(request: Request) -> Response:
     runner = _runner_of(request)
     check_options(request)
     if media_type(request) != "application/json":
-        message = f"content type {media_type(request)!r} is not accepted: {HOW_TO_SEND}"
+        message = f"content type {quoted(media_type(request))} is not accepted: {HOW_TO_SEND}"
         raise RequestError(415, "unsupported_body", message)
     body = parse_json(await request.body(), HOW_TO_SEND)
     for name in body:
         if name not in KEYS:
-            message = f"unknown key {name!r}: the body takes {' and '.join(KEYS)}."
+            message = f"unknown key {quoted(name)}: the body takes {' and '.join(KEYS)}."
             raise RequestError(400, "unknown_key", message, name)
     submitted = await _with_source(runner.submit, body.get("source"), body.get("options", {}))
     if submitted is None:
@@ -126,7 +126,7 @@ async def _record(request: Request, find: Callable[[str], JobRecord | None]) -> 
     job_id = JOB_ID.read(request)
     record = await asyncio.to_thread(find, job_id)
     if record is None:
-        raise RequestError(404, "no_such_job", f"unknown job {job_id[:40]!r}.", "id")
+        raise RequestError(404, "no_such_job", f"unknown job {quoted(job_id)}.", "id")
     return record
 
 

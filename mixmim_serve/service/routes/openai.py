@@ -12,6 +12,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from mixmim_serve.errors import quoted
 from mixmim_serve.service.errors import RequestError
 from mixmim_serve.service.request import context_of
 from mixmim_serve.service.responses import json_response
@@ -27,7 +28,7 @@ async def embeddings(request: Request) -> Response:
     runtime, context = runtime_of(request), context_of(request)
     if media_type(request) != "application/json":
         raise RequestError(415, "unsupported_body", "send JSON, as OpenAI's clients do; photos as files go to /embed.")
-    body = parse_json(await request.body())
+    body = parse_json(await request.body(), max_items=runtime.settings.max_items)
     encoding = _check_body(body, runtime)
     uploads = decode_inputs(body.get("input"), runtime.settings.max_items)
     context.expect_images(len(uploads.images))
@@ -70,7 +71,7 @@ def _check_body(body: dict[str, Any], runtime: Runtime) -> str:
     """The requested encoding, after a check of all parameters but `input`."""
     for name in body:
         if name not in KEYS:
-            message = f"unknown parameter {name!r}: the body takes {', '.join(KEYS)}."
+            message = f"unknown parameter {quoted(name)}: the body takes {', '.join(KEYS)}."
             raise RequestError(400, "unknown_key", message, name)
     _check_name(body.get("model"), runtime)
     size, dimensions = runtime.bundle.arch.embedding_size, body.get("dimensions")
@@ -79,12 +80,14 @@ def _check_body(body: dict[str, Any], runtime: Runtime) -> str:
         raise RequestError(400, "bad_option", message, "dimensions")
     encoding = body.get("encoding_format") or "float"
     if encoding not in ("float", "base64"):
-        message = f"encoding_format must be float or base64, got {encoding!r}."
+        message = f"encoding_format must be float or base64, got {quoted(encoding)}."
         raise RequestError(400, "bad_option", message, "encoding_format")
     return str(encoding)
 
 
 def _check_name(name: object, runtime: Runtime) -> None:
+    if name is not None and not isinstance(name, str):
+        raise RequestError(400, "bad_option", f"model must be a string, got {quoted(name)}.", "model")
     if name not in (runtime.model_name, runtime.fingerprint):
-        message = f"unknown model {name!r}: this server has {runtime.model_name!r}."
+        message = f"unknown model {quoted(name)}: this server has {runtime.model_name!r}."
         raise RequestError(404, "model_not_found", message, "model")

@@ -1,6 +1,6 @@
 """POST /embed/stream: thousands of images over one connection, answered in order while they arrive.
 
-In: NDJSON, a line `{"input": "data:image/jpeg;base64,...", "id": anything}`, or a multipart form with files `image`.
+In: NDJSON, a line `{"input": "data:image/jpeg;base64,...", "id": "a.jpg"}`, or a multipart form with files `image`.
 Out: NDJSON, one line `{"index", "id", "status", "embedding" | "error"}` per image.
 
 Reading, inference and writing overlap, and each waits for the next: the window bounds memory.
@@ -11,14 +11,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any
 
-import orjson
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
-from mixmim_serve.errors import ImageError
+from mixmim_serve.errors import ImageError, quoted
 from mixmim_serve.service.body import body_of, stream_chunks
+from mixmim_serve.service.bounded_json import load_json
 from mixmim_serve.service.errors import RequestError, describe_error, image_refused
 from mixmim_serve.service.options import DTYPE, NORMALIZE
 from mixmim_serve.service.request import check_options, context_of
@@ -30,7 +29,10 @@ from mixmim_serve.service.uploads import KEY, form_images, from_base64, media_ty
 NDJSON = "application/x-ndjson"
 MEDIA_TYPES = (NDJSON, "application/ndjson", "application/jsonl", "multipart/form-data")
 MAX_UNREAD_LINES = 4096  # answers kept for a client that sends everything before it reads
+MAX_ID = 1024  # characters, which the answer repeats
 UNLIMITED = 2**62
+
+StreamId = str | int | float | None
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class StreamedImage:
 
     index: int
     image: bytes | RequestError
-    id: Any = None
+    id: StreamId = None
 
 
 class EmbedSession:
@@ -50,8 +52,8 @@ class EmbedSession:
         self.request, self.runtime, self.context = request, runtime, context_of(request)
         self.unit_length = NORMALIZE.read(request)
         self.dtype = FLOAT_TYPES[DTYPE.read(request)]
-        window = min(runtime.settings.stream_window, runtime.settings.max_waiting)
-        self.context.reservation.reserve(window)
+        self.body = body_of(request)
+        window = runtime.settings.stream_window
         self.answers: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue(window)
         self.lines: asyncio.Queue[bytes] = asyncio.Queue(MAX_UNREAD_LINES)
 
@@ -71,13 +73,29 @@ class EmbedSession:
     async def _read(self, group: asyncio.TaskGroup) -> None:
         """Start on each image as it arrives; if the body breaks off, the last line says why."""
         try:
-            async for streamed in self._images():
+            images = self._images()
+            while (streamed := await self._next_image(images)) is not None:
+                size = self.body.claim()
+                await self.context.reservation.reserve_when_free()
                 self.context.images += 1
-                await self.answers.put(group.create_task(self._answer(streamed)))
+                await self.answers.put(group.create_task(self._answer(streamed, size)))
         except (RequestError, ClientDisconnect) as error:
             self.context.error_code = describe_error(error)[1]["code"]
             await self.answers.put(group.create_task(_last_line(error)))
         await self.answers.put(None)
+
+    async def _next_image(self, images: AsyncIterator[StreamedImage]) -> StreamedImage | None:
+        """The next image, or None at the end of the body.
+
+        Raises:
+            RequestError: 408 when no image is complete in time.
+        """
+        seconds = self.runtime.settings.stream_idle_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                return await anext(images, None)
+        except TimeoutError as error:
+            raise RequestError(408, "stream_idle", f"no complete image within {seconds:g} s: send faster.") from error
 
     async def _collect(self) -> None:
         """Put answers in the order of their images."""
@@ -115,13 +133,19 @@ class EmbedSession:
     async def _ndjson(self) -> AsyncIterator[StreamedImage]:
         longest = self.runtime.settings.max_image_bytes * 4 // 3 + 1024
         index = 0
-        async for line in split_lines(stream_chunks(body_of(self.request)), longest):
+        async for line in split_lines(stream_chunks(self.body), longest):
             if line.strip():
                 yield parse_line(index, line)
                 index += 1
 
-    async def _answer(self, streamed: StreamedImage) -> bytes:
-        """The line of one image."""
+    async def _answer(self, streamed: StreamedImage, size: int) -> bytes:
+        """The line of one image; afterwards its place and its `size` bytes are free."""
+        try:
+            return await self._embed(streamed)
+        finally:
+            self.context.reservation.release(1, size)
+
+    async def _embed(self, streamed: StreamedImage) -> bytes:
         head = {"index": streamed.index} | ({} if streamed.id is None else {"id": streamed.id})
         try:
             if isinstance(streamed.image, RequestError):
@@ -151,10 +175,10 @@ class EmbedStream:
             raise RequestError(405, "method", "send images with POST.", headers={"Allow": "POST"})
         kind = media_type(request)
         if kind not in MEDIA_TYPES:
-            message = f"content type {kind or 'missing'!r} is not accepted: send one of {', '.join(MEDIA_TYPES)}."
+            message = f"content type {quoted(kind or 'missing')} is not accepted: send one of {', '.join(MEDIA_TYPES)}."
             raise RequestError(415, "unsupported_body", message)
         session = EmbedSession(request, runtime_of(request))
-        body_of(request).make_stream()
+        session.body.make_stream()
         await session.run(send)
 
 
@@ -185,16 +209,21 @@ def parse_line(index: int, line: bytes) -> StreamedImage:
     """One line of NDJSON; a line that cannot be used gives its error in place of the image."""
     param = f"input[{index}]"
     try:
-        value = orjson.loads(line)
-    except orjson.JSONDecodeError:
-        return StreamedImage(index, RequestError(400, "malformed_json", "the line is not valid JSON.", param))
+        value = load_json(line)
+    except RequestError as error:
+        return StreamedImage(index, RequestError(error.status, error.code, f"the line {error}.", param))
     if not isinstance(value, dict) or value.keys() - {KEY, "id"} or KEY not in value:
         message = f'a line must be an object with {KEY!r} and, optionally, "id".'
         return StreamedImage(index, RequestError(400, "malformed_json", message, param))
+    id_ = value.get("id")
+    if not isinstance(id_, StreamId) or (isinstance(id_, str) and len(id_) > MAX_ID):
+        expected = f"a string of at most {MAX_ID} characters, a number, true, false or null"
+        message = f"id must be {expected}, got {quoted(id_)}."
+        return StreamedImage(index, RequestError(400, "bad_id", message, param))
     try:
-        return StreamedImage(index, from_base64(value[KEY], param), value.get("id"))
+        return StreamedImage(index, from_base64(value[KEY], param), id_)
     except RequestError as error:
-        return StreamedImage(index, error, value.get("id"))
+        return StreamedImage(index, error, id_)
 
 
 async def _last_line(error: Exception) -> bytes:

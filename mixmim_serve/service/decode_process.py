@@ -1,0 +1,192 @@
+"""A process that decodes large images, one after another, within limits on CPU time and memory.
+
+The parent writes a line of JSON with the settings, then length and bytes of each image; the process answers each with a
+kind, a length and bytes: pixels, or an error. It ends when its standard input closes, and runs at lower priority than
+the server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import IO, Any
+
+import numpy as np
+
+from mixmim_serve.config import Preprocessing
+from mixmim_serve.errors import ImageError, ImageTooLargeError, UndecodableImageError, UnsupportedImageError
+from mixmim_serve.preprocess import Pixels, decode, resize_and_crop
+
+MODULE = "mixmim_serve.service.decode_process"
+NICENESS = 5  # so that small images and the engine come first
+HEADER = struct.Struct("<BQ")  # kind and length of an answer
+PIXELS = 0
+ERRORS: tuple[type[ImageError], ...] = (ImageError, ImageTooLargeError, UnsupportedImageError, UndecodableImageError)
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """Limits of a process, and what it makes of each image."""
+
+    max_bytes: int
+    max_pixels: int
+    cpu_seconds: float  # per image
+    memory_bytes: int  # beyond what the process needs without an image
+    preprocessing: Preprocessing
+
+    def to_json(self) -> str:
+        """The first line that the process reads."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> DecodeSettings:
+        """The inverse of `to_json`."""
+        values: dict[str, Any] = json.loads(text)
+        fields: dict[str, Any] = values.pop("preprocessing")
+        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+        return cls(**values, preprocessing=Preprocessing(**fields))
+
+
+class DecodeProcess:
+    """The parent's side; used from one thread at a time, killed from any."""
+
+    def __init__(self, settings: DecodeSettings) -> None:
+        self.settings = settings
+        self._process: subprocess.Popen[bytes] | None = None
+        self._killed = False
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process can decode another image."""
+        return self._process is not None and self._process.poll() is None and not self._killed
+
+    def decode(self, image: bytes) -> Pixels:
+        """Decode one image; starts the process with the first.
+
+        Raises:
+            ImageError: when the image is refused, or exceeds the limits on CPU time or memory.
+        """
+        try:
+            process = self._process or self._start()
+            stdin, stdout = _pipes(process)
+            stdin.write(struct.pack("<Q", len(image)))
+            stdin.write(image)
+            stdin.flush()
+            kind, length = HEADER.unpack(_read(stdout, HEADER.size))
+            answer = _read(stdout, length)
+        except (OSError, EOFError) as error:
+            self.kill()
+            raise self._limit_exceeded() from error
+        if kind == PIXELS:
+            size = self.settings.preprocessing.image_size
+            return np.frombuffer(answer, np.uint8).reshape(size, size, 3)
+        raise ERRORS[kind - 1](answer.decode())
+
+    def kill(self) -> None:
+        """End the process at once."""
+        self._killed = True
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            for pipe in (self._process.stdin, self._process.stdout):
+                with contextlib.suppress(OSError):
+                    if pipe:
+                        pipe.close()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(  # noqa: S603 - the command holds nothing from a client
+            [sys.executable, "-P", "-m", MODULE],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            # The math libraries' thread pools would count against the limit on memory.
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path)}
+            | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+        )
+        self._process = process
+        stdin, _ = _pipes(process)
+        stdin.write(self.settings.to_json().encode() + b"\n")
+        return process
+
+    def _limit_exceeded(self) -> ImageError:
+        limits = f"{self.settings.cpu_seconds:g} s of CPU time or {self.settings.memory_bytes >> 20:,} MiB of memory"
+        return UndecodableImageError(f"decoding the image took more than {limits}: send it smaller.")
+
+
+def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
+    assert process.stdin is not None  # noqa: S101 - PIPE
+    assert process.stdout is not None  # noqa: S101 - PIPE
+    return process.stdin, process.stdout
+
+
+def _read(stream: IO[bytes], size: int) -> bytes:
+    """Exactly `size` bytes.
+
+    Raises:
+        EOFError: when the other side is gone.
+    """
+    data = stream.read(size)
+    if len(data) < size:
+        raise EOFError
+    return data
+
+
+def main() -> None:
+    """Decode the images on standard input until it closes."""
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print must not mix with the answers
+    settings = DecodeSettings.from_json(sys.stdin.buffer.readline().decode())
+    if hasattr(os, "nice"):
+        os.nice(NICENESS)
+    _limit_memory(settings.memory_bytes)
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            (length,) = struct.unpack("<Q", _read(sys.stdin.buffer, 8))
+            image = _read(sys.stdin.buffer, length)
+            _allow_cpu_seconds(settings.cpu_seconds)
+            kind, answer = _answer(image, settings)
+            _allow_cpu_seconds(0)  # until the next image, for ever
+            out.write(HEADER.pack(kind, len(answer)) + answer)
+            out.flush()
+
+
+def _answer(image: bytes, settings: DecodeSettings) -> tuple[int, bytes]:
+    """The kind of an answer, and its bytes."""
+    try:
+        decoded = decode(image, max_bytes=settings.max_bytes, max_pixels=settings.max_pixels)
+        return PIXELS, resize_and_crop(decoded, settings.preprocessing).tobytes()
+    except ImageError as error:
+        return ERRORS.index(type(error)) + 1, str(error).encode()
+    except MemoryError:  # while resizing; `decode` has a sentence of its own for it
+        message = f"the image needs more than {settings.memory_bytes >> 20:,} MiB of memory: send a smaller one."
+        return ERRORS.index(ImageTooLargeError) + 1, message.encode()
+
+
+def _limit_memory(beyond: int) -> None:
+    """Limit the address space to what is mapped now and so many bytes more."""
+    try:
+        import resource
+
+        with open("/proc/self/statm") as file:
+            mapped = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + beyond, mapped + beyond))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    except (ImportError, OSError, ValueError):  # not Linux
+        pass
+
+
+def _allow_cpu_seconds(seconds: float) -> None:
+    """End this process with SIGPROF once it has used so many more seconds of CPU time."""
+    if hasattr(signal, "setitimer"):  # not on Windows
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
+if __name__ == "__main__":
+    main()

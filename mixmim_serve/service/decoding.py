@@ -1,0 +1,213 @@
+"""Decoding of untrusted images: a fair queue in front of threads for small images and processes for large ones.
+
+Threads are fastest but cannot be stopped, so they only decode images whose cost is at most `SMALL`. Larger images go to
+worker processes with limits on CPU time and memory: one that exceeds them, or whose client is gone, is killed and
+replaced. Small images never wait behind large ones, and a request's next image waits behind the first images of other
+requests. The cost of an image is its pixels times a factor for its format (`mixmim_serve.containers`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from mixmim_serve.config import Preprocessing
+from mixmim_serve.containers import inspect
+from mixmim_serve.preprocess import Pixels, decode, resize_and_crop
+from mixmim_serve.service.batcher import PendingDecodes
+from mixmim_serve.service.decode_process import DecodeProcess, DecodeSettings
+from mixmim_serve.service.errors import RequestError
+from mixmim_serve.service.request import RequestContext
+from mixmim_serve.service.settings import Settings
+
+SMALL = 4e6  # cost in pixels up to which a thread decodes an image: about 40 ms that nothing can stop
+INSPECT_INLINE = 256 * 1024  # bytes up to which an image is inspected on the event loop
+
+
+@dataclass
+class _Turn:
+    """A decode that waits for room in its lane."""
+
+    granted: asyncio.Future[None]
+    weight: float
+    cost: float
+
+
+@dataclass
+class _Flow:
+    """The waiting decodes of one request, and the cost that the request was served already."""
+
+    served: float
+    turns: deque[_Turn] = field(default_factory=deque)
+
+
+@dataclass
+class _Client:
+    """The requests of one client that have waiting decodes, and the cost that the client was served already."""
+
+    served: float
+    flows: dict[str, _Flow] = field(default_factory=dict)
+
+
+class FairQueue:
+    """Waiting decodes, fair between clients and between the requests of a client.
+
+    Each pop serves the client that was served least, and of it the request that was served least. A new client or
+    request starts level with the one that was served least, so that waiting longer gives no claim.
+    """
+
+    def __init__(self) -> None:
+        self._clients: dict[str, _Client] = {}
+
+    def push(self, client: str, request: str, turn: _Turn) -> None:
+        """Add a decode of a client's request."""
+        owner = self._clients.get(client)
+        if owner is None:
+            least = min((other.served for other in self._clients.values()), default=0.0)
+            owner = self._clients[client] = _Client(least)
+        flow = owner.flows.get(request)
+        if flow is None:
+            least = min((other.served for other in owner.flows.values()), default=0.0)
+            flow = owner.flows[request] = _Flow(least)
+        flow.turns.append(turn)
+
+    def pop(self) -> _Turn | None:
+        """The next decode; None when none waits."""
+        if not self._clients:
+            return None
+        client, owner = min(self._clients.items(), key=lambda entry: entry[1].served)
+        request, flow = min(owner.flows.items(), key=lambda entry: entry[1].served)
+        turn = flow.turns.popleft()
+        owner.served += turn.cost
+        flow.served += turn.cost
+        if not flow.turns:
+            del owner.flows[request]
+        if not owner.flows:
+            del self._clients[client]
+        return turn
+
+
+class Lane:
+    """Limits the weight of the decodes that run at once; the others wait in fair order."""
+
+    def __init__(self, capacity: float) -> None:
+        self.capacity, self.used = capacity, 0.0
+        self._queue = FairQueue()
+        self._head: _Turn | None = None  # the next in order, if there is no room for it yet
+
+    @contextlib.asynccontextmanager
+    async def slot(self, context: RequestContext, weight: float, cost: float) -> AsyncIterator[None]:
+        """Wait for room for `weight`, and hold it within the block."""
+        turn = _Turn(asyncio.get_running_loop().create_future(), min(weight, self.capacity), cost)
+        self._queue.push(context.reservation.client, context.id, turn)
+        self._grant()
+        try:
+            await turn.granted
+            yield
+        finally:
+            if turn.granted.done() and not turn.granted.cancelled():
+                self.used -= turn.weight
+            else:
+                turn.granted.cancel()
+            self._grant()
+
+    def _grant(self) -> None:
+        """Let the next decodes run, as many as there is room for."""
+        while (turn := self._head or self._queue.pop()) is not None:
+            self._head = turn
+            if not turn.granted.done():
+                if self.used + turn.weight > self.capacity:
+                    return
+                self.used += turn.weight
+                turn.granted.set_result(None)
+            self._head = None
+
+
+class Decoder:
+    """Decodes, resizes and crops the images of all requests."""
+
+    def __init__(self, settings: Settings, preprocessing: Preprocessing, pending: PendingDecodes) -> None:
+        self.settings, self.preprocessing, self.pending = settings, preprocessing, pending
+        self.threads = ThreadPoolExecutor(settings.decoders, thread_name_prefix="decode")
+        self.small = Lane(settings.decoders)
+        # By pixels: as many at once as there are decoders, fewer where they are so large that memory would not do.
+        self.large = Lane(settings.max_pixels)
+        self.process_threads = ThreadPoolExecutor(settings.decoders, thread_name_prefix="decode-process")
+        self.idle: list[DecodeProcess] = []
+        self._process_settings = DecodeSettings(
+            settings.max_image_bytes, settings.max_pixels, settings.decode_seconds, settings.decode_bytes, preprocessing
+        )
+
+    async def decode(self, image: bytes, context: RequestContext) -> Pixels:
+        """Decode one image as soon as it is the image's turn.
+
+        Raises:
+            ImageError: when the image is refused, or exceeds the limits on CPU time or memory.
+            RequestError: 413 when the images of the request cost too much, 429 when those of the client do.
+        """
+        if len(image) <= INSPECT_INLINE:
+            cost, pixels = self._inspect(image)
+        else:
+            cost, pixels = await asyncio.get_running_loop().run_in_executor(self.threads, self._inspect, image)
+        async with self._budget(context, cost):
+            if cost <= SMALL:
+                with self.pending:
+                    async with self.small.slot(context, 1, cost):
+                        loop = asyncio.get_running_loop()
+                        return await loop.run_in_executor(self.threads, self._preprocess, image)
+            async with self.large.slot(context, max(pixels, self.large.capacity / self.settings.decoders), cost):
+                return await self._decode_in_process(image)
+
+    @contextlib.asynccontextmanager
+    async def _budget(self, context: RequestContext, cost: float) -> AsyncIterator[None]:
+        """Count the cost of an image for its request and, until it is decoded, for its client; one alone always passes."""
+        is_stream = context.endpoint is not None and context.endpoint.streams
+        others, context.decode_cost = context.decode_cost, context.decode_cost + cost
+        if others and context.decode_cost > self.settings.max_request_megapixels * 1e6 and not is_stream:
+            message = (
+                f"decoding the images of this request costs more than {self.settings.max_request_megapixels:,} "
+                "megapixels: send fewer or smaller images."
+            )
+            raise RequestError(413, "too_much_to_decode", message)
+        if is_stream:
+            await context.reservation.add_cost_when_free(cost)
+        else:
+            context.reservation.add_cost(cost)
+        try:
+            yield
+        finally:
+            context.reservation.remove_cost(cost)
+
+    def _inspect(self, image: bytes) -> tuple[float, int]:
+        """The cost and the pixels of an image; 0 for a file above the limit, which `decode` refuses unread."""
+        if len(image) > self.settings.max_image_bytes:
+            return 0.0, 0
+        container = inspect(image, self.settings.max_pixels)
+        return container.decode_cost, container.width * container.height
+
+    def _preprocess(self, image: bytes) -> Pixels:
+        limits = self.settings
+        decoded = decode(image, max_bytes=limits.max_image_bytes, max_pixels=limits.max_pixels)
+        return resize_and_crop(decoded, self.preprocessing)
+
+    async def _decode_in_process(self, image: bytes) -> Pixels:
+        process = self.idle.pop() if self.idle else DecodeProcess(self._process_settings)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.process_threads, process.decode, image)
+        except asyncio.CancelledError:
+            process.kill()  # nobody waits for this image any more
+            raise
+        finally:
+            if process.is_alive:
+                self.idle.append(process)
+
+    def close(self) -> None:
+        """End the threads after the work in progress, and kill the processes."""
+        self.threads.shutdown(cancel_futures=True)
+        for process in self.idle:
+            process.kill()
+        self.process_threads.shutdown(cancel_futures=True)
