@@ -31,7 +31,7 @@ class Rate(NamedTuple):
 # blank one. The rate of a pixel is for three channels of 8 bits.
 RATES = {
     "JPEG baseline": Rate(0.6, 2.5, 400),
-    "JPEG progressive": Rate(0.9, 5.0, 400),  # and `jpeg.SCAN` for each scan and pixel
+    "JPEG progressive": Rate(0.9, 4.0, 400),  # and `jpeg.SCAN` for each scan and pixel
     "JPEG arithmetic": Rate(0.9, 12.0, 400),  # not measured: Pillow writes none. Three times as slow as Huffman coding
     "JPEG lossless": Rate(2.0, 3.0, 400),  # not measured: Pillow writes none
     "PNG sequential": Rate(2.5, 3.0, 700),
@@ -42,8 +42,8 @@ RATES = {
     "BMP raw": Rate(0.4, 0.0),
     "BMP rle": Rate(30.0, 60.0),  # decoded in Python
     "AVIF av1": Rate(3.0, 18.0),
-    "TIFF raw": Rate(0.5, 0.1, 12_000),
-    "TIFF packbits": Rate(0.5, 0.5, 2_000),
+    "TIFF raw": Rate(0.4, 0.1, 3_000),
+    "TIFF packbits": Rate(0.4, 0.3, 2_000),
     "TIFF lzw": Rate(1.2, 2.0, 2_000),
     "TIFF deflate": Rate(1.2, 3.0, 2_000),
     "TIFF zstd": Rate(1.0, 1.0, 2_000),
