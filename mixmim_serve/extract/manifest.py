@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from mixmim_serve.errors import OutputError
 from mixmim_serve.extract.folder import DATASET, ERRORS, FEATURES, LEDGER, MANIFEST, Folder
 from mixmim_serve.extract.plan import ShardResult
+from mixmim_serve.strict_json import parse_json
 
 FORMAT = 1  # of a manifest; raised when an older reader would misread the folder
 SAVE_EVERY = 30.0  # seconds between two manifests of a run
@@ -142,7 +143,7 @@ class Ledger:
                     self.whole[outcome.shard] = outcome
 
     def _recorded(self, name: str) -> ShardResult:
-        values = json.loads(self.folder.read_bytes(name) or b"{}")
+        values = parse_json(self.folder.read_bytes(name) or b"{}")
         return ShardResult(**values | {"errors": tuple((key, why) for key, why in values["errors"])})
 
 
@@ -163,7 +164,7 @@ def read_manifest(folder: Folder, found: bytes | None = None) -> dict[str, Any]:
     if found is None:
         raise OutputError(f"{folder.place} holds no {MANIFEST}: expected a folder that `mixmim extract` wrote.")
     try:
-        values: dict[str, Any] = json.loads(found)
+        values: dict[str, Any] = parse_json(found)
         values["format"], values["fingerprint"], values["shards"]
     except (ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{folder.path(MANIFEST)} is damaged or not ours: choose another folder.") from error
