@@ -6,7 +6,8 @@ Nothing stays open between calls, so that sources can be pickled, forked and rea
 from __future__ import annotations
 
 import contextlib
-import glob
+import contextvars
+import functools
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -14,10 +15,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from mixmim_serve.errors import DataError, ImageError, ImageTooLargeError, MixMIMError, UndecodableImageError
-from mixmim_serve.preprocess import MAX_IMAGE_BYTES, read_limited
+from mixmim_serve.errors import (
+    DataError,
+    ImageError,
+    ImageTooLargeError,
+    MixMIMError,
+    OutsideError,
+    UndecodableImageError,
+)
+from mixmim_serve.preprocess import MAX_IMAGE_BYTES
+from mixmim_serve.sources import local
+from mixmim_serve.sources.confinement import OUTSIDE
 from mixmim_serve.sources.names import is_hidden
-from mixmim_serve.sources.names import list_files as list_local_files
+from mixmim_serve.sources.patterns import SearchLimit, braces, glob
 
 T = TypeVar("T")
 
@@ -57,18 +67,19 @@ def short_names(places: Sequence[str]) -> list[str]:
 
 def has_wildcards(place: str) -> bool:
     """Whether it is a pattern for `expand`, and not a local file that happens to look like one."""
-    return re.search(r"[*?\[{]", bare(place)) is not None and not os.path.exists(place)
+    return re.search(r"[*?\[{]", bare(place)) is not None and (is_url(place) or not local.exists(place))
 
 
-def expand(pattern: str) -> list[str]:
+def expand(pattern: str, limit: SearchLimit | None = None) -> list[str]:
     """The files that a pattern means, sorted: `train-*.tar`, `train-{000..127}.tar`, `{a,b}.parquet`.
 
     A name without `*`, `?` or `[...]` is taken as it is, whether the file is there or not.
 
     Raises:
-        DataError: a pattern that nothing matches.
+        DataError: a pattern that nothing matches, or whose braces mean too many names.
     """
-    found = sorted({place for plain in _braces(pattern) for place in _glob(plain)})
+    limit = limit or SearchLimit()
+    found = sorted({place for plain in braces(pattern, limit) for place in matches(plain, limit)})
     if not found:
         raise DataError(f"{pattern} means no file: check the pattern, and quote it if a shell reads it.")
     return found
@@ -81,7 +92,7 @@ def list_files(folder: str) -> list[str]:
         DataError: a URL that cannot be listed.
     """
     if not is_url(folder):
-        return list_local_files(Path(folder))
+        return sorted(local.walk(folder), key=lambda name: name.split("/"))
     with explained(folder, DataError):
         filesystem, root = connect(folder)
         prefix = root.rstrip("/") + "/"
@@ -92,7 +103,7 @@ def list_files(folder: str) -> list[str]:
 def open_binary(place: str) -> IO[bytes]:
     """A file to read from the start."""
     if not is_url(place):
-        return open(place, "rb")
+        return local.open_file(place)
     filesystem, path = connect(place)
     file: IO[bytes] = filesystem.open(path, "rb")
     return file
@@ -116,7 +127,7 @@ def is_folder(place: str) -> bool:
     if place.startswith(("http://", "https://")):
         return True
     if not is_url(place):
-        return os.path.isdir(place)
+        return local.is_folder(place)
     with explained(place, DataError):
         filesystem, path = connect(place)
         return bool(filesystem.exists(path.rstrip("/")))
@@ -125,7 +136,7 @@ def is_folder(place: str) -> bool:
 def local_size(place: str) -> int:
     """Bytes of a local file; -1 for one that is missing, or behind a URL."""
     try:
-        return -1 if is_url(place) else os.stat(place).st_size
+        return -1 if is_url(place) else local.stat(place).st_size
     except (OSError, ValueError):  # ValueError: a name with a null byte
         return -1
 
@@ -138,7 +149,7 @@ def stamp(place: str) -> tuple[int, str]:
     """
     with explained(place, DataError):
         if not is_url(place):
-            status = os.stat(place)
+            status = local.stat(place)
             return status.st_size, str(status.st_mtime_ns)
         filesystem, path = connect(place)
         about = filesystem.info(path)
@@ -163,12 +174,19 @@ def read_image(place: str) -> bytes:
     """A whole file of at most `MAX_IMAGE_BYTES`; no more than that is read.
 
     Raises:
-        ImageError: see `mixmim_serve.preprocess.read_limited`.
+        ImageTooLargeError: it is larger.
+        ImageError: it is missing, not readable or not a regular file.
     """
-    if not is_url(place):
-        return read_limited(place)
-    with explained(place, ImageError):
-        data = _read(place, 0, MAX_IMAGE_BYTES + 1)
+    if is_url(place):
+        with explained(place, ImageError):
+            data = _read(place, 0, MAX_IMAGE_BYTES + 1)
+    else:
+        try:
+            with local.open_file(place) as file:
+                data = file.read(MAX_IMAGE_BYTES + 1)
+        except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+            reason = getattr(error, "strerror", None) or "not a file name"
+            raise ImageError(f"cannot read {place}: {reason.lower()}.") from error
     check_size(place, len(data))
     return data
 
@@ -208,8 +226,9 @@ def explained(place: str, error: type[MixMIMError]) -> Iterator[None]:
 
 def each(function: Callable[[str], T], places: Sequence[str]) -> list[T]:
     """`function` of every place, `AT_ONCE` of them at a time; the first error ends it."""
+    context = contextvars.copy_context()  # the threads may read what this one may
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        return list(pool.map(function, places))
+        return list(pool.map(lambda place: context.copy().run(function, place), places))
 
 
 def _reason(cause: Exception) -> str:
@@ -220,15 +239,17 @@ def _reason(cause: Exception) -> str:
 
 
 def _read(place: str, start: int, end: int) -> bytes:
-    if not is_url(place):
-        with open(place, "rb") as file:
-            file.seek(start)
-            return file.read(end - start)
-    filesystem, path = connect(place)
-    if not place.startswith(("http://", "https://")):
-        return bytes(filesystem.cat_file(path, start=start, end=end))
-    # cat_file would take the whole file from a server that ignores ranges. With a size, open() asks the server nothing.
-    with filesystem.open(path, "rb", size=end) as file:
+    """The bytes from `start` to `end`, or fewer; never more, whatever a storage says or sends."""
+    if place.startswith(("http://", "https://")):
+        # cat_file would take the whole file from a server that ignores ranges. With a size, open() asks it nothing.
+        filesystem, path = connect(place)
+        opened: IO[bytes] = filesystem.open(path, "rb", size=end)
+    elif is_url(place):
+        filesystem, path = connect(place)
+        return bytes(filesystem.cat_file(path, start=start, end=end)[: end - start])
+    else:
+        opened = open_binary(place)
+    with opened as file:
         file.seek(start)
         return bytes(file.read(end - start))
 
@@ -238,8 +259,10 @@ def connect(place: str) -> tuple[Any, str]:
     from fsspec.core import url_to_fs
     from fsspec.registry import known_implementations
 
+    if not local.allows_url(place):
+        raise OutsideError(OUTSIDE)
     try:
-        filesystem, path = url_to_fs(place)
+        filesystem, path = url_to_fs(place, **_options(place))
     except ImportError as error:
         scheme = place.partition("://")[0]
         package = known_implementations[scheme]["class"].partition(".")[0]
@@ -248,24 +271,35 @@ def connect(place: str) -> tuple[Any, str]:
     return filesystem, str(path)
 
 
-def _braces(pattern: str) -> Iterator[str]:
-    """`{000..127}` counted out with as many digits, `{a,b}` chosen from, any number of them."""
-    group = re.search(r"\{([^{}]*)\}", pattern)
-    if group is None:
-        yield pattern
-        return
-    choices = group[1].split(",")
-    if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", group[1]):
-        choices = [f"{n:0{len(numbers[1])}}" for n in range(int(numbers[1]), int(numbers[2]) + 1)]
-    for choice in choices:
-        yield from _braces(pattern[: group.start()] + choice + pattern[group.end() :])
-
-
-def _glob(place: str) -> list[str]:
+def matches(place: str, limit: SearchLimit) -> Iterator[str]:
+    """The files that a pattern without braces means; of a name that is no pattern, itself."""
     if not has_wildcards(place):
-        return [place]
-    if not is_url(place):
-        return glob.glob(place, recursive=True)
-    with explained(place, DataError):
-        filesystem, path = connect(place)
-        return [filesystem.unstrip_protocol(found) for found in filesystem.glob(path)]
+        yield place
+    elif not is_url(place):
+        yield from glob(place, limit)
+    else:
+        with explained(place, DataError):
+            filesystem, path = connect(place)
+            yield from (filesystem.unstrip_protocol(name) for name in filesystem.glob(path))
+
+
+def _options(place: str) -> dict[str, Any]:
+    """Fsspec's options for a URL: a confined process follows no redirect out of its prefixes."""
+    if not local.is_confined() or not place.startswith(("http://", "https://")):
+        return {}
+    return {"client_kwargs": {"trace_configs": [_watch_redirects(local.current())]}}
+
+
+@functools.lru_cache(8)
+def _watch_redirects(access: local.Access) -> Any:
+    import aiohttp
+
+    async def check(session: Any, context: Any, redirect: Any) -> None:
+        response = redirect.response
+        target = response.url.join(type(response.url)(response.headers.get("Location", "")))
+        if not access.allows_url(str(target)):
+            raise OutsideError(OUTSIDE)
+
+    watch = aiohttp.TraceConfig()
+    watch.on_request_redirect.append(check)
+    return watch
