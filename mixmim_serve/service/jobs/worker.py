@@ -30,7 +30,7 @@ from mixmim_serve.extract.progress import ExtractProgress
 from mixmim_serve.service.jobs.roots import Roots
 from mixmim_serve.service.jobs.store import CRASHED
 from mixmim_serve.service.metrics import log_config
-from mixmim_serve.sources import Source, storage
+from mixmim_serve.sources import Source, local, storage
 
 REPORT_EVERY = 0.5  # seconds
 STOP_SECONDS = 30.0  # to finish a batch and write the manifest after a stop was requested
@@ -67,7 +67,9 @@ def main() -> None:
 
 
 def run_task(task: Mapping[str, Any], report: Callable[[ExtractProgress], None], stop: threading.Event) -> Summary:
-    """Extract as `mixmim extract` does, from inside the root of the source, so that messages name nothing above it.
+    """Extract as `mixmim extract` does, confined to the roots.
+
+    The current folder is the root of the source, so that messages name nothing above it.
 
     Raises:
         MixMIMError: when it cannot be done.
@@ -75,13 +77,14 @@ def run_task(task: Mapping[str, Any], report: Callable[[ExtractProgress], None],
     roots = Roots(task["roots"])
     root, source = roots.find(task["source"])
     os.chdir(root or task["out"].rpartition(os.sep)[0])
+    local.confine(roots.confinement.at(root))
     options = dict(task["options"])
     effort = Resources(options.pop("max_failures"))
     job = ExtractJob(Path(task["bundle"]), source, task["out"], options=ExtractOptions(**options), effort=effort)
     engine = open_engine(job.bundle, task["engine"])
 
     def executor(job: ExtractJob, opened: Source) -> Executor:
-        roots.check(opened)
+        roots.check(opened, root)
         return LocalExecutor(job, opened, engine)
 
     run = partial(lead.run, executor=executor, progress=_throttled(report), cancelled=stop.is_set)
