@@ -272,7 +272,7 @@ def test_a_shard_behind_a_link_is_refused(root: Path, monkeypatch: pytest.Monkey
         ({"dtype": "int8"}, "dtype must be one of float32, float16, got 'int8'."),
         ({"features": "stage4"}, "features must be a list of names"),
         ({"features": ["stage5"]}, "this model has no features 'stage5'"),
-        ({"features": ["stage4", "stage4"]}, "name each of the features once."),
+        ({"features": ["stage4", "stage4"]}, "a feature is listed twice"),
     ],
 )
 def test_options_that_cannot_be(engine: Engine, options: object, message: str) -> None:
@@ -314,7 +314,7 @@ def test_refusals(served: Served, root: Path) -> None:
 
 def test_jobs_need_no_place_for_an_image(start: Callable[..., Served]) -> None:
     served = start(max_waiting=1)
-    with Reservation(served.client.app.state.admission) as full:  # type: ignore[attr-defined]
+    with Reservation(served.client.app.state.admission, "somebody") as full:  # type: ignore[attr-defined]
         full.reserve(1)
         assert refusal(served.client.post("/embed", files=files(HAT)))[0] == 429
         response = served.post("photos")

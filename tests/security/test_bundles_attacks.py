@@ -182,7 +182,7 @@ def test_nested_json_is_one_sentence(bundle_copy: Path, tmp_path: Path, text: st
     with pytest.raises(CheckpointError, match="has a damaged description: it is nested"):
         read_description(tmp_path / "a.safetensors")
     (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(OutputError, match="is damaged or not ours"):
+    with pytest.raises(OutputError, match="is damaged or not a manifest"):
         read_manifest(Folder(tmp_path))
 
 
