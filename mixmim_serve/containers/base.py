@@ -31,7 +31,7 @@ class Rate(NamedTuple):
 # blank one. The rate of a pixel is for three channels of 8 bits.
 RATES = {
     "JPEG baseline": Rate(0.6, 2.5, 400),
-    "JPEG progressive": Rate(0.9, 4.0, 400),  # and `jpeg.SCAN` for each scan and pixel
+    "JPEG progressive": Rate(0.9, 5.0, 400),  # and `jpeg.SCAN` for each scan and pixel
     "JPEG arithmetic": Rate(0.9, 12.0, 400),  # not measured: Pillow writes none. Three times as slow as Huffman coding
     "JPEG lossless": Rate(2.0, 3.0, 400),  # not measured: Pillow writes none
     "PNG sequential": Rate(2.5, 3.0, 700),
