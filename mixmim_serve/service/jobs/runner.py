@@ -1,8 +1,8 @@
 """Runs the jobs of one server: a thread takes one at a time from the list and runs it in a process of its own.
 
 A process can be given idle priority whatever library computes in it, and one that crashes on an image or runs out of
-memory leaves the server alone. It ends when its standard input closes: when a job is cancelled, and however the server
-itself ends.
+memory leaves the server alone. It ends when its standard input closes, as when a job is cancelled, and is killed when
+the server is.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ class JobRunner:
     def _process(self, record: JobRecord) -> Iterator[subprocess.Popen[str]]:
         """The process that runs a job; gone when the block ends."""
         process = subprocess.Popen(  # noqa: S603 - the command holds nothing from a client
-            [sys.executable, "-P", "-m", WORKER],
+            [sys.executable, "-P", "-m", WORKER, str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
