@@ -20,6 +20,7 @@ from mixmim_serve.extract.plan import Shard, ShardResult
 from mixmim_serve.extract.sinks import open_sink
 from mixmim_serve.extract.table import Row, Table
 from mixmim_serve.sources import Source
+from mixmim_serve.sources.names import as_text
 
 UNREACHABLE = 100  # images in a row that cannot even be read: then it is the source, not the images
 
@@ -119,7 +120,7 @@ def _rows(
             for group, arrays in batches:
                 if worker.stopped.is_set():
                     raise CancelledError
-                refused = [(each.item.key, str(each.error)) for each in group if each.error]
+                refused = [(each.item.key, as_text(str(each.error))) for each in group if each.error]
                 errors += refused
                 _count_unreachable(worker, group)
                 worker.watch(len(group), refused)
