@@ -363,6 +363,8 @@ def test_a_list_without_end_is_refused(lying: type[Lying], monkeypatch: pytest.M
 @pytest.mark.parametrize("seed", range(6))
 def test_patterns_mean_what_glob_means(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     chance = random.Random(seed)  # noqa: S311
+    tmp_path /= "far/below/all/links"
+    tmp_path.mkdir(parents=True)
     names = ["a", "b", "ab", ".h", "a.jpg", "b.jpg", "[x]", "a b"]
     for _ in range(25):
         path = tmp_path.joinpath(*chance.choices(names, k=chance.randint(1, 4)))
