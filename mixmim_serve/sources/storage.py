@@ -311,7 +311,8 @@ def _watch_redirects(access: local.Access) -> Any:
 
     async def check(session: Any, context: Any, redirect: Any) -> None:
         response = redirect.response
-        target = response.url.join(type(response.url)(response.headers.get("Location", "")))
+        place = response.headers.get("Location") or response.headers.get("URI") or ""
+        target = response.url.join(type(response.url)(place))
         if not access.allows_url(str(target)):
             raise OutsideError(OUTSIDE)
 
