@@ -20,6 +20,7 @@ from mixmim_serve.extract.plan import Shard, ShardResult
 from mixmim_serve.extract.sinks import open_sink
 from mixmim_serve.extract.table import Row, Table
 from mixmim_serve.sources import Source
+from mixmim_serve.sources.names import as_text
 
 UNREACHABLE = 100  # consecutive images that cannot even be read: then the source is at fault, not the images
 
@@ -117,7 +118,7 @@ def _rows(
             for group, arrays in batches:
                 if worker.stopped.is_set():
                     raise CancelledError
-                failed = [(entry.item.key, str(entry.error)) for entry in group if entry.error]
+                failed = [(entry.item.key, as_text(str(entry.error))) for entry in group if entry.error]
                 errors += failed
                 _count_unreachable(worker, group)
                 worker.on_batch(len(group), failed)

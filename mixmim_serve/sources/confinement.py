@@ -35,15 +35,16 @@ class Confinement:
     """See `mixmim_serve.sources.local.Access`.
 
     `folders` are absolute paths without links, `urls` prefixes that end with a slash. Relative paths are relative to
-    `base`, one of the folders; without it they lie outside.
+    `base`, one of the folders; without it they lie outside. The folders are opened once: one that is replaced later is
+    not noticed, and one that is missing holds nothing.
     """
 
     def __init__(self, folders: Sequence[Path], urls: Sequence[str], base: Path | None = None) -> None:
-        self.folders, self.urls, self.base = folders, tuple(urls), base
+        self.folders, self.urls, self.base = tuple(filter(os.path.isdir, folders)), tuple(urls), base
         self.owner: Confinement | None = None  # of the handles, which are closed when nothing refers to it
         self.handles: dict[Path, int] = {}
         if HAS_HANDLES:
-            self.handles |= {folder: os.open(folder, _FOLDER_FLAGS) for folder in folders}
+            self.handles |= {folder: os.open(folder, _FOLDER_FLAGS) for folder in self.folders}
         weakref.finalize(self, _close, self.handles)
 
     def at(self, base: Path | None) -> Confinement:
@@ -136,7 +137,7 @@ class Confinement:
             OutsideError: no folder holds it.
         """
         if not os.path.isabs(path):
-            if self.base is None:
+            if self.base not in self.folders:
                 raise OutsideError(OUTSIDE)
             return self.base, path.split("/")
         for candidate in (path, os.path.realpath(path)):  # the real path is only a hint: the walk is what decides

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from mixmim_serve.errors import DataError
 from mixmim_serve.sources import storage
 from mixmim_serve.sources.base import LABEL_NAMES, all_or_none, digest_of
-from mixmim_serve.sources.names import IMAGE_SUFFIXES
+from mixmim_serve.sources.names import IMAGE_SUFFIXES, readable
 
+MAX_LIST_BYTES = 500_000_000  # some five million lines
 PATH_NAMES = ("path", "file", "filename", "file_name", "filepath", "image", "image_path", "url")  # columns, best first
 
 
@@ -23,6 +24,7 @@ class FileSource:
     folder: str  # ends with a slash; empty for the working directory
     keys: Sequence[str]
     labels: Sequence[str] | None
+    odd: Mapping[str, str] = field(default_factory=dict)  # names that are not UTF-8 by their keys
 
     @property
     def runs(self) -> Sequence[range]:
@@ -49,13 +51,17 @@ class FileSource:
         return digest_of(self.keys, (b"%d " % storage.local_size(place) for place in places))
 
     def _place(self, key: str) -> str:
+        key = self.odd.get(key, key)
         return storage.from_spec(key) if storage.is_url(key) or os.path.isabs(key) else self.folder + key
 
 
 def open_folder(name: str, folder: str, names: Sequence[str]) -> FileSource:
     """A source of these images of a folder; the first subfolder is the label."""
-    labels = all_or_none(key.partition("/")[0] if "/" in key else None for key in names)
-    return FileSource(name, storage.join(folder, ""), tuple(names), labels)
+    spelt = readable(names)
+    keys = tuple(spelt.values())
+    labels = all_or_none(key.partition("/")[0] if "/" in key else None for key in keys)
+    odd = {key: name for name, key in spelt.items() if key != name}
+    return FileSource(name, storage.join(folder, ""), keys, labels, odd)
 
 
 def open_list(name: str, places: Sequence[str]) -> FileSource:
@@ -86,7 +92,10 @@ def _rows(place: str) -> list[tuple[str, str | None]]:
     """Path and label of each line."""
     with storage.translated_errors(place, DataError):
         with storage.open_binary(place) as file:
-            lines = [line.rstrip("\r") for line in file.read().decode("utf-8-sig").split("\n")]
+            text = file.read(MAX_LIST_BYTES + 1)
+        if len(text) > MAX_LIST_BYTES:
+            raise DataError(f"{place} has more than {MAX_LIST_BYTES:,} bytes: name fewer images, or use .tar files.")
+        lines = [line.rstrip("\r") for line in text.decode("utf-8-sig").split("\n")]
         rows = _cells(place, [line for line in lines if line.strip() and not line.lstrip().startswith("#")])
     path, label = 0, 1
     header = [cell.strip().lower() for cell in rows[0]] if rows else []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from mixmim_serve.errors import DataError
@@ -21,6 +23,41 @@ def is_image_name(name: str) -> bool:
 def is_hidden(name: str) -> bool:
     """Whether any part of a relative name starts with a dot."""
     return name.startswith(".") or "/." in name
+
+
+def readable(names: Iterable[str]) -> dict[str, str]:
+    """Names as valid text by the names as they are; unique, and most are the same.
+
+    A name that is not UTF-8 (which Python spells with surrogates) gets its odd bytes written as `\\xe9`, and a number
+    where another name is spelt like that.
+    """
+    names = list(names)
+    odd = sorted(name for name in names if not _is_text(name))
+    taken = set(names).difference(odd) if odd else set()
+    found = {name: name for name in names}
+    for name in odd:
+        text = spelt = as_text(name)
+        number = 2
+        while spelt in taken:
+            stem, suffix = os.path.splitext(text)
+            spelt, number = f"{stem}~{number}{suffix}", number + 1
+        taken.add(spelt)
+        found[name] = spelt
+    return found
+
+
+def as_text(name: str) -> str:
+    """A name or message as valid text: bytes that are not UTF-8 are written as `\\xe9`, other surrogates too."""
+    escaped = re.sub("[\udc80-\udcff]", lambda odd: f"\\x{ord(odd[0]) - 0xDC00:02x}", name)
+    return re.sub("[\ud800-\udfff]", lambda odd: f"\\u{ord(odd[0]):04x}", escaped)
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def list_files(folder: Path) -> list[str]:

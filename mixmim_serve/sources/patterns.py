@@ -75,8 +75,8 @@ def glob(pattern: str, limit: SearchLimit) -> Iterator[str]:
     """
     parts = _parts(pattern)
     start = "/" if pattern.startswith("/") else ""
-    identity = local.identity(start or ".")
-    pending = [_Folder(start, frozenset(_closed({0}, parts)), frozenset({identity} if identity else ()))]
+    above = frozenset({local.identity(start or ".")} if parts[0] == "**" else ())
+    pending = [_Folder(start, frozenset(_closed({0}, parts)), above)]
     while pending:
         limit.check()
         folder = pending.pop()
@@ -95,7 +95,7 @@ class _Folder:
 
     path: str  # ends with a slash, or is empty
     states: frozenset[int]
-    above: frozenset[tuple[int, int]]  # device and inode of the folders that `**` came through, to notice circles
+    above: frozenset[tuple[int, int] | None]  # device and inode of the folders that `**` came through
 
 
 def _parts(pattern: str) -> list[str]:
@@ -117,41 +117,37 @@ def _children(
     if patterns:
         for entry in local.entries(folder.path or "."):
             limit.check()
-            states = {
-                state if parts[state] == "**" else state + 1 for state, fits in patterns.items() if fits(entry.name)
-            }
+            states = _after(patterns, entry.name, parts)
             if entry.name not in plain and states:
-                yield entry.name, states | _ended(states, parts), entry
+                yield entry.name, states, entry
     for name in plain:
         states = {state + 1 for state in folder.states if parts[state] == name}
         states |= _after(patterns, name, parts)
         if local.exists(folder.path + name):
-            yield name, states | _ended(states, parts), None
+            yield name, states, None
 
 
 def _after(patterns: Mapping[int, Callable[[str], bool]], name: str, parts: Sequence[str]) -> set[int]:
-    return {state if parts[state] == "**" else state + 1 for state, fits in patterns.items() if fits(name)}
-
-
-def _ended(states: set[int], parts: Sequence[str]) -> set[int]:
-    """A last `**` matches each entry, and goes on below it."""
-    return {len(parts)} if len(parts) - 1 in states and parts[-1] == "**" else set()
+    """The states after a name; `**` stays where it is, and the last one also matches."""
+    fitting = {state for state, fits in patterns.items() if fits(name)}
+    many = {state for state in fitting if parts[state] == "**"}
+    return many | {state + 1 for state in fitting - many} | ({len(parts)} if len(parts) - 1 in many else set())
 
 
 def _descend(
     folder: _Folder, name: str, states: set[int], parts: Sequence[str], entry: local.Entry | None
 ) -> list[_Folder]:
-    """The folder of this name, unless it is none, or a link to a folder above that `**` would follow for ever."""
+    """The folder of this name, if it is one; `**` does not follow a link to a folder that it came through."""
     path = folder.path + name
     if not (local.is_folder(path) if entry is None or entry.is_link else entry.is_folder):
         return []
     above = folder.above
     if any(parts[state] == "**" for state in states):
         identity = local.identity(path)
-        if identity is None or identity in above:
-            return []
+        if identity in above and (entry is None or entry.is_link):
+            states -= folder.states
         above |= {identity}
-    return [_Folder(f"{path}/", frozenset(_closed(states, parts)), above)]
+    return [_Folder(f"{path}/", frozenset(_closed(states, parts)), above)] if states else []
 
 
 def _matcher(part: str) -> Callable[[str], bool]:

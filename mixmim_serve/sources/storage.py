@@ -26,7 +26,7 @@ from mixmim_serve.errors import (
 from mixmim_serve.preprocess import MAX_IMAGE_BYTES
 from mixmim_serve.sources import local
 from mixmim_serve.sources.confinement import OUTSIDE
-from mixmim_serve.sources.names import is_hidden
+from mixmim_serve.sources.names import is_hidden, readable
 from mixmim_serve.sources.patterns import SearchLimit, braces, glob
 
 Value = TypeVar("Value")
@@ -63,6 +63,13 @@ def short_names(places: Sequence[str]) -> list[str]:
     """Places without their common folder; of a single place, the file name."""
     shared = len(folder_of(os.path.commonprefix([without_query(place) for place in places])))  # noqa: RUF071 - cut at a slash
     return [without_query(place)[shared:] for place in places]
+
+
+def key_names(places: Sequence[str]) -> list[str]:
+    """`short_names` as valid text, for keys."""
+    names = short_names(places)
+    spelt = readable(names)
+    return [spelt[name] for name in names]
 
 
 def has_wildcards(place: str) -> bool:
@@ -216,7 +223,12 @@ def check_size(place: str, size: int) -> None:
         ImageTooLargeError: more than `MAX_IMAGE_BYTES`.
     """
     if size > MAX_IMAGE_BYTES:
-        raise ImageTooLargeError(f"{place}: the image has more than {MAX_IMAGE_BYTES:,} bytes: make it smaller.")
+        raise too_large(place)
+
+
+def too_large(place: str) -> ImageTooLargeError:
+    """The error for an image of too many bytes."""
+    return ImageTooLargeError(f"{place}: the image has more than {MAX_IMAGE_BYTES:,} bytes: make it smaller.")
 
 
 @contextlib.contextmanager
@@ -252,7 +264,10 @@ def _read(place: str, start: int, end: int) -> bytes:
         opened: IO[bytes] = filesystem.open(path, "rb", size=end)
     elif is_url(place):
         filesystem, path = connect(place)
-        return bytes(filesystem.cat_file(path, start=start, end=end)[: end - start])
+        data = filesystem.cat_file(path, start=start, end=end)
+        if start and len(data) > end - start:
+            raise OSError("its storage does not send parts of a file")
+        return bytes(data[: end - start])
     else:
         opened = open_binary(place)
     with opened as file:
@@ -302,7 +317,8 @@ def _watch_redirects(access: local.Access) -> Any:
 
     async def check(session: Any, context: Any, redirect: Any) -> None:
         response = redirect.response
-        target = response.url.join(type(response.url)(response.headers.get("Location", "")))
+        place = response.headers.get("Location") or response.headers.get("URI") or ""
+        target = response.url.join(type(response.url)(place))
         if not access.allows_url(str(target)):
             raise OutsideError(OUTSIDE)
 

@@ -7,7 +7,6 @@ as a full download for shards at a URL. Reading an image is then one seek, or on
 
 from __future__ import annotations
 
-import json
 import os
 import posixpath
 import tarfile
@@ -21,9 +20,11 @@ from numpy.typing import NDArray
 from mixmim_serve.errors import DataError
 from mixmim_serve.sources import storage
 from mixmim_serve.sources.base import LABEL_NAMES, all_or_none, digest_of, run_of
-from mixmim_serve.sources.names import is_image_name
+from mixmim_serve.sources.names import is_image_name, readable
+from mixmim_serve.strict_json import parse_json
 
 MAX_LABEL_BYTES = 1_000_000  # a longer .cls or .json is not a label
+MAX_READ_BYTES = 4_000_000  # at once while indexing; a header that says it is longer is damaged
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +72,7 @@ def open_tar(name: str, places: Sequence[str]) -> TarSource:
     Raises:
         DataError: a shard is missing, compressed, truncated or damaged, or none has an image.
     """
-    indexed = zip(places, storage.short_names(places), storage.parallel_map(_index, places), strict=True)
+    indexed = zip(places, storage.key_names(places), storage.parallel_map(_index, places), strict=True)
     shards = [(place, short, stamp, members) for place, short, (stamp, members) in indexed if members]
     if not shards:
         raise DataError(f"{name} has no images: expected members such as 0001.jpg next to 0001.cls.")
@@ -92,34 +93,57 @@ def _index(place: str) -> tuple[tuple[int, str], list[_Member]]:
     stamp = storage.stamp(place)
     spans: dict[str, tuple[int, int]] = {}
     labels: dict[str, str] = {}
-    with (
-        storage.translated_errors(place, DataError),
-        storage.open_seekable(place) as file,
-        _archive(place, file) as archive,
-    ):
+    with storage.translated_errors(place, DataError), storage.open_seekable(place) as opened:
+        file = _Bounded(opened)
+        archive = _archive(place, file)
         try:
             for member in archive:
                 archive.members = []  # type: ignore[attr-defined]  # else every header stays in memory: 0.5 kB each
                 name = posixpath.normpath(member.name)
                 if not member.isfile():
                     continue
+                if not 0 <= member.size < 2**62:
+                    raise tarfile.HeaderError("size")
                 if is_image_name(name):
                     spans[name] = (member.offset_data, member.size)
                 elif label := _label(name, archive, member):
                     labels[_sample(name)] = label
             file.seek(archive.offset)  # tarfile takes a damaged header for the end of the archive
             is_complete = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-        except tarfile.TarError:
+        except (tarfile.TarError, RecursionError, OverflowError, _TooLongError):
             is_complete = False
     if not is_complete:
         raise DataError(f"{place} is truncated or damaged: copy or write it again.")
-    return stamp, [_Member(name, spans[name], labels.get(_sample(name))) for name in sorted(spans)]
+    keys = readable(spans)
+    return stamp, [_Member(keys[name], spans[name], labels.get(_sample(name))) for name in sorted(spans)]
 
 
-def _archive(place: str, file: IO[bytes]) -> tarfile.TarFile:
+class _TooLongError(Exception):
+    """A header claims to be longer than any of ours."""
+
+
+class _Bounded:
+    """A file that is not read beyond `MAX_READ_BYTES` at once, whatever a header says."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        """At most `size` bytes.
+
+        Raises:
+            _TooLongError: more are asked for than any header of ours has.
+        """
+        if not 0 <= size <= MAX_READ_BYTES:
+            raise _TooLongError
+        return self.file.read(size)
+
+
+def _archive(place: str, file: _Bounded) -> tarfile.TarFile:
     try:
-        return tarfile.open(fileobj=file, mode="r:")
-    except tarfile.TarError as error:
+        return tarfile.open(fileobj=file, mode="r:")  # type: ignore[call-overload,no-any-return]
+    except (tarfile.TarError, RecursionError, OverflowError, _TooLongError) as error:
         raise DataError(
             f"{place} is not an uncompressed tar archive: decompress it, or choose another file."
         ) from error
@@ -140,7 +164,7 @@ def _label(name: str, archive: tarfile.TarFile, member: tarfile.TarInfo) -> str 
     try:
         if suffix == ".cls":
             return text.decode().strip()
-        values = json.loads(text)
+        values = parse_json(text)
         return next(str(values[key]) for key in LABEL_NAMES if isinstance(values.get(key), str | int))
     except (ValueError, AttributeError, StopIteration):  # not text, not JSON, not an object, no such key
         return None

@@ -378,6 +378,15 @@ def test_pipes_and_devices_are_refused_at_once(tmp_path: Path, name: str, kind: 
                     open_source(tmp_path / name)
 
 
+def test_a_root_that_is_replaced_is_read_anew(served: Served, root: Path) -> None:
+    root.rename(root.parent / "old")
+    assert refusal(served.post("photos"))[0] == 400
+    (root / "new").mkdir(parents=True)
+    (root / "new" / "a.jpg").write_bytes((root.parent / "old" / "photos" / "07.jpg").read_bytes())
+    assert refusal(served.post("photos"))[0] == 400
+    assert served.ended(served.begin("new"))["rows"] == 1
+
+
 # The folder of jobs.
 
 

@@ -31,7 +31,11 @@ class Roots:
             if not os.path.isdir(place):
                 raise ConfigError(f"{place} is not a folder: --jobs-root takes a folder that jobs may read, or a URL.")
         self.folders = tuple(Path(place).resolve() for place in folders)
-        self.confinement = Confinement(self.folders, self.urls)
+
+    @property
+    def confinement(self) -> Confinement:
+        """What may be read, with the folders as they are now."""
+        return Confinement(self.folders, self.urls)
 
     def find(self, source: str, limit: SearchLimit | None = None) -> tuple[Path | None, str]:
         """The root that holds a source, and the source's name relative to it; no root for a URL.

@@ -33,6 +33,7 @@ from mixmim_serve.service.jobs.store import CRASHED
 from mixmim_serve.service.metrics import log_config
 from mixmim_serve.signals import die_with_parent
 from mixmim_serve.sources import Source, local, storage
+from mixmim_serve.sources.names import as_text
 
 REPORT_EVERY = 0.5  # seconds
 STOP_SECONDS = 30.0  # to finish a batch and write the manifest after a stop was requested
@@ -118,7 +119,7 @@ def without_paths(message: str, task: Mapping[str, Any]) -> str:
         message = message.replace(path, name)
     for root in sorted((root for root in task["roots"] if not storage.is_url(root)), key=len, reverse=True):
         message = message.replace(f"{root}{os.sep}", "").replace(root, "the root")
-    return message
+    return as_text(message)
 
 
 def _claim_stdout() -> IO[str]:
