@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Iterator
 from io import BytesIO
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from pictures import photo
 from PIL import Image
@@ -158,6 +160,15 @@ def test_a_process_decodes_one_image_after_another(decoder: Decoder) -> None:
         finish(decoder.decode(LARGE[:100_000], context()))
     finish(decoder.decode(LARGE, context()))
     assert decoder.idle == [process]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the memory of a process is read as Linux has it")
+def test_a_process_gives_the_memory_of_an_image_back(decoder: Decoder) -> None:
+    for _ in range(2):  # the second one is where glibc would keep 250 MB and more
+        finish(decoder.decode(SLOW, context()))
+    (process,) = decoder.idle
+    assert process._process is not None
+    assert psutil.Process(process._process.pid).memory_info().rss < 80e6
 
 
 def test_an_image_that_takes_too_long_ends_its_process_and_nothing_else() -> None:

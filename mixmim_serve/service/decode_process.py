@@ -28,6 +28,11 @@ MODULE = "mixmim_serve.service.decode_process"
 NICENESS = 5  # so that small images and the engine come first
 HEADER = struct.Struct("<BQ")  # kind and length of an answer
 PIXELS = 0
+VARIABLES = {
+    "OPENBLAS_NUM_THREADS": "1",  # thread pools would count against the limit on memory
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": "1048576",  # glibc returns larger pieces at once; by default it kept 500 MB of an image
+}
 ERRORS: tuple[type[ImageError], ...] = (ImageError, ImageTooLargeError, UnsupportedImageError, UndecodableImageError)
 
 
@@ -105,10 +110,7 @@ class DecodeProcess:
             [sys.executable, "-P", "-m", MODULE],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            # The math libraries' thread pools would count against the limit on memory.
-            env=os.environ
-            | {"PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path)}
-            | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path)} | VARIABLES,
         )
         self._process = process
         stdin, _ = _pipes(process)
