@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from mixmim_serve.engines import Engine
 from mixmim_serve.engines.base import Arrays, largest_batch
-from mixmim_serve.errors import EngineError
+from mixmim_serve.errors import EngineError, NotFiniteError
 from mixmim_serve.service.fair_queue import FairQueue
 
 FEW = 4  # images of one client in a batch that several clients share, at least
@@ -167,6 +167,7 @@ class Batcher:
 
         Raises:
             EngineError: when the engine fails on this item.
+            NotFiniteError: when one of its outputs has inf or NaN.
         """
         item = QueuedItem(inputs, tuple(outputs), asyncio.get_running_loop().create_future(), client)
         if urgent:
@@ -250,20 +251,28 @@ class Batcher:
     def _infer(self, items: list[QueuedItem], arrays: Arrays | None = None) -> list[Arrays | Exception]:
         """One result or exception per item, in order; runs in the engine's thread."""
         try:
-            return list(self._run_batch(items, _stack(items) if arrays is None else arrays))
+            return self._run_batch(items, _stack(items) if arrays is None else arrays)
         except Exception as error:  # whatever it is, it must reach the requests that wait
             if len(items) == 1:
                 return [error]
             half = len(items) // 2
             return self._infer(items[:half]) + self._infer(items[half:])
 
-    def _run_batch(self, items: list[QueuedItem], arrays: Arrays) -> list[Arrays]:
+    def _run_batch(self, items: list[QueuedItem], arrays: Arrays) -> list[Arrays | Exception]:
         names = {name: None for item in items for name in item.outputs}
         results = self.engine.run(self.graph, arrays, list(names))
         for array in results.values():
             if len(array) != len(items):
                 raise EngineError(f"{self.engine.name} returned {len(array)} results for {len(items)} inputs.")
-        return [{name: results[name][row] for name in item.outputs} for row, item in enumerate(items)]
+        return [_finite({name: results[name][row] for name in item.outputs}) for row, item in enumerate(items)]
+
+
+def _finite(outputs: Arrays) -> Arrays | NotFiniteError:
+    """The outputs of one item, or the error if they have inf or NaN."""
+    for name, array in outputs.items():
+        if not np.isfinite(array).all():
+            return NotFiniteError(f"the model's {name} for this image has inf or NaN: send another image.")
+    return outputs
 
 
 def _pop_all(waiting: deque[QueuedItem]) -> Iterator[QueuedItem]:

@@ -19,6 +19,7 @@ from mixmim_serve.engines import Engine, engine_fingerprint, open_engine
 from mixmim_serve.engines.base import Arrays
 from mixmim_serve.engines.buckets import buckets_between
 from mixmim_serve.engines.certificate import TOLERANCES, agreement, certify
+from mixmim_serve.errors import NotFiniteError
 from mixmim_serve.preprocess import Pixels
 from mixmim_serve.service.batcher import Batcher, PendingDecodes, RecentClients
 from mixmim_serve.service.decoding import Decoder
@@ -193,6 +194,8 @@ class Runtime:
         try:
             async with asyncio.timeout(CANARY_SECONDS):
                 result = await self.batchers["encoder"].run(inputs, ["embedding"], urgent=True)
+        except NotFiniteError:
+            return False
         except Exception:  # whatever keeps the engine from answering
             return None
         measured = agreement(result.outputs["embedding"][None], self.golden["encoder.embedding"][:1])
