@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from io import BytesIO
 from typing import Any
@@ -19,6 +22,7 @@ from mixmim_serve.config import Preprocessing
 from mixmim_serve.containers import decode_cost
 from mixmim_serve.errors import ImageError, ImageTooLargeError, UndecodableImageError, UnsupportedImageError
 from mixmim_serve.preprocess import preprocess
+from mixmim_serve.service import decode_process
 from mixmim_serve.service.batcher import PendingDecodes
 from mixmim_serve.service.decoding import SMALL, Decoder, Lane
 from mixmim_serve.service.errors import RequestError
@@ -203,7 +207,49 @@ def test_a_client_that_leaves_ends_the_decoding(decoder: Decoder) -> None:
     finish(play())
 
 
+def test_a_client_that_leaves_while_a_process_starts_leaves_no_process(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    entered, release = threading.Event(), threading.Event()
+
+    def slow_start(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        entered.set()
+        assert release.wait(PATIENCE)
+        started.append(popen(*arguments, **options))
+        return started[0]
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(decode_process.subprocess, "Popen", slow_start)
+
+    async def play() -> None:
+        task = asyncio.create_task(decoder.decode(SLOW, context()))
+        assert await asyncio.to_thread(entered.wait, PATIENCE)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        release.set()
+        await asyncio.get_running_loop().run_in_executor(decoder.process_threads, lambda: None)
+
+    finish(play())
+    decoder.process_threads.shutdown()
+    assert started[0].wait(PATIENCE) == -signal.SIGKILL
+    assert not decoder.idle
+
+
 # Budgets
+
+
+def test_a_request_that_costs_too_much_is_refused_before_any_of_it_is_decoded() -> None:
+    decoder = Decoder(Settings(decode_threads=1, max_request_megapixels=100), PREPROCESSING, PendingDecodes())
+
+    async def play() -> None:
+        request = context()
+        results = await asyncio.gather(*(decoder.decode(SLOW, request) for _ in range(2)), return_exceptions=True)
+        assert [getattr(result, "code", None) for result in results] == ["too_much_to_decode"] * 2
+
+    finish(play())
+    assert decoder.process_threads._threads == set()  # none was started
+    decoder.close()
 
 
 def test_the_images_of_a_request_may_cost_so_much_together() -> None:

@@ -104,21 +104,17 @@ class Decoder:
                     async with self.small.slot(context, 1, cost):
                         loop = asyncio.get_running_loop()
                         return await loop.run_in_executor(self.threads, self._preprocess, image)
+            await asyncio.sleep(0)  # all images of the request are counted before the first is decoded
+            self._check_cost_of_request(context, context.decode_cost - cost)
             async with self.large.slot(context, max(pixels, self.large.capacity / self.settings.decoders), cost):
                 return await self._decode_in_process(image)
 
     @contextlib.asynccontextmanager
     async def _budget(self, context: RequestContext, cost: float) -> AsyncIterator[None]:
         """Count the cost of an image for its request and its client; an image that is the only one always passes."""
-        is_stream = context.endpoint is not None and context.endpoint.streams
         others, context.decode_cost = context.decode_cost, context.decode_cost + cost
-        if others and context.decode_cost > self.settings.max_request_megapixels * 1e6 and not is_stream:
-            message = (
-                f"decoding the images of this request costs more than {self.settings.max_request_megapixels:,} "
-                "megapixels: send fewer or smaller images."
-            )
-            raise RequestError(413, "too_much_to_decode", message)
-        if is_stream:
+        self._check_cost_of_request(context, others)
+        if _is_stream(context):
             await context.reservation.add_cost_when_free(cost)
         else:
             context.reservation.add_cost(cost)
@@ -126,6 +122,14 @@ class Decoder:
             yield
         finally:
             context.reservation.remove_cost(cost)
+
+    def _check_cost_of_request(self, context: RequestContext, others: float) -> None:
+        if others and context.decode_cost > self.settings.max_request_megapixels * 1e6 and not _is_stream(context):
+            message = (
+                f"decoding the images of this request costs more than {self.settings.max_request_megapixels:,} "
+                "megapixels: send fewer or smaller images."
+            )
+            raise RequestError(413, "too_much_to_decode", message)
 
     def _inspect(self, image: bytes) -> tuple[float, int]:
         """The cost and the pixels of an image; 0 for a file above the limit, which `decode` refuses unread."""
@@ -156,3 +160,7 @@ class Decoder:
         for process in self.idle:
             process.kill()
         self.process_threads.shutdown(cancel_futures=True)
+
+
+def _is_stream(context: RequestContext) -> bool:
+    return context.endpoint is not None and context.endpoint.streams
