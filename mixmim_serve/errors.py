@@ -15,7 +15,8 @@
     ├── ImageError                 one bad image; the rest of its batch is unaffected
     │   ├── UnsupportedImageError  not an image of an accepted format
     │   ├── ImageTooLargeError     more bytes or pixels than the limit
-    │   └── UndecodableImageError  an accepted format, but empty, truncated or damaged
+    │   ├── UndecodableImageError  an accepted format, but empty, truncated or damaged
+    │   └── NotFiniteError         the model's result for it has inf or NaN, or overflows the requested dtype
     └── ServerError                raised by the client: the server failed on a request
         ├── RefusedError           the request is wrong: its API key, options, route or size
         ├── UnavailableError       no answer in time, or only refusals such as 429 and 503
@@ -111,6 +112,13 @@ class UndecodableImageError(ImageError):
 
     status = 422
     code = "undecodable_image"
+
+
+class NotFiniteError(ImageError):
+    """An image whose result has inf or NaN, or is too large for the requested dtype."""
+
+    status = 422
+    code = "not_finite"
 
 
 class ServerError(MixMIMError):

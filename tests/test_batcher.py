@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from mixmim_serve.engines.base import Arrays
 from mixmim_serve.errors import EngineError
+from mixmim_serve.service import batcher as batcher_module
 from mixmim_serve.service.batcher import Batcher, BatchResult, PendingDecodes
 
 PATIENCE = 20  # seconds until a test that would hang fails
@@ -253,7 +255,7 @@ def test_an_engine_on_the_same_cores_waits_for_what_is_being_decoded(
     batcher = Batcher(engine, "encoder", thread, pending_decodes=pending)
 
     async def decoded_later() -> None:
-        with pending:
+        with pending.decoding(""):
             await asyncio.sleep(0.1)
         await batcher.run(pixels(2), ["double"])
 
@@ -272,12 +274,74 @@ def test_a_full_batch_and_an_image_that_is_refused_are_not_waited_for(thread: Th
     batcher = Batcher(engine, "encoder", thread, max_batch=2, pending_decodes=pending)
 
     async def all_of_them() -> None:
-        with pending:  # for ever, as far as these two can see
+        with pending.decoding(""):  # for ever, as far as these two can see
             await asyncio.gather(*(batcher.run(pixels(value), ["double"]) for value in (1, 2)))
         job = asyncio.create_task(batcher.run(pixels(3), ["double"]))
-        with pending:  # refused: it leaves and does not join
+        with pending.decoding(""):  # refused: it leaves and does not join
             await asyncio.sleep(0)
         await job
 
     finish(all_of_them())
     assert engine.batches == [[1, 2], [3]]
+
+
+def submit(batcher: Batcher, client: str, values: Sequence[int]) -> list[asyncio.Task[BatchResult]]:
+    """One request of a client with an image for each value."""
+    return [
+        asyncio.create_task(batcher.run(pixels(value), ["double"], client=client, request=client)) for value in values
+    ]
+
+
+def test_many_images_of_one_client_do_not_hold_up_another(
+    thread: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batcher_module, "SHARED_SECONDS", 0.0)
+    engine = Multiplier()
+    batcher = Batcher(engine, "encoder", thread)
+
+    async def all_of_them() -> None:
+        tasks = submit(batcher, "a", [0])
+        assert await asyncio.to_thread(engine.started.wait, PATIENCE)
+        tasks += submit(batcher, "a", range(1, 41))
+        await asyncio.sleep(0)
+        assert batcher.next_batch == []  # once stacked, nobody could join it
+        tasks += submit(batcher, "b", [100])
+        await asyncio.sleep(0)
+        engine.release.set()
+        await asyncio.gather(*tasks)
+
+    batcher.recent_clients.add("b")
+    finish(all_of_them())
+    assert sorted(engine.batches[1]) == [1, 2, 3, 4, 100]
+    assert max(map(len, engine.batches[2:])) == 4
+
+
+def test_images_of_many_clients_share_a_batch(thread: ThreadPoolExecutor) -> None:
+    engine = Multiplier()
+    batcher = Batcher(engine, "encoder", thread)
+
+    async def all_of_them() -> None:
+        tasks = submit(batcher, "0", [0])
+        assert await asyncio.to_thread(engine.started.wait, PATIENCE)
+        for value in range(1, 31):
+            tasks += submit(batcher, str(value), [value])
+        await asyncio.sleep(0)
+        engine.release.set()
+        await asyncio.gather(*tasks)
+
+    finish(all_of_them())
+    assert list(map(len, engine.batches)) == [1, 30]
+
+
+def test_the_engine_waits_for_no_pile_of_another_client() -> None:
+    pending = PendingDecodes()
+    with contextlib.ExitStack() as stack:
+        assert not pending.is_worth_waiting(["a"])
+        stack.enter_context(pending.decoding("b"))
+        assert pending.is_worth_waiting(["a"])
+        for _ in range(4):
+            stack.enter_context(pending.decoding("b"))
+        assert not pending.is_worth_waiting(["a"])
+        assert not pending.is_worth_waiting(["a", "b"])
+        assert pending.is_worth_waiting(["b"])
+    assert not pending.by_client

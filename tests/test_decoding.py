@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from io import BytesIO
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from pictures import photo
 from PIL import Image
@@ -17,9 +22,11 @@ from mixmim_serve.config import Preprocessing
 from mixmim_serve.containers import decode_cost
 from mixmim_serve.errors import ImageError, ImageTooLargeError, UndecodableImageError, UnsupportedImageError
 from mixmim_serve.preprocess import preprocess
+from mixmim_serve.service import decode_process
 from mixmim_serve.service.batcher import PendingDecodes
-from mixmim_serve.service.decoding import SMALL, Decoder, FairQueue, Lane, _Turn
+from mixmim_serve.service.decoding import SMALL, Decoder, Lane
 from mixmim_serve.service.errors import RequestError
+from mixmim_serve.service.fair_queue import FairQueue
 from mixmim_serve.service.request import Admission, RequestContext, Reservation
 from mixmim_serve.service.settings import Settings
 
@@ -55,30 +62,29 @@ def finish(work: Any) -> Any:
 # Order
 
 
-async def order(pushes: list[tuple[str, str, float]]) -> list[str]:
-    """The order in which decodes of (client, request, cost) are served."""
-    queue, names = FairQueue(), {}
-    for number, (client, request, cost) in enumerate(pushes):
-        turn = _Turn(asyncio.get_running_loop().create_future(), 1, cost)
-        names[id(turn)] = f"{client}{request}.{number}"
-        queue.push(client, request, turn)
+def order(pushes: list[tuple[str, str, float]]) -> list[str]:
+    """The order in which items of (client, request, cost) are served."""
+    queue: FairQueue[str] = FairQueue()
+    for client, request, cost in pushes:
+        queue.push(client, request, f"{client}{request}", cost)
+    assert len(queue) == len(pushes)
     served = []
-    while (turn := queue.pop()) is not None:
-        served.append(names[id(turn)].partition(".")[0])
+    while (item := queue.pop()) is not None:
+        served.append(item)
     return served
 
 
 def test_a_client_with_one_image_passes_one_with_many() -> None:
-    assert asyncio.run(order([("a", "1", 5)] * 3 + [("b", "1", 1)])) == ["a1", "b1", "a1", "a1"]
+    assert order([("a", "1", 5)] * 3 + [("b", "1", 1)]) == ["a1", "b1", "a1", "a1"]
 
 
 def test_a_request_with_one_image_passes_another_of_the_same_client() -> None:
-    assert asyncio.run(order([("a", "1", 5)] * 3 + [("a", "2", 1)])) == ["a1", "a2", "a1", "a1"]
+    assert order([("a", "1", 5)] * 3 + [("a", "2", 1)]) == ["a1", "a2", "a1", "a1"]
 
 
 def test_cheap_images_are_served_as_often_as_their_cost_allows() -> None:
     pushes = [("a", "1", 4)] * 2 + [("b", "1", 1)] * 6
-    assert asyncio.run(order(pushes)) == ["a1", "b1", "b1", "b1", "b1", "a1", "b1", "b1"]
+    assert order(pushes) == ["a1", "b1", "b1", "b1", "b1", "a1", "b1", "b1"]
 
 
 # Lanes
@@ -160,6 +166,16 @@ def test_a_process_decodes_one_image_after_another(decoder: Decoder) -> None:
     assert decoder.idle == [process]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the memory of a process is read as Linux has it")
+def test_a_process_gives_the_memory_of_an_image_back(decoder: Decoder) -> None:
+    image = encoded(Image.new("RGB", (8000, 7900)), "WEBP", lossless=True, quality=0, method=0)
+    for _ in range(2):  # the second one is where glibc would keep 250 MB and more
+        finish(decoder.decode(image, context()))
+    (process,) = decoder.idle
+    assert process._process is not None
+    assert psutil.Process(process._process.pid).memory_info().rss < 80e6
+
+
 def test_an_image_that_takes_too_long_ends_its_process_and_nothing_else() -> None:
     decoder = Decoder(Settings(decode_threads=2, decode_seconds=0.2), PREPROCESSING, PendingDecodes())
     with pytest.raises(UndecodableImageError, match=r"took more than 0\.2 s of CPU time"):
@@ -191,7 +207,49 @@ def test_a_client_that_leaves_ends_the_decoding(decoder: Decoder) -> None:
     finish(play())
 
 
+def test_a_client_that_leaves_while_a_process_starts_leaves_no_process(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    entered, release = threading.Event(), threading.Event()
+
+    def slow_start(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        entered.set()
+        assert release.wait(PATIENCE)
+        started.append(popen(*arguments, **options))
+        return started[0]
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(decode_process.subprocess, "Popen", slow_start)
+
+    async def play() -> None:
+        task = asyncio.create_task(decoder.decode(SLOW, context()))
+        assert await asyncio.to_thread(entered.wait, PATIENCE)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        release.set()
+        await asyncio.get_running_loop().run_in_executor(decoder.process_threads, lambda: None)
+
+    finish(play())
+    decoder.process_threads.shutdown()
+    assert started[0].wait(PATIENCE) == -signal.SIGKILL
+    assert not decoder.idle
+
+
 # Budgets
+
+
+def test_a_request_that_costs_too_much_is_refused_before_any_of_it_is_decoded() -> None:
+    decoder = Decoder(Settings(decode_threads=1, max_request_megapixels=100), PREPROCESSING, PendingDecodes())
+
+    async def play() -> None:
+        request = context()
+        results = await asyncio.gather(*(decoder.decode(SLOW, request) for _ in range(2)), return_exceptions=True)
+        assert [getattr(result, "code", None) for result in results] == ["too_much_to_decode"] * 2
+
+    finish(play())
+    assert decoder.process_threads._threads == set()  # none was started
+    decoder.close()
 
 
 def test_the_images_of_a_request_may_cost_so_much_together() -> None:

@@ -16,7 +16,7 @@ from mixmim_serve.bundle import DEFAULT_BUNDLE
 from mixmim_serve.service.app import create_app
 from mixmim_serve.service.jobs.runner import JobRunner
 from mixmim_serve.service.runtime import Runtime, open_runtime
-from mixmim_serve.service.server import tune_garbage_collection
+from mixmim_serve.service.server import tune_allocation, tune_garbage_collection
 from mixmim_serve.service.settings import from_environment
 
 settings = from_environment()
@@ -45,6 +45,7 @@ class MixMIMService:
             app.state.jobs = JobRunner(settings, self.runtime.bundle, engine_kind())
             app.state.jobs.start(app.state.metrics)
         tune_garbage_collection()
+        tune_allocation()
 
     async def __is_ready__(self) -> bool:
         return app.state.runtime is self.runtime and await self.runtime.is_healthy()

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from mixmim_serve.config import Preprocessing
 from mixmim_serve.containers import inspect
@@ -21,10 +20,11 @@ from mixmim_serve.preprocess import Pixels, decode, resize_and_crop
 from mixmim_serve.service.batcher import PendingDecodes
 from mixmim_serve.service.decode_process import DecodeProcess, DecodeSettings
 from mixmim_serve.service.errors import RequestError
+from mixmim_serve.service.fair_queue import FairQueue
 from mixmim_serve.service.request import RequestContext
 from mixmim_serve.service.settings import Settings
 
-SMALL = 4e6  # cost in pixels up to which a thread decodes an image: about 40 ms that nothing can stop
+SMALL = 1e6  # cost in pixels up to which a thread decodes an image: about 10 ms that nothing can stop
 INSPECT_INLINE = 256 * 1024  # bytes up to which an image is inspected on the event loop
 
 
@@ -34,61 +34,6 @@ class _Turn:
 
     granted: asyncio.Future[None]
     weight: float
-    cost: float
-
-
-@dataclass
-class _Flow:
-    """The waiting decodes of one request, and the cost that the request was served already."""
-
-    served: float
-    turns: deque[_Turn] = field(default_factory=deque)
-
-
-@dataclass
-class _Client:
-    """The requests of one client that have waiting decodes, and the cost that the client was served already."""
-
-    served: float
-    flows: dict[str, _Flow] = field(default_factory=dict)
-
-
-class FairQueue:
-    """Waiting decodes, fair between clients and between the requests of a client.
-
-    Each pop serves the client that was served least, and of it the request that was served least. A new client or
-    request starts level with the one that was served least, so that waiting longer gives no claim.
-    """
-
-    def __init__(self) -> None:
-        self._clients: dict[str, _Client] = {}
-
-    def push(self, client: str, request: str, turn: _Turn) -> None:
-        """Add a decode of a client's request."""
-        owner = self._clients.get(client)
-        if owner is None:
-            least = min((other.served for other in self._clients.values()), default=0.0)
-            owner = self._clients[client] = _Client(least)
-        flow = owner.flows.get(request)
-        if flow is None:
-            least = min((other.served for other in owner.flows.values()), default=0.0)
-            flow = owner.flows[request] = _Flow(least)
-        flow.turns.append(turn)
-
-    def pop(self) -> _Turn | None:
-        """The next decode; None when none waits."""
-        if not self._clients:
-            return None
-        client, owner = min(self._clients.items(), key=lambda entry: entry[1].served)
-        request, flow = min(owner.flows.items(), key=lambda entry: entry[1].served)
-        turn = flow.turns.popleft()
-        owner.served += turn.cost
-        flow.served += turn.cost
-        if not flow.turns:
-            del owner.flows[request]
-        if not owner.flows:
-            del self._clients[client]
-        return turn
 
 
 class Lane:
@@ -96,14 +41,14 @@ class Lane:
 
     def __init__(self, capacity: float) -> None:
         self.capacity, self.used = capacity, 0.0
-        self._queue = FairQueue()
+        self._queue: FairQueue[_Turn] = FairQueue()
         self._head: _Turn | None = None  # the next in order, if there is no room for it yet
 
     @contextlib.asynccontextmanager
     async def slot(self, context: RequestContext, weight: float, cost: float) -> AsyncIterator[None]:
         """Wait for room for `weight`, and hold it within the block."""
-        turn = _Turn(asyncio.get_running_loop().create_future(), min(weight, self.capacity), cost)
-        self._queue.push(context.reservation.client, context.id, turn)
+        turn = _Turn(asyncio.get_running_loop().create_future(), min(weight, self.capacity))
+        self._queue.push(context.reservation.client, context.id, turn, cost)
         self._grant()
         try:
             await turn.granted
@@ -155,25 +100,21 @@ class Decoder:
             cost, pixels = await asyncio.get_running_loop().run_in_executor(self.threads, self._inspect, image)
         async with self._budget(context, cost):
             if cost <= SMALL:
-                with self.pending:
+                with self.pending.decoding(context.reservation.client):
                     async with self.small.slot(context, 1, cost):
                         loop = asyncio.get_running_loop()
                         return await loop.run_in_executor(self.threads, self._preprocess, image)
+            await asyncio.sleep(0)  # all images of the request are counted before the first is decoded
+            self._check_cost_of_request(context, context.decode_cost - cost)
             async with self.large.slot(context, max(pixels, self.large.capacity / self.settings.decoders), cost):
                 return await self._decode_in_process(image)
 
     @contextlib.asynccontextmanager
     async def _budget(self, context: RequestContext, cost: float) -> AsyncIterator[None]:
         """Count the cost of an image for its request and its client; an image that is the only one always passes."""
-        is_stream = context.endpoint is not None and context.endpoint.streams
         others, context.decode_cost = context.decode_cost, context.decode_cost + cost
-        if others and context.decode_cost > self.settings.max_request_megapixels * 1e6 and not is_stream:
-            message = (
-                f"decoding the images of this request costs more than {self.settings.max_request_megapixels:,} "
-                "megapixels: send fewer or smaller images."
-            )
-            raise RequestError(413, "too_much_to_decode", message)
-        if is_stream:
+        self._check_cost_of_request(context, others)
+        if _is_stream(context):
             await context.reservation.add_cost_when_free(cost)
         else:
             context.reservation.add_cost(cost)
@@ -181,6 +122,14 @@ class Decoder:
             yield
         finally:
             context.reservation.remove_cost(cost)
+
+    def _check_cost_of_request(self, context: RequestContext, others: float) -> None:
+        if others and context.decode_cost > self.settings.max_request_megapixels * 1e6 and not _is_stream(context):
+            message = (
+                f"decoding the images of this request costs more than {self.settings.max_request_megapixels:,} "
+                "megapixels: send fewer or smaller images."
+            )
+            raise RequestError(413, "too_much_to_decode", message)
 
     def _inspect(self, image: bytes) -> tuple[float, int]:
         """The cost and the pixels of an image; 0 for a file above the limit, which `decode` refuses unread."""
@@ -211,3 +160,7 @@ class Decoder:
         for process in self.idle:
             process.kill()
         self.process_threads.shutdown(cancel_futures=True)
+
+
+def _is_stream(context: RequestContext) -> bool:
+    return context.endpoint is not None and context.endpoint.streams

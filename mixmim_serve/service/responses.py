@@ -18,8 +18,8 @@ from safetensors.numpy import save
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mixmim_serve.errors import quoted
-from mixmim_serve.service.errors import RequestError, describe_error
+from mixmim_serve.errors import NotFiniteError, quoted
+from mixmim_serve.service.errors import RequestError, describe_error, image_refused
 from mixmim_serve.service.options import DTYPE
 
 JSON = "application/json"
@@ -72,6 +72,8 @@ def negotiate(request: Request, *kinds: str) -> ResponseFormat:
 def write(format_: ResponseFormat, results: Sequence[ImageResult], identity: dict[str, str], *, flat: bool) -> Response:
     """A response with one entry per image: 200 if any image is good, else 422. `flat` for an image that came alone.
 
+    `cast_floats` has made the floats of all results finite, and of the format's type.
+
     Raises:
         RequestError: the error of an image that came alone.
     """
@@ -79,7 +81,7 @@ def write(format_: ResponseFormat, results: Sequence[ImageResult], identity: dic
         raise results[0]
     good = [result for result in results if not isinstance(result, RequestError)]
     if format_.kind == "json" or not good:
-        return _write_json(format_, results, identity, flat)
+        return _write_json(results, identity, flat)
     arrays = stack(results, format_.dtype)
     if format_.kind == "npy":
         (array,) = arrays.values()
@@ -107,32 +109,51 @@ def stack(results: Sequence[ImageResult], dtype: FloatType) -> dict[str, NDArray
     return arrays
 
 
-def _write_json(
-    format_: ResponseFormat, results: Sequence[ImageResult], identity: dict[str, str], flat: bool
-) -> Response:
-    entries = [json_entry(result, format_.dtype) for result in results]
+def _write_json(results: Sequence[ImageResult], identity: dict[str, str], flat: bool) -> Response:
+    entries = [json_entry(result) for result in results]
     if flat:
         del entries[0]["status"]
         return json_response(entries[0] | identity)
     data = [{"index": index, **entry} for index, entry in enumerate(entries)]
     if any(entry["status"] == "ok" for entry in entries):
-        return json_response({"data": data} | identity)
+        return Response(_with_data(data, identity), media_type=JSON)
     error = RequestError(422, "no_good_image", f"none of the {len(results)} images can be used: see data.", "input")
-    return json_response({"error": describe_error(error)[1], "data": data} | identity, 422)
+    return Response(_with_data(data, {"error": describe_error(error)[1]} | identity), 422, media_type=JSON)
 
 
-def json_entry(result: ImageResult, dtype: FloatType) -> dict[str, Any]:
+def _with_data(data: Sequence[Mapping[str, Any]], rest: Mapping[str, Any]) -> bytes:
+    """`data` and `rest` as one JSON object; one call per entry, because orjson lets no other thread run meanwhile."""
+    return b'{"data":[' + b",".join(json_bytes(entry) for entry in data) + b"]," + json_bytes(rest)[1:]
+
+
+def json_entry(result: ImageResult) -> dict[str, Any]:
     """One image in a JSON response."""
     if isinstance(result, RequestError):
         return {"status": "error", "error": describe_error(result)[1]}
-    return {"status": "ok"} | {name: _cast_floats(value, dtype) for name, value in result.items()}
+    return {"status": "ok"} | dict(result)
 
 
-def _cast_floats(value: Any, dtype: FloatType) -> Any:
-    """Arrays of floats as `dtype`; anything else unchanged."""
-    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
-        return np.ascontiguousarray(value, dtype)
-    return value
+def cast_floats(result: ImageResult, dtype: FloatType, param: str) -> ImageResult:
+    """An image's arrays of floats as `dtype`, anything else unchanged; an error if one of them is not finite."""
+    if isinstance(result, RequestError):
+        return result
+    with np.errstate(over="ignore"):
+        cast = {name: _as(value, dtype) for name, value in result.items()}
+    for name, value in cast.items():
+        if isinstance(value, np.ndarray | np.floating) and not np.isfinite(value).all():
+            return image_refused(_not_finite(name, result[name], dtype), param)
+    return cast
+
+
+def _as(value: Any, dtype: FloatType) -> Any:
+    is_float = isinstance(value, np.ndarray) and value.dtype.kind == "f"
+    return np.ascontiguousarray(value, dtype) if is_float else value
+
+
+def _not_finite(name: str, value: Any, dtype: FloatType) -> NotFiniteError:
+    if dtype is np.float16 and np.isfinite(value).all():
+        return NotFiniteError(f"{name} has values above 65,504, which float16 cannot hold: ask for dtype=float32.")
+    return NotFiniteError(f"{name} of this image has inf or NaN: send another image.")
 
 
 def json_bytes(value: Any) -> bytes:

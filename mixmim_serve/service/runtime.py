@@ -19,8 +19,9 @@ from mixmim_serve.engines import Engine, engine_fingerprint, open_engine
 from mixmim_serve.engines.base import Arrays
 from mixmim_serve.engines.buckets import buckets_between
 from mixmim_serve.engines.certificate import TOLERANCES, agreement, certify
+from mixmim_serve.errors import NotFiniteError
 from mixmim_serve.preprocess import Pixels
-from mixmim_serve.service.batcher import Batcher, PendingDecodes
+from mixmim_serve.service.batcher import Batcher, PendingDecodes, RecentClients
 from mixmim_serve.service.decoding import Decoder
 from mixmim_serve.service.errors import RequestError
 from mixmim_serve.service.metrics import Metrics
@@ -55,6 +56,7 @@ class Runtime:
         self.encode_threads = ThreadPoolExecutor(self.settings.decoders, thread_name_prefix="encode")
         self.pending_decodes = PendingDecodes(*DECODE_WAIT) if engine.name.endswith("-cpu") else PendingDecodes()
         self.decoder = Decoder(self.settings, engine.bundle.description.preprocessing, self.pending_decodes)
+        self.recent_clients = RecentClients()
         self.batchers = {graph: self._batcher(graph) for graph in engine.bundle.graphs}
         self.golden = load_file(engine.bundle.path / GOLDEN)
         self._canary: tuple[float, bool] = (-np.inf, False)  # when, and whether its answer was right
@@ -89,6 +91,7 @@ class Runtime:
             observe,
             self.pending_decodes,
             self.stack_thread,
+            self.recent_clients,
         )
 
     def _publish_metrics(self) -> None:
@@ -146,7 +149,8 @@ class Runtime:
             EngineError: when the engine fails on it.
             RequestError: 503 when the canary has been wrong in the meantime.
         """
-        result = await self.batchers[graph].run(inputs, outputs)
+        client, request = context.reservation.client, context.id
+        result = await self.batchers[graph].run(inputs, outputs, client=client, request=request)
         context.record_stage("queue", result.queue)
         context.record_stage("infer", result.infer)
         self.require_right_answers()
@@ -190,6 +194,8 @@ class Runtime:
         try:
             async with asyncio.timeout(CANARY_SECONDS):
                 result = await self.batchers["encoder"].run(inputs, ["embedding"], urgent=True)
+        except NotFiniteError:
+            return False
         except Exception:  # whatever keeps the engine from answering
             return None
         measured = agreement(result.outputs["embedding"][None], self.golden["encoder.embedding"][:1])

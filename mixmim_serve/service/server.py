@@ -6,6 +6,7 @@ BentoML's own server added a third of a millisecond to each request (docs/decisi
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import gc
 import logging
@@ -34,6 +35,7 @@ from mixmim_serve.service.runtime import open_runtime
 from mixmim_serve.service.settings import Settings
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+M_MMAP_THRESHOLD = -3  # of malloc.h
 BACKLOG = 2048  # connections that wait to be accepted
 
 log = logging.getLogger(__name__)
@@ -121,6 +123,7 @@ def run(app: Starlette, listener: socket.socket) -> None:
     """Answer requests until a signal; then drain those in flight."""
     config = server_config(app)
     tune_garbage_collection()
+    tune_allocation()
     allow_connections()
     if app.state.jobs:
         app.state.jobs.start(app.state.metrics)
@@ -181,6 +184,16 @@ def tune_garbage_collection() -> None:
     # A request leaves a cycle that may outlive the youngest generation. With 50 here, as for BentoML, the next
     # generation was collected every five minutes, and memory grew by 7 MB per minute until then.
     gc.set_threshold(50_000, 8, 100)
+
+
+def tune_allocation() -> None:
+    """Let glibc return what is 4 MiB or larger as soon as it is freed.
+
+    By itself it raises this limit to 32 MiB with the first such piece that is freed, and keeps what is smaller: 200 MB
+    after some answers of 15 MB in JSON.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**22)
 
 
 def allow_connections() -> None:

@@ -30,6 +30,7 @@ from mixmim_serve.service.request import RequestContext, check_options, context_
 from mixmim_serve.service.responses import (
     ImageResult,
     ResponseFormat,
+    cast_floats,
     negotiate,
     npz_bytes,
     safetensors_bytes,
@@ -147,7 +148,10 @@ async def reconstruct(request: Request) -> Response:
     pixels = await map_images(uploads, lambda image: runtime.decode(image, context))
     image_a, image_b = map(_pixels_or_raise, pixels)
     inputs = reconstruct_inputs(image_a, image_b, mask)
-    outputs = await runtime.run("reconstruct", inputs, RECONSTRUCT_OUTPUTS, context)
+    try:
+        outputs = await runtime.run("reconstruct", inputs, RECONSTRUCT_OUTPUTS, context)
+    except ImageError as error:
+        raise image_refused(error, "input") from error
     arrays = reconstructed(runtime.bundle, inputs, outputs)
     began = time.perf_counter()
     body = await _off_loop(runtime, partial(_reconstruction_bytes, runtime, format_, arrays))
@@ -200,13 +204,17 @@ async def _respond(
 ) -> Response:
     """Write the response, and count the reason of each refused image."""
     began = time.perf_counter()
-    for result in results:
-        if isinstance(result, RequestError) and not uploads.alone:
-            runtime.metrics.count_failure(result.code)
     arrays = [value for result in results if isinstance(result, dict) for value in result.values()]
     size = sum(getattr(array, "nbytes", 0) for array in arrays)
-    make = partial(write, format_, results, runtime.identity, flat=uploads.alone)
-    response = await _off_loop(runtime, make) if size > LARGE_RESPONSE else make()
+
+    def make() -> tuple[list[ImageResult], Response]:
+        cast = [cast_floats(result, format_.dtype, f"input[{index}]") for index, result in enumerate(results)]
+        return cast, write(format_, cast, runtime.identity, flat=uploads.alone)
+
+    cast, response = await _off_loop(runtime, make) if size > LARGE_RESPONSE else make()
+    for result in cast:
+        if isinstance(result, RequestError) and not uploads.alone:
+            runtime.metrics.count_failure(result.code)
     context.reservation.hold(len(response.body))
     context.record_stage("encode", time.perf_counter() - began)
     return response

@@ -21,7 +21,7 @@ from mixmim_serve.service.bounded_json import load_json
 from mixmim_serve.service.errors import RequestError, describe_error, image_refused
 from mixmim_serve.service.options import DTYPE, NORMALIZE
 from mixmim_serve.service.request import check_options, context_of
-from mixmim_serve.service.responses import FLOAT_TYPES, json_bytes, json_entry
+from mixmim_serve.service.responses import FLOAT_TYPES, cast_floats, json_bytes, json_entry
 from mixmim_serve.service.routes.images import embedding, runtime_of
 from mixmim_serve.service.runtime import Runtime
 from mixmim_serve.service.uploads import KEY, form_images, from_base64, media_type
@@ -151,9 +151,10 @@ class EmbedSession:
             if isinstance(streamed.image, RequestError):
                 raise streamed.image
             arrays = await self.runtime.encode(streamed.image, ["embedding"], self.context)
-            entry = json_entry(embedding(arrays, unit_length=self.unit_length), self.dtype)
+            vector = embedding(arrays, unit_length=self.unit_length)
+            entry = json_entry(cast_floats(vector, self.dtype, f"input[{streamed.index}]"))
         except ImageError as error:
-            entry = json_entry(image_refused(error, f"input[{streamed.index}]"), self.dtype)
+            entry = json_entry(image_refused(error, f"input[{streamed.index}]"))
         except Exception as error:  # the engine failed on this image; the stream continues
             entry = {"status": "error", "error": describe_error(error)[1]}
         if entry["status"] == "error":
