@@ -10,6 +10,7 @@ refuses, a form whose parts depend on how it was cut into chunks, or (with -time
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
@@ -99,6 +100,7 @@ def check_error(error: RequestError) -> None:
 
 
 if __name__ == "__main__":
+    logging.disable()  # python-multipart logs each refusal
     target, folder = sys.argv.pop(1), Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     for index, seed in enumerate(SEEDS[target]):
