@@ -27,7 +27,7 @@ with atheris.instrument_imports(include=[*MODULES, "python_multipart"]):
 
 MAX_IMAGES = 4
 MAX_PART = 64
-MAX_LENGTH = 4096
+MAX_LENGTH = 1024
 CONTENT_TYPE = "multipart/form-data; boundary=b"
 SEEDS = {
     "json": [b'{"input": "data:image/png;base64,aGF0"}', b'{"input": ["aGF0", "http://x", 1, null]}', b"[[[[{}]]]]"],
