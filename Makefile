@@ -31,7 +31,7 @@ test-serving: .venv/dev.ok .venv-serving/ok  ## what serves without torch, on an
 	MIXMIM_TEST_BUNDLE=.venv-serving/bundle .venv-serving/bin/python -m pytest -m "not slow and not gpu" $(PARALLEL)
 
 fuzz: .venv/dev.ok  ## the fuzzers on FUZZ times as many cases, new ones each time; what fails is left in tests/data/fuzz
-	FUZZ=$(FUZZ) $(BIN)/python -m pytest tests/test_fuzz.py
+	FUZZ=$(FUZZ) $(BIN)/python -m pytest tests/test_fuzz.py tests/security/test_fuzz_protocol.py
 
 gpu: .venv-gpu/gpu.ok  ## all that needs a CUDA device: tests, the training step against a plain one, every engine
 	$(GPU_BIN)/python -m pytest -m gpu

@@ -20,22 +20,29 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from mixmim_serve.config import STAGES, Architecture
 from mixmim_serve.description import Description
 from mixmim_serve.errors import BundleError, ConfigError
-from mixmim_serve.files import atomic_path, sha256
+from mixmim_serve.files import atomic_path, open_regular, sha256
+from mixmim_serve.strict_json import read_json
 
 CONFIG = "config.json"
 WEIGHTS = "weights.safetensors"
 GOLDEN = "golden.safetensors"
 CACHE = "cache"  # folder for what runtimes compile when they open the bundle
 FORMAT = 2  # increased when an older reader would misread the folder
+MAX_CONFIG_BYTES = 16_000_000
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")  # of a file in the folder, or of a graph
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 
@@ -108,18 +115,32 @@ class Bundle:
             )
         return self.path / graph_file(graph, precision)
 
+    @property
+    def content(self) -> str:
+        """SHA-256 of all checksums: of everything that an engine can load from the folder."""
+        return hashlib.sha256(canonical_json(dict(self.checksums))).hexdigest()
+
     def verify(self) -> None:
-        """Compare every file with its checksum.
+        """Compare every file with its checksum, and the weights with the fingerprint.
 
         Raises:
             BundleError: naming the first file that is missing or altered.
         """
-        for name, expected in self.checksums.items():
-            path = self.path / name
-            if not path.is_file():
-                raise BundleError(f"{self.path} lacks {name}: export the bundle again.")
-            if sha256(path) != expected:
-                raise BundleError(f"{path} was altered after the export (its sha256 differs): export the bundle again.")
+        self._check_files(follow=True)
+        with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
+            actual = pool.submit(self._actual_fingerprint)
+            digests = pool.map(lambda name: sha256(self.path / name), self.checksums)
+            for (name, expected), digest in zip(self.checksums.items(), digests, strict=True):
+                if digest != expected:
+                    raise BundleError(
+                        f"{self.path / name} was altered after the export (its sha256 differs): export the bundle "
+                        "again."
+                    )
+        if actual.result() != self.fingerprint:
+            raise BundleError(
+                f"{self.path} was altered after the export (its fingerprint is not that of its weights and settings): "
+                "export the bundle again."
+            )
 
     def copy(self, folder: Path) -> Bundle:
         """Copy the bundle's files into an existing folder, config.json last, and verify the copy.
@@ -127,15 +148,40 @@ class Bundle:
         Certificates are not copied: they belong to this machine.
 
         Raises:
-            BundleError: when a file is missing or altered.
+            BundleError: when a file is missing, altered or a symbolic link.
         """
+        self._check_files(follow=False)
         for name in (*self.checksums, CONFIG):
-            if not (self.path / name).is_file():
-                raise BundleError(f"{self.path} lacks {name}: export the bundle again.")
-            shutil.copyfile(self.path / name, folder / name)
+            copy_file(self.path / name, folder / name)
         copied = open_bundle(folder)
         copied.verify()
         return copied
+
+    def check_links(self) -> None:
+        """Check that no file of the bundle is a symbolic link, which could lead out of a folder from elsewhere.
+
+        Raises:
+            BundleError: naming the link.
+        """
+        self._check_files(follow=False)
+
+    def _check_files(self, *, follow: bool) -> None:
+        for name in (*self.checksums, CONFIG):
+            if not follow and (self.path / name).is_symlink():
+                raise BundleError(f"{self.path / name} is a symbolic link: replace it with the file itself.")
+            if not (self.path / name).is_file():
+                raise BundleError(f"{self.path} lacks {name}: export the bundle again.")
+
+    def _actual_fingerprint(self) -> str:
+        """The fingerprint, computed from the stored weights; of damaged ones, none."""
+        digests = {}
+        try:
+            with safe_open(self.path / WEIGHTS, framework="np") as file:
+                for name in file.keys():  # noqa: SIM118 - not a dict
+                    digests[name] = hashlib.sha256(file.get_tensor(name).reshape(-1).data).digest()
+        except (SafetensorError, OSError, ValueError, TypeError):
+            return ""
+        return _fingerprint(self.description, digests)
 
     def save_config(self) -> None:
         """Write config.json. It comes last: without it a folder is not a bundle."""
@@ -164,10 +210,10 @@ def open_bundle(path: Path) -> Bundle:
     if not config.is_file():
         raise BundleError(f"{path} is not a bundle: expected a folder with {CONFIG}, as written by `mixmim export`.")
     try:
-        values = json.loads(config.read_text())
+        values = read_json(config, MAX_CONFIG_BYTES)
         _check_format(path, values["format"])
-        _check_names(values["sha256"])
-        return Bundle(
+        _check_names((*values["sha256"], *values["graphs"]))
+        bundle = Bundle(
             path=path,
             description=Description.from_dict(values),
             graphs={name: tuple(outputs) for name, outputs in values["graphs"].items()},
@@ -178,8 +224,23 @@ def open_bundle(path: Path) -> Bundle:
             versions=dict(values["versions"]),
             checksums=dict(values["sha256"]),
         )
-    except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
+        _check_files_named(bundle)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         raise BundleError(f"{config} is damaged ({error}): export the bundle again.") from error
+    return bundle
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a regular file that is not a symbolic link.
+
+    Raises:
+        BundleError: when it is not one, or cannot be read.
+    """
+    try:
+        with open_regular(source, follow=False) as file, target.open("wb") as copied:
+            shutil.copyfileobj(file, copied, 1 << 20)
+    except OSError as error:
+        raise BundleError(f"cannot copy {source}: {error.strerror or error}.") from error
 
 
 def _check_format(path: Path, number: object) -> None:
@@ -191,8 +252,19 @@ def _check_format(path: Path, number: object) -> None:
 def _check_names(names: Iterable[str]) -> None:
     """Refuse paths: a downloaded bundle must not reach files outside its folder."""
     for name in names:
-        if Path(name).name != name or name == "..":
-            raise ValueError(f"{name!r} is not a file name")
+        if not _PLAIN_NAME.fullmatch(name):
+            raise ValueError(f"{name[:200]!r} is not a file name")
+
+
+def _check_files_named(bundle: Bundle) -> None:
+    """Check that every file that an engine may load has a checksum, so that `verify` covers it."""
+    for precision in bundle.precisions:
+        if precision not in PRECISIONS:
+            raise ValueError(f"unknown precision {str(precision)[:200]!r}")
+    graphs = [graph_file(graph, precision) for graph in bundle.graphs for precision in bundle.precisions]
+    for name in (WEIGHTS, GOLDEN, *graphs, *(engine.file for engine in bundle.built)):
+        if name not in bundle.checksums:
+            raise ValueError(f"no sha256 of {str(name)[:200]}")
 
 
 def check_target(target: Path, overwrite: bool) -> None:
@@ -220,13 +292,17 @@ def fingerprint(description: Description, weights: Mapping[str, bytes | memoryvi
     Labels, provenance and the order of the weights do not count. `mixmim_serve.engines.base.engine_fingerprint` adds
     the engine and its precision.
     """
+    return _fingerprint(description, {name: hashlib.sha256(data).digest() for name, data in weights.items()})
+
+
+def _fingerprint(description: Description, digests: Mapping[str, bytes]) -> str:
     settings = {
         "architecture": dataclasses.asdict(description.arch),
         "preprocessing": dataclasses.asdict(description.preprocessing),
     }
     digest = hashlib.sha256(canonical_json(settings))
-    for name in sorted(weights):
-        digest.update(name.encode() + b"\0" + hashlib.sha256(weights[name]).digest())
+    for name in sorted(digests):
+        digest.update(name.encode() + b"\0" + digests[name])
     return digest.hexdigest()[:32]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from mixmim_serve.config import Architecture, Preprocessing, architecture_from_dict, preprocessing_from_dict
 from mixmim_serve.errors import CheckpointError, ConfigError
+from mixmim_serve.strict_json import parse_json
 
 METADATA_KEY = "mixmim"  # in the header of a safetensors checkpoint
 FORMAT = 1  # of checkpoints; increased when an older reader would misread the file
@@ -82,7 +82,7 @@ def read_description(path: Path) -> Description:
     if text is None:
         raise CheckpointError(f"{path} has weights without a model description: run `mixmim import` on it first.")
     try:
-        values = json.loads(text)
+        values = parse_json(text)
         if values.get("format") != FORMAT:
             raise CheckpointError(
                 f"{path} has format {values.get('format')}, this version reads {FORMAT}: update mixmim-serve."

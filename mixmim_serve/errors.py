@@ -7,6 +7,7 @@
     ├── HubError                   a repository that does not exist or cannot be reached
     ├── EngineError                a runtime that is not installed, or that refuses the bundle
     ├── DataError                  a data set without usable images
+    │   └── OutsideError           a place outside the roots of a process that reads for others
     ├── OutputError                an output folder that cannot be written to or belongs to another run
     │   └── InUseError             another process holds its lock
     ├── NonFiniteError             a training step whose gradients are not finite
@@ -58,6 +59,10 @@ class EngineError(MixMIMError):
 
 class DataError(MixMIMError):
     """A source without usable images."""
+
+
+class OutsideError(DataError):
+    """A place outside the roots of a process that reads for others; the message does not name it."""
 
 
 class OutputError(MixMIMError):

@@ -1,14 +1,19 @@
-"""Signal handling for long runs: finish cleanly, and keep worker processes alive until then."""
+"""Signal handling for long runs: finish cleanly, keep worker processes alive until then, and no longer."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
+
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+PARENT_SECONDS = 0.5  # between two looks at the parent, where the kernel does not tell
 
 
 @contextlib.contextmanager
@@ -43,8 +48,11 @@ def outlive_signals(_worker: int) -> None:
     """Make a data loader's worker ignore SIGINT, and SIGTERM unless its parent sends it; for `worker_init_fn`.
 
     systemd, Slurm, `timeout` and terminals signal every process of a run. When a worker dies, torch aborts the run in
-    the middle of a step, before a checkpoint can be saved.
+    the middle of a step, before a checkpoint can be saved. When the parent itself is killed, the worker is too.
     """
+    parent = multiprocessing.parent_process()
+    if parent and parent.pid and multiprocessing.get_start_method(allow_none=True) != "forkserver":
+        die_with_parent(parent.pid)  # a fork server ends with the run by itself
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform != "linux":  # no sigwaitinfo
         return
@@ -56,3 +64,25 @@ def _obey_parent() -> None:
     while sys.platform == "linux" and signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
+
+
+def die_with_parent(parent: int) -> None:
+    """Kill this process as soon as the process `parent`, which started it, has ended, however that ended.
+
+    An orphan would hold locks, memory and devices that the next run needs. On Linux the kernel sees to it, when the
+    thread that started this process ends; elsewhere a thread looks twice a second.
+    """
+    if sys.platform == "win32":
+        return  # a process there keeps the number of a parent that has ended
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    else:
+        threading.Thread(target=_outlive_no_parent, args=(parent,), daemon=True).start()
+    if os.getppid() != parent:  # it ended before
+        os._exit(1)
+
+
+def _outlive_no_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(PARENT_SECONDS)
+    os._exit(1)

@@ -16,6 +16,7 @@ import uvicorn
 from conftest import REPOSITORY
 from numpy.typing import NDArray
 
+from mixmim_serve.bundle import open_bundle
 from mixmim_serve.engines import Engine
 from mixmim_serve.engines.base import Arrays
 from mixmim_serve.engines.certificate import certify
@@ -141,4 +142,6 @@ def take_out(folder: Path, part: str) -> Path:
         values["architecture"]["decoder"] = None
         del values["graphs"]["reconstruct"]
     (folder / "config.json").write_text(json.dumps(values))
+    bundle = open_bundle(folder)
+    dataclasses.replace(bundle, fingerprint=bundle._actual_fingerprint()).save_config()
     return folder

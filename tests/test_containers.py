@@ -153,12 +153,13 @@ def test_a_blank_image_costs_its_pixels() -> None:
 
 
 def test_progressive_jpeg_in_a_tiff_costs_its_scans() -> None:
-    jpeg = encoded("JPEG", progressive=True)
-    tags = ((256, 150), (257, 200), (258, 8), (259, 7), (262, 6), (273, 8), (277, 3), (278, 200), (279, len(jpeg)))
+    blank = Image.new("RGB", (600, 600))
+    jpeg = encoded("JPEG", blank, progressive=True)
+    tags = ((256, 600), (257, 600), (258, 8), (259, 7), (262, 6), (273, 8), (277, 3), (278, 600), (279, len(jpeg)))
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
     data = b"II*\0" + struct.pack("<I", 8 + len(jpeg)) + jpeg + struct.pack("<H", len(tags)) + entries + bytes(4)
     assert inspect(data).kind == "jpeg"
-    assert decode_cost(data) > 3 * decode_cost(encoded("TIFF", compression="jpeg"))
+    assert decode_cost(data) > 3 * decode_cost(encoded("TIFF", blank, compression="jpeg"))
 
 
 # --- what encoders write at most is accepted ---

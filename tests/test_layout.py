@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "mixmim_serve.locks",
         "mixmim_serve.settings",
         "mixmim_serve.signals",
+        "mixmim_serve.strict_json",
     ),
     (
         "mixmim_serve.description",

@@ -313,7 +313,7 @@ def test_what_cannot_be_resumed_is_refused(photos: Path, tmp_path: Path, whole_c
     with pytest.raises(ConfigError, match="holds no run to resume"):
         run(photos, tmp_path / "nowhere", resume=True)
     (whole_copy / "final.safetensors").unlink()
-    with pytest.raises(ConfigError, match=r"was started with epochs 3 \(now 4\): resume it with the options"):
+    with pytest.raises(ConfigError, match=r"was started with epochs 3 \(now 4\): resume it with its original options"):
         run(photos, whole_copy, config=dataclasses.replace(SMALL, epochs=4), resume=True)
     (tmp_path / "others").mkdir()
     for path in sorted(photos.glob("*.jpg"))[:8]:

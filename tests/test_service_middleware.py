@@ -90,10 +90,12 @@ def test_a_changed_file_of_keys_is_taken_up(engine: Engine, keys: Path, monkeypa
 
         keys.write_text(OTHER_KEY)
         assert (status(KEY), status(OTHER_KEY)) == (401, 200)
-        keys.write_text("short")  # a mistake keeps the keys as they were
+        keys.write_text("short")  # a mistake closes the door
+        assert (status(KEY), status(OTHER_KEY)) == (401, 401)
+        keys.write_text(OTHER_KEY)
         assert (status(KEY), status(OTHER_KEY)) == (401, 200)
         keys.unlink()
-        assert (status(KEY), status(OTHER_KEY)) == (401, 200)
+        assert (status(KEY), status(OTHER_KEY)) == (401, 401)
         keys.write_text("")
         assert (status(KEY), status(OTHER_KEY)) == (401, 401)
 

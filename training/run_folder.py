@@ -31,6 +31,7 @@ from mixmim_serve.errors import CheckpointError, ConfigError, InUseError
 from mixmim_serve.files import atomic_path
 from mixmim_serve.locks import LOCK, lock_folder
 from mixmim_serve.model.checkpoint import read_checkpoint, save_checkpoint
+from mixmim_serve.strict_json import read_json
 from training.config import RunConfig
 
 MAY_CHANGE = {"workers", "max_unreadable", "save_steps", "keep_last", "keep_every"}  # these change no number
@@ -84,7 +85,10 @@ class RunFolder:
         path = self.path / "config.json"
         if not path.is_file():
             raise ConfigError(f"{self.path} holds no run to resume (no config.json): start it without --resume.")
-        saved = json.loads(path.read_text())
+        try:
+            saved = read_json(path)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path} is damaged ({error}): start the run anew in another folder.") from error
         before, now = (
             values.get("config", {}) | {"task": values.get("task"), "start": values.get("start")}
             for values in (saved, json.loads(as_json(config, metadata)))

@@ -42,8 +42,8 @@ RATES = {
     "BMP raw": Rate(0.4, 0.0),
     "BMP rle": Rate(30.0, 60.0),  # decoded in Python
     "AVIF av1": Rate(3.0, 18.0),
-    "TIFF raw": Rate(0.5, 0.1, 12_000),
-    "TIFF packbits": Rate(0.5, 0.5, 2_000),
+    "TIFF raw": Rate(0.4, 0.1, 3_000),
+    "TIFF packbits": Rate(0.4, 0.3, 2_000),
     "TIFF lzw": Rate(1.2, 2.0, 2_000),
     "TIFF deflate": Rate(1.2, 3.0, 2_000),
     "TIFF zstd": Rate(1.0, 1.0, 2_000),

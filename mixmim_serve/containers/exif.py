@@ -14,7 +14,7 @@ MAX_NUMBERS = 20_000  # in all tags of Exif directories: Pillow makes a fraction
 _EXIF, _GPS, _INTEROPERABILITY = 34665, 34853, 40965
 _BYTE_TYPES = (1, 2, 7)  # BYTE, ASCII, UNDEFINED: kept as one bytes object
 _SIZES = {3: 2, 4: 4, 5: 8, 6: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}  # bytes of a value of the other types
-_INTEGERS = {3: "H", 4: "I", 8: "h", 9: "i", 13: "I", 16: "Q"}  # SHORT, LONG, SSHORT, SLONG, IFD, LONG8
+_INTEGERS = {1: "B", 3: "H", 4: "I", 6: "b", 7: "B", 8: "h", 9: "i", 13: "I", 16: "Q"}  # struct codes by TIFF type
 _PREFIX = re.compile(rb"(?:Exif\0\0){1,2}")
 
 

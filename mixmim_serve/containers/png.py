@@ -51,7 +51,7 @@ def read(data: bytes, header: Header) -> None:
 def _read_size(data: bytes, start: int, header: Header) -> None:
     width, height, depth, colour, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, start)
     header.kind = "interlaced" if interlaced else "sequential"
-    header.pixel_factor = max(1.0, _CHANNELS.get(colour, 4) * depth / 24)
+    header.pixel_factor = max(0.5, _CHANNELS.get(colour, 4) * depth / 20)
     header.set_size(width, height)
 
 

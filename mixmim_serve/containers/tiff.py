@@ -7,9 +7,13 @@ decodes the others. Later directories are never read.
 from __future__ import annotations
 
 import contextlib
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from mixmim_serve.containers.base import ENDS_EARLY, Header
 from mixmim_serve.containers.exif import Directories, Entry, check_nested
+from mixmim_serve.containers.jpeg import SCAN
 from mixmim_serve.errors import UndecodableImageError
 
 MAX_NUMBERS = 300_000  # in one tag; Pillow makes an object of each: 20 MB of offsets took 1.2 GB and 20 s
@@ -17,6 +21,7 @@ MAX_PARTS = 65_536  # strips or tiles, 40 us each: written 1 to 5,000; strips of
 MAX_PAGES = 1_000  # counted; a longer chain is not followed
 _MAX_SCANS = 100  # of a JPEG strip: libtiff's own limit
 _SPARE_PARTS = 16  # beyond twice the strips that the image needs
+_MAX_PIECES = 8  # in which an uncompressed strip is read; written: 1
 
 _KINDS = {
     1: "raw", 2: "fax", 3: "fax", 4: "fax", 5: "lzw", 6: "jpeg", 7: "jpeg", 8: "deflate", 32771: "raw",
@@ -49,23 +54,64 @@ def _read_image(data: bytes, directories: Directories, entries: dict[int, Entry]
     swapped = value(_ORIENTATION) in (5, 6, 7, 8)
     header.set_size(*((height, width) if swapped else (width, height)))
     header.kind = _KINDS.get(value(_COMPRESSION), "other")
-    samples = min(max(1, value(_SAMPLES)), 6)
-    header.pixel_factor = max(1.0, samples * value(_BITS) / 24)
-    across, down = value(_TILE_WIDTH, 1), value(_TILE_HEIGHT, 1)
+    samples, bits = min(max(1, value(_SAMPLES)), 6), value(_BITS)
+    header.pixel_factor = max(1.0, samples * bits / 24, 4.0 * (bits >= 32))  # numbers are stretched over their range
+    across, down = value(_TILE_WIDTH), value(_TILE_HEIGHT)
     header.check_size("a tile of the image", across, down)  # libtiff decodes complete tiles
-    parts = {tag: entries[tag].length for tag in (_STRIP_OFFSETS, _TILE_OFFSETS) if tag in entries}
-    header.parts = max(parts.values(), default=0)
-    header.at_most(MAX_PARTS, header.parts, "strips or tiles")
-    planes = samples if value(_PLANAR) == 2 else 1
-    if _STRIP_OFFSETS in parts:  # which Pillow prefers
-        across, down = width, min(value(_ROWS, height), height)
-    needed = -(-width // max(1, across)) * -(-height // max(1, down)) * planes
-    if header.kind == "raw" and needed > planes:  # of an image in one part Pillow reads the last one alone
-        header.at_most(2 * needed + _SPARE_PARTS, header.parts, "strips or tiles, more than cover it")
     sizes = (directories.values(entries.get(tag), MAX_PARTS) for tag in (_STRIP_BYTES, _TILE_BYTES))
-    header.coded_bytes = max(map(sum, sizes))
+    header.coded_bytes = max(sum(min(size, len(data)) for size in part_sizes) for part_sizes in sizes)
+    header.parts = max(entries[tag].length if tag in entries else 0 for tag in (_STRIP_OFFSETS, _TILE_OFFSETS))
+    header.at_most(MAX_PARTS, header.parts, "strips or tiles")
     if header.kind == "jpeg" and any(start in data for start in _SEVERAL_SCANS):
-        header.pixel_factor *= min(_MAX_SCANS, max(1, data.count(b"\xff\xda")))
+        header.extra_cost = 3 * SCAN * width * height * min(_MAX_SCANS, data.count(b"\xff\xda"))
+    if header.kind == "raw" and header.parts > 1:
+        if _STRIP_OFFSETS in entries:  # which Pillow prefers
+            across, down = width, min(value(_ROWS, height), height)
+        offsets = directories.values(entries.get(_STRIP_OFFSETS, entries.get(_TILE_OFFSETS)), MAX_PARTS)
+        planes = samples if value(_PLANAR) == 2 else 1
+        _check_parts(offsets, _Grid(width, height, max(1, across), max(1, down), planes, samples * bits), header)
+
+
+class _Grid(NamedTuple):
+    """How strips or tiles of (across, down) pixels cover an image."""
+
+    width: int
+    height: int
+    across: int
+    down: int
+    planes: int
+    bits: int  # of a pixel
+
+    @property
+    def columns(self) -> int:
+        """Parts beside each other."""
+        return -(-self.width // self.across)
+
+    @property
+    def rows(self) -> int:
+        """Parts above each other."""
+        return -(-self.height // self.down)
+
+    def part_bytes(self, index: int) -> int:
+        """What Pillow needs for one part: those at the lower edge are shorter."""
+        row = index // self.columns % max(1, self.rows)
+        return min(self.down, self.height - row * self.down) * self.across * self.bits // (8 * self.planes)
+
+
+def _check_parts(offsets: Sequence[int], grid: _Grid, header: Header) -> None:
+    """Refuse uncompressed strips that cover the image again and again, or that Pillow would read in small pieces.
+
+    It reads to where the next one begins and appends that to what it has: 20 MB in two strips that begin one byte apart
+    took 10 s.
+    """
+    needed = grid.columns * grid.rows * grid.planes
+    if needed == grid.planes:
+        return  # of an image in one part Pillow reads the last one alone
+    header.at_most(2 * needed + _SPARE_PARTS, len(offsets), "strips or tiles, more than cover it")
+    ordered = sorted((offset, grid.part_bytes(index)) for index, offset in enumerate(offsets))
+    for (offset, size), (following, _) in itertools.pairwise(ordered):
+        if 0 < _MAX_PIECES * (following - offset) < size:
+            raise UndecodableImageError("the TIFF image has strips or tiles that overlap: save it again.")
 
 
 def _count_pages(directories: Directories, offset: int) -> int:

@@ -23,6 +23,7 @@ from mixmim_serve.bundle import GOLDEN, Bundle
 from mixmim_serve.engines.base import Arrays, Engine, graph_inputs
 from mixmim_serve.errors import EngineError
 from mixmim_serve.files import atomic_path
+from mixmim_serve.strict_json import read_json
 
 FOLDER = "certificates"  # in the bundle
 
@@ -66,6 +67,7 @@ class Certificate:
     hardware: str
     fingerprint: str  # of the bundle
     golden: str  # sha256 of the golden arrays
+    content: str  # `Bundle.content`: another graph or file of weights needs another certificate
     outputs: Mapping[str, Agreement]
 
     @property
@@ -114,6 +116,7 @@ def certify(engine: Engine) -> Certificate:
         "hardware": engine.hardware,
         "fingerprint": engine.bundle.fingerprint,
         "golden": engine.bundle.checksums[GOLDEN],
+        "content": engine.bundle.content,
     }
     path = engine.bundle.path / FOLDER / _file_name(identity)
     stored = _read(path)
@@ -132,7 +135,7 @@ def certify(engine: Engine) -> Certificate:
 def certificates(bundle: Bundle) -> list[Certificate]:
     """The stored certificates of this version of the bundle."""
     stored = (_read(path) for path in sorted((bundle.path / FOLDER).glob("*.json")))
-    return [certificate for certificate in stored if certificate and certificate.fingerprint == bundle.fingerprint]
+    return [certificate for certificate in stored if certificate and certificate.content == bundle.content]
 
 
 def measure(engine: Engine, golden: Arrays) -> dict[str, Agreement]:
@@ -165,7 +168,7 @@ def agreement(actual: NDArray[np.float32], expected: NDArray[np.float32]) -> Agr
 def _read(path: Path) -> Certificate | None:
     """A stored certificate; None if missing, damaged or written by another version."""
     try:
-        values = json.loads(path.read_text())
+        values = read_json(path)
         outputs = {name: Agreement(**figures) for name, figures in values.pop("outputs").items()}
         return Certificate(**values, outputs=outputs)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

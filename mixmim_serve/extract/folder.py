@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mixmim_serve.errors import DataError, MixMIMError, OutputError
-from mixmim_serve.files import atomic_path
+from mixmim_serve.files import atomic_path, open_regular
 from mixmim_serve.sources import storage
 
 FEATURES, LEDGER = "features", "shards"  # folders: data, and a record per shard
@@ -72,12 +72,11 @@ class Folder:
         Raises:
             DataError: it cannot be read.
         """
-        with storage.translated_errors(self.path(name), DataError):
-            try:
-                with storage.open_binary(self.path(name)) as file:
-                    return file.read()
-            except FileNotFoundError:
-                return None
+        path = self.path(name)
+        open_ = storage.open_binary if self.is_url else open_regular  # results lie outside the roots of a job
+        with storage.translated_errors(path, DataError), contextlib.suppress(FileNotFoundError), open_(path) as file:
+            return file.read()
+        return None
 
     def sizes(self, below: str) -> dict[str, int]:
         """Size in bytes of each file in a subfolder, by its name in this folder."""

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from mixmim_serve.errors import OutputError
 from mixmim_serve.extract.folder import DATASET, ERRORS, FEATURES, LEDGER, MANIFEST, Folder
 from mixmim_serve.extract.plan import ShardResult
+from mixmim_serve.strict_json import parse_json
 
 FORMAT = 1  # of the manifest; increased when an older reader would misread the folder
 SAVE_EVERY = 30.0  # seconds between two updates of the manifest
@@ -144,7 +145,7 @@ class Ledger:
                     self.complete[result.shard] = result
 
     def _read_record(self, name: str) -> ShardResult:
-        values = json.loads(self.folder.read_bytes(name) or b"{}")
+        values = parse_json(self.folder.read_bytes(name) or b"{}")
         return ShardResult(**values | {"errors": tuple((key, reason) for key, reason in values["errors"])})
 
 
@@ -165,7 +166,7 @@ def read_manifest(folder: Folder, content: bytes | None = None) -> dict[str, Any
     if content is None:
         raise OutputError(f"{folder.place} has no {MANIFEST}: expected a folder written by `mixmim extract`.")
     try:
-        values: dict[str, Any] = json.loads(content)
+        values: dict[str, Any] = parse_json(content)
         values["format"], values["fingerprint"], values["shards"]
     except (ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{folder.path(MANIFEST)} is damaged or not a manifest: choose another folder.") from error

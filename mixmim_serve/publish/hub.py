@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-from mixmim_serve.bundle import CONFIG, Bundle, check_target, open_bundle
+from mixmim_serve.bundle import CONFIG, Bundle, check_target, copy_file, open_bundle
 from mixmim_serve.errors import BundleError, HubError
 from mixmim_serve.files import atomic_folder
 from mixmim_serve.publish.card import CARD, model_card
@@ -98,8 +98,8 @@ def _write(bundle: Bundle, folder: Path, repo: str) -> None:
 
 def _copy(source: Path, folder: Path) -> None:
     open_bundle(source).copy(folder)
-    if (source / CARD).is_file():
-        shutil.copyfile(source / CARD, folder / CARD)
+    if (source / CARD).exists() or (source / CARD).is_symlink():
+        copy_file(source / CARD, folder / CARD)
 
 
 def _upload(folder: Path, repo: str, public: bool) -> str:
@@ -118,6 +118,9 @@ def _download(repo: str, revision: str, folder: Path) -> None:
     with _hub(repo) as hub:
         hub.snapshot_download(repo, revision=commit, local_dir=folder, allow_patterns=[*bundle.checksums, CARD])
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's metadata
+    bundle.check_links()
+    if (folder / CARD).is_symlink():
+        raise BundleError(f"{folder / CARD} is a symbolic link: replace it with the file itself.")
     bundle.verify()
 
 

@@ -78,7 +78,7 @@ def create_app(settings: Settings | None = None) -> Starlette:
         exception_handlers=exception_handlers(),
     )
     app.state.settings, app.state.metrics, app.state.admission = settings, metrics, admission
-    app.state.endpoints = ENDPOINTS
+    app.state.endpoints, app.state.keys = ENDPOINTS, keys
     app.state.runtime, app.state.jobs, app.state.draining = None, None, False
     return app
 

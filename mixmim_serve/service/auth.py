@@ -12,17 +12,22 @@ from pathlib import Path
 from starlette.datastructures import Headers
 
 from mixmim_serve.errors import ConfigError
+from mixmim_serve.files import open_regular
 from mixmim_serve.service.errors import RequestError
 
 VARIABLE = "MIXMIM_API_KEYS"  # keys between commas
 RELOAD_SECONDS = 1.0  # between looks at the file
 MIN_LENGTH = 16  # characters of a key
+MAX_FILE_BYTES = 1_000_000
 
 log = logging.getLogger(__name__)
 
 
 class ApiKeys:
     """The keys that authenticate a request; with none configured, every request passes.
+
+    While the file is missing or invalid, no key passes, not even one of the environment: a mistake in the file must not
+    leave a revoked key valid.
 
     Raises:
         ConfigError: when the file cannot be read, or a key is too short to be a secret.
@@ -32,7 +37,8 @@ class ApiKeys:
         self.path = Path(path) if path else None
         self._from_environment = _digests(os.environ.get(VARIABLE, "").split(","), VARIABLE)
         self._from_file: frozenset[bytes] = frozenset()
-        self._stamp: tuple[int, int, int] | None = None  # of the file that was read
+        self._stamp: tuple[int, ...] = ()  # of the file that was read
+        self.problem = ""  # why no key passes at present
         self._checked = -float("inf")
         if self.path:
             self._read(self.path)
@@ -53,36 +59,46 @@ class ApiKeys:
         """
         if not self.required:
             return None
-        self._reload()
+        self.reload()
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
         digest = hashlib.sha256(given.encode()).digest()
         # Every key is compared, so that the time says nothing of which one, or how much of it, was right.
         matches = [hmac.compare_digest(digest, key) for key in self._from_environment | self._from_file]
-        if not any(matches):
+        if self.problem or not any(matches):
             reason = "unknown API key" if given else "an API key is needed"
             message = f"{reason}: send a valid one as Authorization: Bearer KEY."
             raise RequestError(401, "invalid_api_key", message, headers={"WWW-Authenticate": "Bearer"})
         return f"key {digest.hex()}"
 
-    def _reload(self) -> None:
-        """Read a changed file; one that cannot be read leaves the keys as they were."""
+    def reload(self) -> None:
+        """Read the file if it has changed; one that cannot be read or is invalid closes the door, see `problem`."""
         if self.path is None or time.monotonic() - self._checked < RELOAD_SECONDS:
             return
         try:
             self._read(self.path)
+            problem = ""
         except ConfigError as error:
-            log.error("%s The keys stay as they were.", error)
+            problem = str(error)
+        if problem != self.problem:
+            log.error("%s No key is accepted until then.", problem) if problem else log.info("API keys work again.")
+        self.problem = problem
 
     def _read(self, path: Path) -> None:
         self._checked = time.monotonic()
         try:
-            stat = path.stat()
-            stamp = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
-            if stamp == self._stamp:
-                return
-            lines = path.read_text().splitlines()
+            with open_regular(path) as file:
+                stat = os.fstat(file.fileno())
+                stamp = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+                if stamp == self._stamp:
+                    return
+                self._stamp, self._from_file = (), frozenset()
+                text = file.read(MAX_FILE_BYTES + 1)
+            if len(text) > MAX_FILE_BYTES:
+                raise ConfigError(f"{path} has more than {MAX_FILE_BYTES:,} bytes: write one API key per line.")
+            lines = text.decode().splitlines()
         except (OSError, UnicodeDecodeError) as error:
+            self._stamp, self._from_file = (), frozenset()
             reason = getattr(error, "strerror", None) or "not a text file"
             raise ConfigError(f"cannot read the API keys in {path} ({reason}): write one key per line.") from error
         self._from_file = _digests([line for line in lines if not line.lstrip().startswith("#")], str(path))

@@ -164,7 +164,7 @@ class Decoder:
 
     @contextlib.asynccontextmanager
     async def _budget(self, context: RequestContext, cost: float) -> AsyncIterator[None]:
-        """Count the cost of an image for its request and, until it is decoded, for its client; one alone always passes."""
+        """Count the cost of an image for its request and its client; an image that is the only one always passes."""
         is_stream = context.endpoint is not None and context.endpoint.streams
         others, context.decode_cost = context.decode_cost, context.decode_cost + cost
         if others and context.decode_cost > self.settings.max_request_megapixels * 1e6 and not is_stream:

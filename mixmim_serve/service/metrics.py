@@ -113,7 +113,7 @@ class JsonFormatter(logging.Formatter):
     """One JSON object per line: the fields of a request, the message of anything else."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
+        """The record as a line of JSON."""
         when = datetime.datetime.fromtimestamp(record.created, datetime.UTC).isoformat(timespec="milliseconds")
         fields = getattr(record, "fields", None) or {"message": record.getMessage()}
         if record.exc_info:

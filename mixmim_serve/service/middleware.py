@@ -48,7 +48,7 @@ class RequestMiddleware:
         self.open_paths = frozenset(endpoint.path for endpoint in endpoints if endpoint.is_open)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
+        """Handle one request, answer its errors, and record it."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return

@@ -31,6 +31,7 @@ from mixmim_serve.tasks import RECONSTRUCT_OUTPUTS, random_mask, reconstruct_inp
 DECODE_WAIT = 0.02, 0.08  # seconds, least and most, that a batch on a CPU waits for images being decoded
 CANARY_SECONDS = 10.0  # for an answer, behind at most one batch
 CANARY_AGE = 1.0  # seconds for which one canary counts; probes within them share it
+CANARY_EVERY = 10.0  # seconds between canaries while requests come
 
 
 class Runtime:
@@ -58,6 +59,9 @@ class Runtime:
         self.golden = load_file(engine.bundle.path / GOLDEN)
         self._canary: tuple[float, bool] = (-np.inf, False)  # when, and whether its answer was right
         self._canary_lock = asyncio.Lock()
+        self._canaries: set[asyncio.Task[bool]] = set()  # in the background
+        self._canary_due = time.monotonic() + CANARY_EVERY
+        self.is_wrong = False  # whether the last canary that was answered was wrong; then nothing else is answered
         self._publish_metrics()
 
     @property
@@ -117,7 +121,9 @@ class Runtime:
         Raises:
             ImageError: when the image is refused.
             RequestError: when the images of its request, or its client, cost too much to decode.
+            RequestError: 503 while the canary is wrong.
         """
+        self.require_right_answers()
         began = time.perf_counter()
         try:
             return await self.decoder.decode(image, context)
@@ -138,27 +144,54 @@ class Runtime:
 
         Raises:
             EngineError: when the engine fails on it.
+            RequestError: 503 when the canary has been wrong in the meantime.
         """
         result = await self.batchers[graph].run(inputs, outputs)
         context.record_stage("queue", result.queue)
         context.record_stage("infer", result.infer)
+        self.require_right_answers()
         return result.outputs
 
     async def is_healthy(self) -> bool:
         """Whether the canary's answer was right, now or within the last `CANARY_AGE` seconds."""
         async with self._canary_lock:
             if time.monotonic() - self._canary[0] > CANARY_AGE:
-                self._canary = (time.monotonic(), await self.run_canary())
+                answer = await self.run_canary()
+                self._canary = (time.monotonic(), answer is True)
+                if answer is not None:
+                    self.is_wrong = not answer
         return self._canary[1]
 
-    async def run_canary(self) -> bool:
-        """Whether a golden photo, sent through queue and engine, still gives torch's embedding."""
+    def require_right_answers(self) -> None:
+        """Refuse while the canary is wrong; and start one in the background if the last one is too old.
+
+        Raises:
+            RequestError: 503.
+        """
+        self._watch()
+        if self.is_wrong:
+            raise unwell()
+
+    def _watch(self) -> None:
+        now = time.monotonic()
+        if now < self._canary_due:
+            return
+        self._canary_due = now + (CANARY_AGE if self.is_wrong else CANARY_EVERY)
+        task = asyncio.get_running_loop().create_task(self.is_healthy())
+        self._canaries.add(task)
+        task.add_done_callback(self._canaries.discard)
+
+    async def run_canary(self) -> bool | None:
+        """Whether a golden photo, sent through queue and engine, still gives torch's embedding; None without an answer.
+
+        An engine that is only slow or fails keeps no other request from its answer.
+        """
         inputs = {"pixels": self.golden["encoder.pixels"][0]}
         try:
             async with asyncio.timeout(CANARY_SECONDS):
                 result = await self.batchers["encoder"].run(inputs, ["embedding"], urgent=True)
         except Exception:  # whatever keeps the engine from answering
-            return False
+            return None
         measured = agreement(result.outputs["embedding"][None], self.golden["encoder.embedding"][:1])
         return measured.within(TOLERANCES[self.engine.precision])
 
@@ -192,3 +225,9 @@ def require_runtime(state: State) -> Runtime:
         message = f"the server is {phase}: try again in a second."
         raise RequestError(503, "not_ready", message, headers={"Retry-After": "1"})
     return runtime
+
+
+def unwell() -> RequestError:
+    """The error while the canary is wrong."""
+    message = "the engine gives a wrong answer for a known photo: restart the server."
+    return RequestError(503, "not_well", message, headers={"Retry-After": "5"})

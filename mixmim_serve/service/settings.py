@@ -96,10 +96,10 @@ def from_environment() -> Settings:
     """
     try:
         values = json.loads(os.environ.get(VARIABLE) or "{}")
-        known = {field.name for field in dataclasses.fields(Settings)}
+        names = {field.name for field in dataclasses.fields(Settings)}
         for name in values:
-            if name not in known:
-                raise unknown_setting(name, known)
+            if name not in names:
+                raise unknown_setting(name, names)
         return Settings(**values)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{VARIABLE} is not a JSON object of settings: {error}.") from error

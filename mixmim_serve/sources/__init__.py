@@ -11,12 +11,11 @@ of .tar or .parquet files. URLs (`s3://`, `gs://`, `https://`, `memory://`) need
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mixmim_serve.errors import DataError
-from mixmim_serve.sources import storage
+from mixmim_serve.sources import local, storage
 from mixmim_serve.sources.base import Source, fingerprint
 from mixmim_serve.sources.files import open_folder, open_list
 from mixmim_serve.sources.names import is_image_name
@@ -48,8 +47,8 @@ def open_source(spec: str | Path) -> Source:
         return _open_pattern(name, storage.expand(place))
     if storage.is_url(place):
         is_folder = not storage.without_query(place).lower().endswith((*_OPENERS, *_COMPRESSED))
-    elif os.path.exists(place):
-        is_folder = os.path.isdir(place)
+    elif local.exists(place):
+        is_folder = local.is_folder(place)
     else:
         raise DataError(f"{name}: no such file or folder.")
     return _open_folder(name, place) if is_folder else _open_files(name, [place])

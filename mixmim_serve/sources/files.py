@@ -49,7 +49,7 @@ class FileSource:
         return digest_of(self.keys, (b"%d " % storage.local_size(place) for place in places))
 
     def _place(self, key: str) -> str:
-        return key if storage.is_url(key) or os.path.isabs(key) else self.folder + key
+        return storage.from_spec(key) if storage.is_url(key) or os.path.isabs(key) else self.folder + key
 
 
 def open_folder(name: str, folder: str, names: Sequence[str]) -> FileSource:

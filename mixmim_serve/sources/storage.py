@@ -6,7 +6,8 @@ Nothing stays open between calls, so that sources can be pickled, forked and rea
 from __future__ import annotations
 
 import contextlib
-import glob
+import contextvars
+import functools
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -14,10 +15,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from mixmim_serve.errors import DataError, ImageError, ImageTooLargeError, MixMIMError, UndecodableImageError
-from mixmim_serve.preprocess import MAX_IMAGE_BYTES, read_limited
+from mixmim_serve.errors import (
+    DataError,
+    ImageError,
+    ImageTooLargeError,
+    MixMIMError,
+    OutsideError,
+    UndecodableImageError,
+)
+from mixmim_serve.preprocess import MAX_IMAGE_BYTES
+from mixmim_serve.sources import local
+from mixmim_serve.sources.confinement import OUTSIDE
 from mixmim_serve.sources.names import is_hidden
-from mixmim_serve.sources.names import list_files as list_local_files
+from mixmim_serve.sources.patterns import SearchLimit, braces, glob
 
 Value = TypeVar("Value")
 
@@ -57,18 +67,19 @@ def short_names(places: Sequence[str]) -> list[str]:
 
 def has_wildcards(place: str) -> bool:
     """Whether a place is a pattern for `expand`, and not an existing local file that looks like one."""
-    return re.search(r"[*?\[{]", without_query(place)) is not None and not os.path.exists(place)
+    return re.search(r"[*?\[{]", without_query(place)) is not None and (is_url(place) or not local.exists(place))
 
 
-def expand(pattern: str) -> list[str]:
+def expand(pattern: str, limit: SearchLimit | None = None) -> list[str]:
     """The files that match a pattern, sorted: `train-*.tar`, `train-{000..127}.tar`, `{a,b}.parquet`.
 
     A name without `*`, `?` or `[...]` is returned unchanged, whether the file exists or not.
 
     Raises:
-        DataError: when nothing matches.
+        DataError: when nothing matches, or the braces stand for too many names.
     """
-    places = sorted({place for plain in _braces(pattern) for place in _glob(plain)})
+    limit = limit or SearchLimit()
+    places = sorted({place for plain in braces(pattern, limit) for place in matches(plain, limit)})
     if not places:
         raise DataError(f"no file matches {pattern}: check the pattern, and quote it in a shell.")
     return places
@@ -81,7 +92,7 @@ def list_files(folder: str) -> list[str]:
         DataError: a URL that cannot be listed.
     """
     if not is_url(folder):
-        return list_local_files(Path(folder))
+        return sorted(local.walk(folder), key=lambda name: name.split("/"))
     with translated_errors(folder, DataError):
         filesystem, root = connect(folder)
         prefix = root.rstrip("/") + "/"
@@ -92,7 +103,7 @@ def list_files(folder: str) -> list[str]:
 def open_binary(place: str) -> IO[bytes]:
     """Open a file to read from the start."""
     if not is_url(place):
-        return open(place, "rb")
+        return local.open_file(place)
     filesystem, path = connect(place)
     file: IO[bytes] = filesystem.open(path, "rb")
     return file
@@ -116,7 +127,7 @@ def is_folder(place: str) -> bool:
     if place.startswith(("http://", "https://")):
         return True
     if not is_url(place):
-        return os.path.isdir(place)
+        return local.is_folder(place)
     with translated_errors(place, DataError):
         filesystem, path = connect(place)
         return bool(filesystem.exists(path.rstrip("/")))
@@ -125,8 +136,8 @@ def is_folder(place: str) -> bool:
 def local_size(place: str) -> int:
     """Size in bytes of a local file; -1 if it is missing or at a URL."""
     try:
-        return -1 if is_url(place) else os.stat(place).st_size
-    except (OSError, ValueError):  # ValueError: a null byte in the name
+        return -1 if is_url(place) else local.stat(place).st_size
+    except (OSError, ValueError):  # ValueError: a name with a null byte
         return -1
 
 
@@ -138,7 +149,7 @@ def stamp(place: str) -> tuple[int, str]:
     """
     with translated_errors(place, DataError):
         if not is_url(place):
-            status = os.stat(place)
+            status = local.stat(place)
             return status.st_size, str(status.st_mtime_ns)
         filesystem, path = connect(place)
         info = filesystem.info(path)
@@ -163,12 +174,19 @@ def read_image(place: str) -> bytes:
     """Read a file of at most `MAX_IMAGE_BYTES`; of a larger one at most one more byte is read.
 
     Raises:
-        ImageError: see `mixmim_serve.preprocess.read_limited`.
+        ImageTooLargeError: it is larger.
+        ImageError: it is missing, not readable or not a regular file.
     """
-    if not is_url(place):
-        return read_limited(place)
-    with translated_errors(place, ImageError):
-        data = _read(place, 0, MAX_IMAGE_BYTES + 1)
+    if is_url(place):
+        with translated_errors(place, ImageError):
+            data = _read(place, 0, MAX_IMAGE_BYTES + 1)
+    else:
+        try:
+            with local.open_file(place) as file:
+                data = file.read(MAX_IMAGE_BYTES + 1)
+        except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+            reason = getattr(error, "strerror", None) or "not a file name"
+            raise ImageError(f"cannot read {place}: {reason.lower()}.") from error
     check_size(place, len(data))
     return data
 
@@ -214,8 +232,9 @@ def translated_errors(place: str, error: type[MixMIMError]) -> Iterator[None]:
 
 def parallel_map(function: Callable[[str], Value], places: Sequence[str]) -> list[Value]:
     """Call `function` for every place, `AT_ONCE` at a time; the first error is raised."""
+    context = contextvars.copy_context()  # the threads may read what this one may
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        return list(pool.map(function, places))
+        return list(pool.map(lambda place: context.copy().run(function, place), places))
 
 
 def _reason(cause: Exception) -> str:
@@ -226,15 +245,17 @@ def _reason(cause: Exception) -> str:
 
 
 def _read(place: str, start: int, end: int) -> bytes:
-    if not is_url(place):
-        with open(place, "rb") as file:
-            file.seek(start)
-            return file.read(end - start)
-    filesystem, path = connect(place)
-    if not place.startswith(("http://", "https://")):
-        return bytes(filesystem.cat_file(path, start=start, end=end))
-    # cat_file would load the whole file from a server that ignores ranges. With a size, open() sends no request.
-    with filesystem.open(path, "rb", size=end) as file:
+    """The bytes from `start` to `end`, or fewer; never more, whatever a storage says or sends."""
+    if place.startswith(("http://", "https://")):
+        # cat_file would take the whole file from a server that ignores ranges. With a size, open() asks it nothing.
+        filesystem, path = connect(place)
+        opened: IO[bytes] = filesystem.open(path, "rb", size=end)
+    elif is_url(place):
+        filesystem, path = connect(place)
+        return bytes(filesystem.cat_file(path, start=start, end=end)[: end - start])
+    else:
+        opened = open_binary(place)
+    with opened as file:
         file.seek(start)
         return bytes(file.read(end - start))
 
@@ -244,8 +265,10 @@ def connect(place: str) -> tuple[Any, str]:
     from fsspec.core import url_to_fs
     from fsspec.registry import known_implementations
 
+    if not local.allows_url(place):
+        raise OutsideError(OUTSIDE)
     try:
-        filesystem, path = url_to_fs(place)
+        filesystem, path = url_to_fs(place, **_options(place))
     except ImportError as error:
         scheme = place.partition("://")[0]
         package = known_implementations[scheme]["class"].partition(".")[0]
@@ -254,24 +277,35 @@ def connect(place: str) -> tuple[Any, str]:
     return filesystem, str(path)
 
 
-def _braces(pattern: str) -> Iterator[str]:
-    """Expand all `{000..127}`, keeping leading zeros, and all `{a,b}` in a pattern."""
-    group = re.search(r"\{([^{}]*)\}", pattern)
-    if group is None:
-        yield pattern
-        return
-    choices = group[1].split(",")
-    if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", group[1]):
-        choices = [f"{n:0{len(numbers[1])}}" for n in range(int(numbers[1]), int(numbers[2]) + 1)]
-    for choice in choices:
-        yield from _braces(pattern[: group.start()] + choice + pattern[group.end() :])
-
-
-def _glob(place: str) -> list[str]:
+def matches(place: str, limit: SearchLimit) -> Iterator[str]:
+    """The files that match a pattern without braces; a plain name is returned unchanged."""
     if not has_wildcards(place):
-        return [place]
-    if not is_url(place):
-        return glob.glob(place, recursive=True)
-    with translated_errors(place, DataError):
-        filesystem, path = connect(place)
-        return [filesystem.unstrip_protocol(match) for match in filesystem.glob(path)]
+        yield place
+    elif not is_url(place):
+        yield from glob(place, limit)
+    else:
+        with translated_errors(place, DataError):
+            filesystem, path = connect(place)
+            yield from (filesystem.unstrip_protocol(name) for name in filesystem.glob(path))
+
+
+def _options(place: str) -> dict[str, Any]:
+    """Fsspec's options for a URL: a confined process follows no redirect out of its prefixes."""
+    if not local.is_confined() or not place.startswith(("http://", "https://")):
+        return {}
+    return {"client_kwargs": {"trace_configs": [_watch_redirects(local.current())]}}
+
+
+@functools.lru_cache(8)
+def _watch_redirects(access: local.Access) -> Any:
+    import aiohttp
+
+    async def check(session: Any, context: Any, redirect: Any) -> None:
+        response = redirect.response
+        target = response.url.join(type(response.url)(response.headers.get("Location", "")))
+        if not access.allows_url(str(target)):
+            raise OutsideError(OUTSIDE)
+
+    watch = aiohttp.TraceConfig()
+    watch.on_request_redirect.append(check)
+    return watch

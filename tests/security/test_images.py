@@ -191,6 +191,14 @@ def tiff_of_strips_over_each_other() -> bytes:
     return tiff(bytes(side * side) + offsets, *tags, side=side)
 
 
+@attack("strips or tiles that overlap")  # 10 s: two strips, one byte apart, of which Pillow reads byte after byte
+def tiff_of_strips_a_byte_apart() -> bytes:
+    side = 4400
+    table = 8 + side * side
+    tags = ((273, 4, 2, table), (278, 4, 1, side // 2), (279, 4, 2, table))
+    return tiff(bytes(side * side) + struct.pack("<II", 8, 9), *tags, side=side)
+
+
 @attack("more than 65,536 strips or tiles")  # 2 s, of 2 MB
 def tiff_of_small_strips() -> bytes:
     count = 100_000

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from mixmim_serve.errors import ConfigError, DataError, quoted
-from mixmim_serve.sources import Source, storage
+from mixmim_serve.errors import ConfigError, DataError, OutsideError, quoted
+from mixmim_serve.sources import Source, local, storage
+from mixmim_serve.sources.confinement import OUTSIDE, Confinement
+from mixmim_serve.sources.patterns import SearchLimit, braces, fixed_part, glob
 
 MAX_NAME = 4096  # characters of a source's name
+MAX_NAMES = 10_000  # that its braces may mean
 
 
 class Roots:
@@ -28,60 +31,78 @@ class Roots:
             if not os.path.isdir(place):
                 raise ConfigError(f"{place} is not a folder: --jobs-root takes a folder that jobs may read, or a URL.")
         self.folders = tuple(Path(place).resolve() for place in folders)
+        self.confinement = Confinement(self.folders, self.urls)
 
-    def find(self, source: str) -> tuple[Path | None, str]:
+    def find(self, source: str, limit: SearchLimit | None = None) -> tuple[Path | None, str]:
         """The root that holds a source, and the source's name relative to it; no root for a URL.
 
-        The source is relative to one of the roots (the first that has it), or a whole path or URL. A source outside
-        and one that does not exist give the same error, so that a client cannot probe what else a machine has.
+        The source is relative to one of the roots (the first that has it), or a whole path or URL. Its braces are
+        counted out before each place is checked. A source outside and one that does not exist give the same error, so
+        that a client cannot probe what else a machine has.
 
         Raises:
-            DataError: when there is no such source.
+            DataError: when there is no such source, or it cannot be found within the limit.
         """
+        limit = limit or SearchLimit(names=MAX_NAMES)
         parts = re.split(r"[/\\{},]", source)
         if source and len(source) <= MAX_NAME and source.isprintable() and ".." not in parts and "::" not in source:
-            if storage.is_url(source):
-                if source.startswith(self.urls):
-                    return None, source
-            else:
-                for folder in self.folders:
-                    name = os.path.relpath(source, folder) if os.path.isabs(source) else source
-                    if not name.startswith("..") and _exists_below(folder, name):
-                        return folder, name
+            for folder, name in self._candidates(source):
+                if self._holds(folder, name, limit):
+                    return folder, name
         raise DataError(
             f"unknown source {quoted(source)}: name a folder, file or pattern below the roots of this server."
         )
 
-    def check(self, source: Source) -> None:
+    def check(self, source: Source, base: Path | None) -> None:
         """Refuse a source that reads outside the roots, through a link or a list of paths.
 
-        Names are relative to the current folder.
+        This refuses it before its first image is read. What holds whatever happens later is the confinement.
 
         Raises:
-            DataError: naming the place.
+            OutsideError: a place is outside.
         """
-        real: dict[str, str] = {}  # path of each folder; a million images share few
-        for place in source.places:
-            if storage.is_url(place):
-                inside = place.startswith(self.urls) and ".." not in place.split("/") and "::" not in place
-            else:
-                folder, _, name = place.rpartition("/")
-                if folder not in real:
-                    real[folder] = os.path.realpath(folder or ".")
-                path = os.path.realpath(place) if os.path.islink(place) or name == ".." else f"{real[folder]}/{name}"
-                inside = self._holds(path)
-            if not inside:
-                raise DataError(f"{source.name} names {place}, which is outside the roots of this server.")
+        confinement = self.confinement.at(base)
+        for url in filter(storage.is_url, source.places):
+            if not confinement.allows_url(url):
+                raise OutsideError(OUTSIDE)
+        confinement.check(place for place in source.places if not storage.is_url(place))
 
-    def _holds(self, path: str) -> bool:
-        return any(Path(path).is_relative_to(folder) for folder in self.folders)
+    def _candidates(self, source: str) -> Iterator[tuple[Path | None, str]]:
+        if storage.is_url(source):
+            yield None, source
+            return
+        for folder in self.folders:
+            if not os.path.isabs(source):
+                yield folder, source
+            elif f"{source}/".startswith(os.path.join(folder, "")):
+                yield folder, source[len(str(folder)) :].strip("/") or "."
+
+    def _holds(self, base: Path | None, name: str, limit: SearchLimit) -> bool:
+        """Whether all places that a name means are inside, and at least one of them exists."""
+        found = False
+        with local.confined(self.confinement.at(base)):
+            for place in braces(name, limit) if storage.has_wildcards(name) else (name,):
+                limit.check()
+                try:
+                    found |= _exists(place, limit)
+                except OutsideError:
+                    return False
+        return found
 
 
-def _exists_below(folder: Path, name: str) -> bool:
-    place = str(folder / name)
-    if not storage.has_wildcards(place):
-        return os.path.exists(place) and Path(place).resolve().is_relative_to(folder)
+def _exists(place: str, limit: SearchLimit) -> bool:
+    """Whether a place without braces exists; a URL is taken as existing.
+
+    Raises:
+        OutsideError: it is outside.
+    """
+    if storage.is_url(place):
+        if not local.allows_url(place):
+            raise OutsideError(OUTSIDE)
+        return True
+    is_pattern = storage.has_wildcards(place)
     try:
-        return all(Path(match).resolve().is_relative_to(folder) for match in storage.expand(place))
-    except DataError:
+        local.stat(fixed_part(place) or "." if is_pattern else place)
+    except (OSError, ValueError):
         return False
+    return not is_pattern or any(map(local.exists, glob(place, limit)))

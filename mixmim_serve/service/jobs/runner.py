@@ -1,8 +1,8 @@
 """Runs the jobs of one server: a thread takes one at a time from the list and runs it in a process of its own.
 
 A process can be given idle priority whatever library computes in it, and one that crashes on an image or runs out of
-memory leaves the server alone. It ends when its standard input closes: when a job is cancelled, and however the server
-itself ends.
+memory leaves the server alone. It ends when its standard input closes, as when a job is cancelled, and is killed when
+the server is.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ from mixmim_serve.errors import ConfigError, DataError, InUseError, OutputError
 from mixmim_serve.extract.folder import ERRORS, MANIFEST
 from mixmim_serve.locks import lock_folder
 from mixmim_serve.service.jobs.options import parse_options
-from mixmim_serve.service.jobs.roots import Roots
+from mixmim_serve.service.jobs.pool import RequestPool
+from mixmim_serve.service.jobs.roots import MAX_NAMES, Roots
 from mixmim_serve.service.jobs.store import CRASHED, ENDED, JobRecord, JobStore
 from mixmim_serve.service.metrics import Metrics
 from mixmim_serve.service.settings import Settings
+from mixmim_serve.sources.patterns import SearchLimit
+from mixmim_serve.strict_json import read_json
 
 WORKER = "mixmim_serve.service.jobs.worker"
 DIED = "its process ended with {code}: complete shards are kept, resume the job (the server's log may have the reason)."
@@ -38,6 +41,9 @@ DIED = "its process ended with {code}: complete shards are kept, resume the job 
 OWN_GROUP: dict[str, Any] = {"process_group": 0} if os.name == "posix" else {}
 RETRY_SECONDS = 5.0  # until the next try when the list cannot be written
 END_SECONDS = 40.0  # for a process to end by itself; it has 30 to finish a batch and write its manifest
+SEARCH_SECONDS = 10.0  # for a request to find its source
+SEARCHES, SEARCHES_WAITING = 2, 16  # at once, and in the queue behind them; above that 429
+LOOKS, LOOKS_WAITING = 2, 256  # the same of everything else that job requests do
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +74,8 @@ class JobRunner:
         self._progress: tuple[str, dict[str, Any]] = "", {}  # of the current job; kept when it ends
         self._running: tuple[str, subprocess.Popen[str]] | None = None
         self._running_lock = threading.Lock()
+        self.searches = RequestPool("jobs-search", SEARCHES, SEARCHES_WAITING)
+        self.looks = RequestPool("jobs-request", LOOKS, LOOKS_WAITING)
         self._wake, self._closing = threading.Event(), False
         self._thread = threading.Thread(target=self._work, name="jobs", daemon=True)
 
@@ -76,7 +84,16 @@ class JobRunner:
         metrics.watch_jobs(self.store.counts)
         self._thread.start()
 
-    def submit(self, source: object, options: object) -> tuple[JobRecord, bool] | None:
+    @property
+    def closing(self) -> bool:
+        """Whether the server is shutting down."""
+        return self._closing
+
+    def limit(self, cancelled: threading.Event) -> SearchLimit:
+        """The limit for one request's search, which also ends when `cancelled` is set or the server stops."""
+        return SearchLimit(SEARCH_SECONDS, MAX_NAMES, lambda: self._closing or cancelled.is_set())
+
+    def submit(self, source: object, options: object, limit: SearchLimit) -> tuple[JobRecord, bool] | None:
         """Queue a job.
 
         Returns:
@@ -85,12 +102,13 @@ class JobRunner:
 
         Raises:
             ConfigError: for an invalid option.
-            DataError: when there is no such source.
+            DataError: when there is no such source, or it is not found within the limit.
         """
         if not isinstance(source, str):
             raise DataError("name a source: a folder, file or pattern below the roots of this server.")
-        self.roots.find(source)
-        submitted = self.store.add(source, parse_options(options, self.bundle), self.settings.jobs_waiting)
+        parsed = parse_options(options, self.bundle)
+        self.roots.find(source, limit)
+        submitted = self.store.add(source, parsed, self.settings.jobs_waiting)
         self._wake.set()
         return submitted
 
@@ -102,13 +120,13 @@ class JobRunner:
                 _let_end(self._running[1])
         return record
 
-    def resume(self, record: JobRecord, *, retry_failed: bool) -> JobRecord | None:
+    def resume(self, record: JobRecord, retry_failed: bool, limit: SearchLimit) -> JobRecord | None:
         """Queue a job that has ended again; it resumes where it stopped. None when it has not ended.
 
         Raises:
-            DataError: when its source is gone.
+            DataError: when its source is gone, or not found within the limit.
         """
-        self.roots.find(record.source)
+        self.roots.find(record.source, limit)
         with self._running_lock:
             resumed = self.store.resume(record.id, retry_failed)
         self._wake.set()
@@ -146,7 +164,7 @@ class JobRunner:
     def manifest(self, record: JobRecord) -> dict[str, Any] | None:
         """The manifest of a job's results without the paths of this machine; None before there is one."""
         try:
-            manifest: dict[str, Any] = json.loads((self.out(record.id) / MANIFEST).read_bytes())
+            manifest: dict[str, Any] = read_json(self.out(record.id) / MANIFEST)
         except (FileNotFoundError, NotADirectoryError):
             return None
         manifest["bundle"] = manifest["model"]
@@ -166,6 +184,8 @@ class JobRunner:
         self.stop()
         if self._thread.ident:
             self._thread.join()
+        self.searches.close()
+        self.looks.close()
         self.store.close()
         self._lock.release()
 
@@ -204,7 +224,7 @@ class JobRunner:
     def _process(self, record: JobRecord) -> Iterator[subprocess.Popen[str]]:
         """The process that runs a job; gone when the block ends."""
         process = subprocess.Popen(  # noqa: S603 - the command holds nothing from a client
-            [sys.executable, "-P", "-m", WORKER],
+            [sys.executable, "-P", "-m", WORKER, str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import secrets
 import sqlite3
@@ -180,8 +181,17 @@ class JobStore:
                 yield lambda statement, *values: self._sqlite.execute(statement, values).fetchall()
                 self._sqlite.execute("COMMIT")
             except BaseException:
-                self._sqlite.execute("ROLLBACK")
+                if self._sqlite.in_transaction:  # a full disk ends it at once
+                    self._sqlite.execute("ROLLBACK")
                 raise
+
+
+def is_disk_full(error: sqlite3.Error | OSError) -> bool:
+    """Whether an error of the list or its folder means that nothing more can be written."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    full = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE)
+    return getattr(error, "sqlite_errorcode", None) in full or "disk is full" in str(error)
 
 
 def _record(row: sqlite3.Row) -> JobRecord:

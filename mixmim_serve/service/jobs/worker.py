@@ -1,10 +1,11 @@
 """The process that runs one job: it reads the task as a line of JSON, and writes progress and outcome as such lines.
 
-It stops when its standard input closes, and runs at idle priority.
+It stops when its standard input closes, is killed when the server is, and runs at idle priority.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -30,7 +31,8 @@ from mixmim_serve.extract.progress import ExtractProgress
 from mixmim_serve.service.jobs.roots import Roots
 from mixmim_serve.service.jobs.store import CRASHED
 from mixmim_serve.service.metrics import log_config
-from mixmim_serve.sources import Source, storage
+from mixmim_serve.signals import die_with_parent
+from mixmim_serve.sources import Source, local, storage
 
 REPORT_EVERY = 0.5  # seconds
 STOP_SECONDS = 30.0  # to finish a batch and write the manifest after a stop was requested
@@ -41,6 +43,7 @@ log = logging.getLogger("mixmim_serve.jobs")
 
 def main() -> None:
     """Run the job that standard input describes."""
+    die_with_parent(int(sys.argv[1]))
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # systemd sends it to a whole service; the server says when to stop
     out = _claim_stdout()
     task = json.loads(sys.stdin.readline())
@@ -67,7 +70,9 @@ def main() -> None:
 
 
 def run_task(task: Mapping[str, Any], report: Callable[[ExtractProgress], None], stop: threading.Event) -> Summary:
-    """Extract as `mixmim extract` does, from inside the root of the source, so that messages name nothing above it.
+    """Extract as `mixmim extract` does, confined to the roots.
+
+    The current folder is the root of the source, so that messages name nothing above it.
 
     Raises:
         MixMIMError: when it cannot be done.
@@ -75,13 +80,14 @@ def run_task(task: Mapping[str, Any], report: Callable[[ExtractProgress], None],
     roots = Roots(task["roots"])
     root, source = roots.find(task["source"])
     os.chdir(root or task["out"].rpartition(os.sep)[0])
+    local.confine(roots.confinement.at(root))
     options = dict(task["options"])
     effort = Resources(options.pop("max_failures"))
     job = ExtractJob(Path(task["bundle"]), source, task["out"], options=ExtractOptions(**options), effort=effort)
     engine = open_engine(job.bundle, task["engine"])
 
     def executor(job: ExtractJob, opened: Source) -> Executor:
-        roots.check(opened)
+        roots.check(opened, root)
         return LocalExecutor(job, opened, engine)
 
     run = partial(lead.run, executor=executor, progress=_throttled(report), cancelled=stop.is_set)
@@ -92,7 +98,12 @@ def run_task(task: Mapping[str, Any], report: Callable[[ExtractProgress], None],
 
 
 def run_at_idle_priority() -> None:
-    """Use only processor time that nothing else wants; on Windows the process is created that way."""
+    """Use only processor time that nothing else wants; on Windows the process is created that way.
+
+    When memory runs out, Linux kills this process first, whichever one asked for more.
+    """
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
     try:
         for thread in os.listdir("/proc/self/task"):  # libraries have started some already; later ones inherit it
             os.sched_setscheduler(int(thread), os.SCHED_IDLE, os.sched_param(0))

@@ -23,7 +23,7 @@ def create(parameters: Sequence[Json]) -> Json:
     return {
         "summary": "Queue a job that extracts features of many images",
         "requestBody": body,
-        "responses": answers | error_refs(400, 401, 404, 408, 413, 415, 429, 503, 504),
+        "responses": answers | error_refs(400, 401, 404, 408, 413, 415, 429, 503, 504, 507),
     }
 
 
@@ -31,23 +31,23 @@ def show(parameters: Sequence[Json]) -> Json:
     """GET /jobs."""
     content = {"application/json": {"schema": {"anyOf": [ref("Job"), ref("JobList")]}}}
     answers = {"200": {"description": "The job, or a list of jobs.", "content": content}}
-    return _operation("Get a job and its results, or list all jobs", parameters, answers, 400)
+    return _operation("Get a job and its results, or list all jobs", parameters, answers, 400, 429, 503)
 
 
 def remove(parameters: Sequence[Json]) -> Json:
     """DELETE /jobs."""
     answers = {"204": {"description": "Deleted."}}
-    return _operation("Delete a finished job and its results", parameters, answers, 400, 409)
+    return _operation("Delete a finished job and its results", parameters, answers, 400, 409, 429, 503, 507)
 
 
 def cancel(parameters: Sequence[Json]) -> Json:
     """POST /jobs/cancel."""
-    return _operation("Stop a job and keep its complete shards", parameters, {"200": JOB}, 400, 503)
+    return _operation("Stop a job and keep its complete shards", parameters, {"200": JOB}, 400, 429, 503, 507)
 
 
 def resume(parameters: Sequence[Json]) -> Json:
     """POST /jobs/resume."""
-    return _operation("Resume a job that has ended", parameters, {"200": JOB}, 400, 409, 503)
+    return _operation("Resume a job that has ended", parameters, {"200": JOB}, 400, 409, 429, 503, 507)
 
 
 def file(parameters: Sequence[Json]) -> Json:
@@ -57,7 +57,7 @@ def file(parameters: Sequence[Json]) -> Json:
         "application/json": {"schema": {"type": "object"}},
     }
     answers = {"200": {"description": "The file.", "content": content}}
-    return _operation("Download a file of a job's results", parameters, answers, 400)
+    return _operation("Download a file of a job's results", parameters, answers, 400, 429, 503)
 
 
 def _operation(summary: str, parameters: Sequence[Json], answers: Json, *errors: int) -> Json:

@@ -29,8 +29,9 @@ ERRORS = {
     422: "The image cannot be decoded, or none of several can.",
     429: "The server is full: retry after the time in Retry-After.",
     500: "The server failed; its log has the reason.",
-    503: "The server is starting or shutting down.",
+    503: "The server is starting or shutting down, gives wrong answers, or cannot use its list of jobs.",
     504: "The deadline passed.",
+    507: "The server's disk is full.",
 }
 
 
@@ -69,7 +70,7 @@ def image_operation(summary: str, parameters: Sequence[Json], body: Json, answer
         "summary": summary,
         "parameters": [*parameters, timeout, request_id],
         "requestBody": {"required": True, "content": body},
-        "responses": {"200": answer} | error_refs(*(status for status in ERRORS if status != 409)),
+        "responses": {"200": answer} | error_refs(*(status for status in ERRORS if status not in (409, 507))),
     }
 
 

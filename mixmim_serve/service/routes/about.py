@@ -12,7 +12,7 @@ from mixmim_serve.service.errors import RequestError
 from mixmim_serve.service.metrics import Metrics
 from mixmim_serve.service.openapi.document import document
 from mixmim_serve.service.responses import json_response
-from mixmim_serve.service.runtime import require_runtime
+from mixmim_serve.service.runtime import require_runtime, unwell
 
 EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
 DOCS_ASSETS = {"/docs/swagger-ui.css": "text/css", "/docs/swagger-ui-bundle.js": "text/javascript"}
@@ -50,12 +50,13 @@ async def livez(request: Request) -> Response:
 
 async def readyz(request: Request) -> Response:
     """200 when a golden photo, sent through queue and engine within the last second, gave torch's embedding."""
-    runtime = require_runtime(request.app.state)
-    if not await runtime.is_healthy():
-        raise RequestError(
-            503, "not_well", "the engine gives a wrong answer for a known photo: restart the server.",
-            headers={"Retry-After": "5"},
-        )  # fmt: skip
+    state = request.app.state
+    state.keys.reload()
+    if state.keys.problem:
+        message = "the file of API keys is missing or invalid, so that no key is accepted; the server's log has more."
+        raise RequestError(503, "no_keys", message, headers={"Retry-After": "5"})
+    if not await require_runtime(state).is_healthy():
+        raise unwell()
     return PlainTextResponse("ready\n")
 
 

@@ -6,10 +6,13 @@ a folder of the server's own, from which they are downloaded by link.
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import datetime
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+import logging
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 from urllib.parse import urlencode
 
 from starlette.requests import Request
@@ -18,18 +21,21 @@ from starlette.responses import FileResponse, Response
 from mixmim_serve.errors import DataError, quoted
 from mixmim_serve.extract.folder import MANIFEST
 from mixmim_serve.service.errors import RequestError
+from mixmim_serve.service.jobs.pool import PoolFullError
 from mixmim_serve.service.jobs.runner import JobRunner
-from mixmim_serve.service.jobs.store import ENDED, JobRecord
+from mixmim_serve.service.jobs.store import ENDED, JobRecord, is_disk_full
 from mixmim_serve.service.options import FILE_NAME, JOB_ID, JOB_LIMIT, JOB_STATES, RETRY_FAILED
 from mixmim_serve.service.request import check_options
 from mixmim_serve.service.responses import json_response
 from mixmim_serve.service.uploads import media_type, parse_json
+from mixmim_serve.sources.patterns import SearchLimit
 
 HOW_TO_SEND = 'send JSON such as {"source": "photos", "options": {"features": ["stage4"]}}.'
 KEYS = ("source", "options")
 
-Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
+
+log = logging.getLogger(__name__)
 
 
 async def create(request: Request) -> Response:
@@ -44,12 +50,13 @@ async def create(request: Request) -> Response:
         if name not in KEYS:
             message = f"unknown key {quoted(name)}: the body takes {' and '.join(KEYS)}."
             raise RequestError(400, "unknown_key", message, name)
-    submitted = await _with_source(runner.submit, body.get("source"), body.get("options", {}))
+    source, options = body.get("source"), body.get("options", {})
+    submitted = await _search(runner, lambda limit: runner.submit(source, options, limit))
     if submitted is None:
         message = f"{runner.settings.jobs_waiting} jobs are waiting already: try again when some have ended."
         raise RequestError(429, "too_many_jobs", message, headers={"Retry-After": "60"})
     record, is_new = submitted
-    view = await asyncio.to_thread(_view, runner, record)
+    view = await _look(runner, lambda: _view(runner, record))
     return json_response(view, 201 if is_new else 200, {"Location": _url(record)})
 
 
@@ -65,7 +72,7 @@ async def show(request: Request) -> Response:
         data = [_view(runner, record, with_files=False) for record in runner.store.newest(states, limit)]
         return {"data": data, "counts": runner.store.counts()}
 
-    return json_response(await asyncio.to_thread(listing))
+    return json_response(await _look(runner, listing))
 
 
 async def cancel(request: Request) -> Response:
@@ -80,7 +87,7 @@ async def resume(request: Request) -> Response:
     runner = _runner_of(request)
     check_options(request)
     record, retry_failed = await _record(request, runner.store.get), RETRY_FAILED.read(request)
-    resumed = await _with_source(runner.resume, record, retry_failed=retry_failed)
+    resumed = await _search(runner, lambda limit: runner.resume(record, retry_failed, limit))
     if resumed is None:
         raise RequestError(409, "job_not_ended", "this job has not ended: only a job that has can be resumed.", "id")
     return await _respond(runner, resumed)
@@ -90,7 +97,8 @@ async def remove(request: Request) -> Response:
     """Delete a job that has ended, with its results."""
     runner = _runner_of(request)
     check_options(request)
-    if not await asyncio.to_thread(runner.remove, (await _record(request, runner.store.get)).id):
+    record = await _record(request, runner.store.get)
+    if not await _look(runner, lambda: runner.remove(record.id)):
         raise RequestError(409, "job_not_ended", "this job has not ended: cancel it first.", "id")
     return Response(status_code=204)
 
@@ -101,9 +109,9 @@ async def file(request: Request) -> Response:
     check_options(request)
     record, name = await _record(request, runner.store.get), FILE_NAME.read(request)
     if name == MANIFEST:
-        if manifest := await asyncio.to_thread(runner.manifest, record):
+        if manifest := await _look(runner, lambda: runner.manifest(record)):
             return json_response(manifest)
-    elif name in (await asyncio.to_thread(runner.results, record))[1]:
+    elif name in (await _look(runner, lambda: runner.results(record)))[1]:
         path, download_name = runner.out(record.id) / name, name.rpartition("/")[2]
         return FileResponse(path, media_type="application/octet-stream", filename=download_name)
     raise RequestError(404, "no_such_file", "this job has no such file: /jobs?id= lists its files.", "name")
@@ -124,28 +132,61 @@ async def _record(request: Request, find: Callable[[str], JobRecord | None]) -> 
         RequestError: 404 when there is none.
     """
     job_id = JOB_ID.read(request)
-    record = await asyncio.to_thread(find, job_id)
+    record = await _look(_runner_of(request), lambda: find(job_id))
     if record is None:
         raise RequestError(404, "no_such_job", f"unknown job {quoted(job_id)}.", "id")
     return record
 
 
-async def _with_source(
-    work: Callable[Parameters, Result], *args: Parameters.args, **kwargs: Parameters.kwargs
-) -> Result:
-    """Run `work`, which looks for a source, in a thread.
+async def _search(runner: JobRunner, work: Callable[[SearchLimit], Result]) -> Result:
+    """Run work that looks for a source; it ends with its request.
 
     Raises:
-        RequestError: 400 when the source does not exist.
+        RequestError: 400 when the source does not exist or is not found in time, or as `_failures`.
+    """
+    cancelled = threading.Event()
+    try:
+        with _failures():
+            return await runner.searches.run(lambda: work(runner.limit(cancelled)))
+    except DataError as error:
+        if runner.closing:
+            message = "the server is shutting down: try again in a second."
+            raise RequestError(503, "not_ready", message, headers={"Retry-After": "1"}) from error
+        raise RequestError(400, "no_source", str(error), "source") from error
+    finally:
+        cancelled.set()
+
+
+async def _look(runner: JobRunner, work: Callable[[], Result]) -> Result:
+    """Run work that reads or changes the list of jobs or their folders; raises as `_failures`."""
+    with _failures():
+        return await runner.looks.run(work)
+
+
+@contextlib.contextmanager
+def _failures() -> Iterator[None]:
+    """Turn failures of the list of jobs and of its disk into responses.
+
+    Raises:
+        RequestError: 429 when too many requests wait for the list, 507 when its disk is full, 503 for its other
+            failures.
     """
     try:
-        return await asyncio.to_thread(work, *args, **kwargs)
-    except DataError as error:
-        raise RequestError(400, "no_source", str(error), "source") from error
+        yield
+    except PoolFullError:
+        message = "too many requests for jobs are waiting: try again in a few seconds."
+        raise RequestError(429, "too_many_jobs", message, headers={"Retry-After": "5"}) from None
+    except (sqlite3.Error, OSError) as error:
+        log.exception("the list of jobs failed")
+        if is_disk_full(error):
+            message = "the server has no space left for its list of jobs: its operator must free some."
+            raise RequestError(507, "disk_full", message) from error
+        message = "the list of jobs cannot be used at present: try again later; the server's log has the reason."
+        raise RequestError(503, "jobs_unavailable", message, headers={"Retry-After": "5"}) from error
 
 
 async def _respond(runner: JobRunner, record: JobRecord) -> Response:
-    return json_response(await asyncio.to_thread(_view, runner, record))
+    return json_response(await _look(runner, lambda: _view(runner, record)))
 
 
 def _view(runner: JobRunner, record: JobRecord, *, with_files: bool = True) -> dict[str, Any]:
