@@ -8,12 +8,14 @@ BIN := .venv/bin
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 # The tests start a hundred interpreters, and each would compile everything again.
 unexport PYTHONDONTWRITEBYTECODE
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+INSTALL := python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/$(INSTALL) --constraint constraints.txt
 
 GPU_BIN := .venv-gpu/bin
-GPU_PIP := $(GPU_BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+GPU_PIP := $(GPU_BIN)/$(INSTALL) --constraint constraints.txt
+RELEASE_BIN := .venv-release/bin
 
-.PHONY: serve test test-slow fuzz gpu check format bench docs clean
+.PHONY: serve test test-slow test-serving fuzz gpu check format bench docs lock sbom audit clean
 
 serve: .venv/serve.ok  ## install what serving needs (no torch) and serve the shipped model
 	$(BIN)/mixmim serve $(BUNDLE) --port $(PORT)
@@ -51,19 +53,35 @@ bench: .venv/dev.ok  ## k-nearest-neighbour accuracy of the shipped model; DATA 
 docs: .venv/docs.ok  ## build the documentation into site/; `.venv/bin/mkdocs serve` shows it while you write
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+lock: .venv-release/ok  ## requirements/serve.txt: what serving installs, with hashes, in the versions of constraints.txt
+	echo setuptools | $(RELEASE_BIN)/uv pip compile pyproject.toml - --extra cpu --extra openvino --quiet \
+		--constraints constraints.txt --python-version 3.11 --universal --no-emit-package cffi --no-emit-package pycparser \
+		--generate-hashes --only-binary :all: --emit-build-options --no-annotate --custom-compile-command 'make lock' \
+		--output-file requirements/serve.txt > /dev/null
+
+sbom: .venv/serve.ok .venv-release/ok  ## mixmim_serve/sbom.cdx.json: what requirements/serve.txt installs
+	$(RELEASE_BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible $(BIN)/python | \
+		$(BIN)/python requirements/sbom.py mixmim_serve/sbom.cdx.json
+
+audit: .venv-release/ok  ## known vulnerabilities of what serving installs, and bandit; the first needs the internet
+	$(RELEASE_BIN)/bandit --quiet --configfile pyproject.toml --recursive mixmim_serve export training
+	$(RELEASE_BIN)/pip-audit --strict --require-hashes --disable-pip --requirement requirements/serve.txt
+
 .venv/python.ok:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "mixmim-serve needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ..."; exit 1; }
 	$(PYTHON) -m venv .venv
 	@touch $@
 
-.venv/serve.ok: .venv/python.ok pyproject.toml constraints.txt
-	$(PIP) --editable '.[cpu,openvino]'
+# Nothing is installed that a hash does not name: only wheels, and the build of this package asks no index.
+.venv/serve.ok: .venv/python.ok pyproject.toml requirements/serve.txt
+	$(BIN)/$(INSTALL) --require-hashes --requirement requirements/serve.txt
+	$(BIN)/$(INSTALL) --no-index --no-deps --no-build-isolation --editable .
 	@touch $@
 
-.venv/dev.ok: .venv/python.ok pyproject.toml constraints.txt
+.venv/dev.ok: .venv/serve.ok constraints.txt
 	$(PIP) --editable '.[dev]'
-	@touch $@ .venv/serve.ok
+	@touch $@
 
 .venv/docs.ok: .venv/python.ok pyproject.toml constraints.txt
 	$(PIP) --editable '.[docs]'
@@ -71,8 +89,7 @@ docs: .venv/docs.ok  ## build the documentation into site/; `.venv/bin/mkdocs se
 
 .venv-serving/ok: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-serving
-	.venv-serving/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--editable '.[cpu,test-serving]'
+	.venv-serving/bin/$(INSTALL) --constraint constraints.txt --editable '.[cpu,test-serving]'
 	@touch $@
 
 # An environment of its own: onnxruntime and onnxruntime-gpu must not meet. The package of TensorRT fetches the rest of
@@ -83,5 +100,10 @@ docs: .venv/docs.ok  ## build the documentation into site/; `.venv/bin/mkdocs se
 	-$(GPU_PIP) --editable '.[tensorrt]'
 	@touch $@
 
+.venv-release/ok: constraints.txt
+	$(PYTHON) -m venv .venv-release
+	$(RELEASE_BIN)/$(INSTALL) --constraint constraints.txt bandit cyclonedx-bom pip-audit uv
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-gpu .venv-serving build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-gpu .venv-serving .venv-release build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache

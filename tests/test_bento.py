@@ -20,6 +20,8 @@ from serving import free_port
 from mixmim_serve.bundle import open_bundle
 
 HAT = REPOSITORY / "examples" / "hat.jpg"
+SBOM = REPOSITORY / "mixmim_serve" / "sbom.cdx.json"
+PINS = REPOSITORY / "requirements" / "serve.txt"
 START = 40  # seconds to be ready, or to give up
 BUILD = 60
 
@@ -65,6 +67,7 @@ def context(exported_bundle: Path, tmp_path: Path) -> Path:
     shutil.copytree(REPOSITORY / "mixmim_serve", folder / "mixmim_serve", ignore=ignored)
     for name in ("bentofile.yaml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, folder)
+    shutil.copytree(REPOSITORY / "requirements", folder / "requirements", ignore=ignored)
     shutil.copytree(exported_bundle, folder / "bundle")
     return folder
 
@@ -85,6 +88,10 @@ def test_a_bento_serves_the_bundle_inside_it_without_torch(
     assert built.returncode == 0, built.stderr
     tag = built.stdout.strip().removeprefix("__tag__:")
     shutil.rmtree(context)
+    content = tmp_path / "home" / "bentos" / tag.replace(":", "/")
+    assert (content / "src/mixmim_serve/sbom.cdx.json").read_bytes() == SBOM.read_bytes()
+    installed = (content / "env/python/requirements.txt").read_text()
+    assert installed.count("--hash=sha256:") == PINS.read_text().count("--hash=sha256:") > 1000
     port = free_port()
     with (tmp_path / "log").open("wb") as log:
         server = subprocess.Popen(

@@ -285,6 +285,12 @@ def test_a_broken_form_is_refused_or_read_alike_in_any_pieces(data: bytes, cuts:
     kept("multipart", data, partial(form, cuts=cuts))
 
 
+def test_text_before_the_first_boundary_is_refused_however_the_body_is_cut() -> None:
+    body = b'\r\nhat\r\n--x\r\nContent-Disposition: form-data; name="image"\r\n\r\nhat\r\n--x--\r\n'
+    for cut in range(len(body)):
+        assert read_form("multipart/form-data; boundary=x", in_pieces(body, [cut]), MAX_PART) == "malformed_form"
+
+
 # Lines
 
 

@@ -53,7 +53,8 @@ class Policy:
         requested = retry_after(outcome.headers) if isinstance(outcome, Reply) else None
         if requested is not None:
             return requested * random.uniform(1, 1.25)  # noqa: S311 - no secret
-        return min(self.first_wait * 2.0 ** min(tries - 1, 60), self.longest_wait) * random.uniform(0.5, 1)  # noqa: S311
+        longest = min(self.first_wait * 2.0 ** min(tries - 1, 60), self.longest_wait)
+        return longest * random.uniform(0.5, 1)  # noqa: S311 - no secret
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,12 @@ def pinned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     return np.frombuffer(memoryview(buffer), dtype).reshape(shape)
 
 
+def _check_copy(array: NDArray[Any], device: DeviceMemory) -> None:
+    """No `assert`, which `python -O` drops: CUDA would write past the end."""
+    if not array.flags.c_contiguous or array.nbytes > device.size:
+        raise EngineError(f"cannot copy {array.nbytes} bytes: expected a contiguous array of at most {device.size}.")
+
+
 class CudaStream:
     """A CUDA stream; every method but `wait` returns before the work is done."""
 
@@ -68,15 +74,23 @@ class CudaStream:
         _free_with(self, cuda.cudaStreamDestroy, self.handle)
 
     def upload(self, source: NDArray[Any], target: DeviceMemory) -> None:
-        """Copy a pinned array to the start of `target`."""
+        """Copy a pinned array to the start of `target`.
+
+        Raises:
+            EngineError: when the copy would not fit.
+        """
         kind = runtime().cudaMemcpyKind.cudaMemcpyHostToDevice
-        assert source.flags.c_contiguous and source.nbytes <= target.size  # noqa: S101, PT018 - a caller's bug
+        _check_copy(source, target)
         checked(runtime().cudaMemcpyAsync(target.address, source.ctypes.data, source.nbytes, kind, self.handle))
 
     def download(self, source: DeviceMemory, target: NDArray[Any]) -> None:
-        """Fill a pinned array from the start of `source`."""
+        """Fill a pinned array from the start of `source`.
+
+        Raises:
+            EngineError: when `source` holds less.
+        """
         kind = runtime().cudaMemcpyKind.cudaMemcpyDeviceToHost
-        assert target.flags.c_contiguous and target.nbytes <= source.size  # noqa: S101, PT018
+        _check_copy(target, source)
         checked(runtime().cudaMemcpyAsync(target.ctypes.data, source.address, target.nbytes, kind, self.handle))
 
     def wait(self) -> None:

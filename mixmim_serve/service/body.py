@@ -133,7 +133,7 @@ class _PartCollector:
 
     def __init__(self, boundary: bytes, max_part: int) -> None:
         self.complete: list[Part] = []
-        self.ended = False
+        self.ended = self._begun = False
         self.max_part = max_part
         self._header, self._value = bytearray(), bytearray()
         self._headers: dict[bytes, bytes] = {}
@@ -141,6 +141,17 @@ class _PartCollector:
         self._data = bytearray()
         names = ("part_begin", "part_data", "part_end", "header_field", "header_value", "header_end", "end")
         self.parser = MultipartParser(boundary, {f"on_{name}": getattr(self, f"_{name}") for name in names})  # type: ignore[arg-type]
+
+    def write(self, chunk: bytes) -> None:
+        """Parse the next bytes of the body.
+
+        Newlines before the first boundary are dropped here: python-multipart would then skip any text up to the next
+        hyphen of the chunk, so that one body is accepted or refused depending on how the network cut it.
+        """
+        if not self._begun:
+            chunk = chunk.lstrip(b"\r\n")
+            self._begun = bool(chunk)
+        self.parser.write(chunk)
 
     def _part_begin(self) -> None:
         self._headers, self._data, self._header_bytes = {}, bytearray(), 0
@@ -189,7 +200,7 @@ async def split_form(chunks: AsyncIterator[bytes], content_type: str, max_part: 
     try:
         collector = _PartCollector(boundary, max_part)
         async for chunk in chunks:
-            collector.parser.write(chunk)
+            collector.write(chunk)
             for part in collector.complete:
                 yield part
             collector.complete.clear()
