@@ -13,6 +13,7 @@ from mixmim_serve.errors import DataError
 from mixmim_serve.sources import local
 
 MAX_NAMES = 100_000  # that the braces of a pattern may mean
+SLICE, PAUSE = 0.001, 0.002  # seconds that a search in the background works and lets others work, in turns
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _NUMBERS = re.compile(r"(\d{1,1000})\.\.(\d{1,1000})")
 _MAGIC = re.compile(r"[*?\[]")
@@ -25,10 +26,12 @@ class SearchLimit:
     seconds: float = math.inf
     names: int = MAX_NAMES
     stopped: Callable[[], bool] = lambda: False
+    in_background: bool = False  # beside requests, whose thread would wait for the interpreter's lock
     deadline: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self.deadline = time.monotonic() + self.seconds
+        self.resumed = time.monotonic()
+        self.deadline = self.resumed + self.seconds
 
     def check(self) -> None:
         """Call this at each step.
@@ -38,7 +41,11 @@ class SearchLimit:
         """
         if self.stopped():
             raise DataError("the search for the source was stopped.")
-        if time.monotonic() > self.deadline:
+        now = time.monotonic()
+        if self.in_background and now > self.resumed + SLICE:
+            time.sleep(PAUSE)
+            self.resumed = time.monotonic()
+        if now > self.deadline:
             raise DataError(
                 f"the search for the source took longer than {self.seconds:g} s: name a folder, or a pattern with "
                 "fewer folders to look in."

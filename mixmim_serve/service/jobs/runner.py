@@ -41,7 +41,7 @@ DIED = "its process ended with {code}: complete shards are kept, resume the job 
 OWN_GROUP: dict[str, Any] = {"process_group": 0} if os.name == "posix" else {}
 RETRY_SECONDS = 5.0  # until the next try when the list cannot be written
 END_SECONDS = 40.0  # for a process to end by itself; it has 30 to finish a batch and write its manifest
-SEARCH_SECONDS = 10.0  # for a request to find its source
+SEARCH_SECONDS = 20.0  # for a request to find its source
 SEARCHES, SEARCHES_WAITING = 2, 16  # at once, and in the queue behind them; above that 429
 LOOKS, LOOKS_WAITING = 2, 256  # the same of everything else that job requests do
 
@@ -91,7 +91,11 @@ class JobRunner:
 
     def limit(self, cancelled: threading.Event) -> SearchLimit:
         """The limit for one request's search, which also ends when `cancelled` is set or the server stops."""
-        return SearchLimit(SEARCH_SECONDS, MAX_NAMES, lambda: self._closing or cancelled.is_set())
+
+        def stopped() -> bool:
+            return self._closing or cancelled.is_set()
+
+        return SearchLimit(SEARCH_SECONDS, MAX_NAMES, stopped, in_background=True)
 
     def submit(self, source: object, options: object, limit: SearchLimit) -> tuple[JobRecord, bool] | None:
         """Queue a job.
