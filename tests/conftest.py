@@ -68,10 +68,13 @@ def golden_sets() -> list[pytest.param]:
 
 # Without torch (`make test-serving`), the tests of what serves without it run on a bundle that was exported before.
 READY_BUNDLE = "MIXMIM_TEST_BUNDLE"
-_NEEDS_TORCH = re.compile(r"^(from|import) (torch|training|export|exporting|mixmim_serve\.model)\b", re.MULTILINE)
+_NEEDS_TORCH = re.compile(
+    r"^(from|import) (torch|onnx|training|export|exporting|benchmarks|test_resume|mixmim_serve\.model)\b", re.MULTILINE
+)
 if importlib.util.find_spec("torch") is None:
+    _TESTS = Path(__file__).parent
     collect_ignore = [
-        path.name for path in Path(__file__).parent.glob("test_*.py") if _NEEDS_TORCH.search(path.read_text())
+        str(path.relative_to(_TESTS)) for path in _TESTS.rglob("test_*.py") if _NEEDS_TORCH.search(path.read_text())
     ]
 
 BuildOnce = Callable[[str, Callable[[Path], object]], Path]

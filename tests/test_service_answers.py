@@ -191,12 +191,12 @@ def test_a_score_is_the_loss_of_pretraining_with_fixed_masks(client: TestClient,
     assert "map" not in again[1]
 
 
-def test_unit_errors_agree_with_the_loss_of_pretraining(small_checkpoint: Any) -> None:
+def test_unit_errors_agree_with_the_loss_of_pretraining(request: pytest.FixtureRequest) -> None:
     torch = pytest.importorskip("torch")
 
     from mixmim_serve.model.checkpoint import load_checkpoint
 
-    model, _ = load_checkpoint(small_checkpoint)
+    model, _ = load_checkpoint(request.getfixturevalue("small_checkpoint"))
     pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[True, False, True, False]])
     with torch.inference_mode():

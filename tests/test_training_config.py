@@ -11,7 +11,7 @@ from training_data import SMALL
 
 from mixmim_serve.config import architecture
 from mixmim_serve.errors import ConfigError
-from mixmim_serve.extract.job import Job
+from mixmim_serve.extract.job import ExtractJob
 from mixmim_serve.service.settings import Settings
 from mixmim_serve.settings import from_dict, override, parse_assignments
 from training.config import AugmentConfig, FinetuneConfig, PretrainConfig
@@ -150,7 +150,7 @@ def test_wrong_settings_are_refused(setting: str, sentence: str) -> None:
 
 
 def test_settings_of_extraction_and_of_the_service_are_parsed_alike() -> None:
-    job = override(Job(Path("tiny"), "photos", "out"), ["bundle=base", "options.features=stage1, stage4,"])
+    job = override(ExtractJob(Path("tiny"), "photos", "out"), ["bundle=base", "options.features=stage1, stage4,"])
     assert (job.bundle, job.options.features) == (Path("base"), ("stage1", "stage4"))
     assert parse_assignments(Settings, ["cors=a,b", "jobs_roots="]) == {"cors": ("a", "b"), "jobs_roots": ()}
     with pytest.raises(ConfigError, match="unknown setting 'cors': did you mean "):

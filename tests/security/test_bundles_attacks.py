@@ -76,8 +76,7 @@ def test_settings_belong_to_the_fingerprint(bundle_copy: Path) -> None:
 
 
 def test_another_graph_needs_another_certificate(bundle_copy: Path) -> None:
-    import onnx
-
+    onnx = pytest.importorskip("onnx")
     before = certify(open_engine(bundle_copy, "onnx"))
     model = onnx.load(bundle_copy / "encoder.onnx", load_external_data=False)
     model.doc_string = "another graph"
@@ -195,6 +194,8 @@ def test_a_nested_certificate_is_measured_again(bundle_copy: Path) -> None:
 
 
 def test_a_nested_config_of_a_run(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+
     from mixmim_serve.errors import ConfigError
     from training.config import PretrainConfig
     from training.run_folder import RunFolder

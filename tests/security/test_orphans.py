@@ -19,6 +19,7 @@ from test_server import serve
 from mixmim_serve.locks import lock_folder
 
 root, many = test_jobs.root, test_jobs.many
+runs, start_run = test_resume.runs, test_resume.process_of
 
 # The parent ends before, or while, its child asks to die with it.
 EARLY = """
@@ -34,17 +35,17 @@ print("still there", flush=True)
 """
 
 
-def killed_children(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+def killed_children(process: subprocess.Popen[bytes] | test_resume.Process) -> list[psutil.Process]:
     """Kill a process; its children as they were."""
     children = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
+    os.kill(process.pid, signal.SIGKILL)
     process.wait()
     return children
 
 
 @pytest.mark.parametrize("turn", range(2))
-def test_a_killed_run_can_be_resumed_at_once(tmp_path: Path, turn: int) -> None:
-    with test_resume.process_of(test_resume.REPOSITORY / "examples", tmp_path / "run", workers=2) as process:
+def test_a_killed_run_can_be_resumed_at_once(tmp_path: Path, start_run: test_resume.Start, turn: int) -> None:
+    with start_run(test_resume.REPOSITORY / "examples", tmp_path / "run", workers=2) as process:
         workers = killed_children(process)
         assert len(workers) >= 2
         time.sleep(0.2)
