@@ -118,9 +118,7 @@ def test_tar_headers_that_lie_are_one_sentence(tmp_path: Path, how: str) -> None
         file.write(LYING[how])
         file.truncate(10**11)  # zeros, for whoever believes the header
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(
-        DataError, match=r"is truncated or damaged|has no images|not an uncompressed tar|cannot read"
-    ):
+    with pytest.raises(DataError, match=r"is truncated or damaged|has no images|not an uncompressed tar|cannot read"):
         open_source(path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
     assert tar.MAX_READ_BYTES < 10**7
