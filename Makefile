@@ -15,7 +15,7 @@ GPU_BIN := .venv-gpu/bin
 GPU_PIP := $(GPU_BIN)/$(INSTALL) --constraint constraints.txt
 RELEASE_BIN := .venv-release/bin
 
-.PHONY: serve test test-slow test-serving fuzz gpu check format bench docs lock sbom audit clean
+.PHONY: serve test test-slow test-serving fuzz attack gpu check format bench docs lock sbom audit clean
 
 serve: .venv/serve.ok  ## install what serving needs (no torch) and serve the shipped model
 	$(BIN)/mixmim serve $(BUNDLE) --port $(PORT)
@@ -32,6 +32,9 @@ test-serving: .venv/dev.ok .venv-serving/ok  ## what serves without torch, on an
 
 fuzz: .venv/dev.ok  ## the fuzzers on FUZZ times as many cases, new ones each time; what fails is left in tests/data/fuzz
 	FUZZ=$(FUZZ) $(BIN)/python -m pytest tests/test_fuzz.py tests/security/test_fuzz_protocol.py
+
+attack: .venv/dev.ok  ## a good client next to attacks of every kind, with the bar that it must meet (half an hour)
+	$(BIN)/python -m benchmarks.attacks
 
 gpu: .venv-gpu/gpu.ok  ## all that needs a CUDA device: tests, the training step against a plain one, every engine
 	$(GPU_BIN)/python -m pytest -m gpu

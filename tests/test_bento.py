@@ -27,7 +27,9 @@ BUILD = 60
 
 IN_BENTOML = """
 import sys, warnings
+from io import BytesIO
 from pathlib import Path
+from PIL import Image
 warnings.simplefilter("ignore")
 from starlette.testclient import TestClient
 from mixmim_serve.service.bento import MixMIMService, app
@@ -43,6 +45,12 @@ with TestClient(MixMIMService.to_asgi()) as client:
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input[0]"), answer.text
     answer = client.post("/embed", files={"image": ("cut.jpg", photo[:900])})
     assert (answer.status_code, answer.json()["error"]["param"]) == (422, "input[0]"), answer.text
+    answer = client.post("/embed", files=[("image", ("a.jpg", photo))] * 3)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full"), answer.text
+    stream = BytesIO()
+    Image.new("RGB", (1500, 1500)).save(stream, "PNG")
+    answer = client.post("/embed", files=[("image", ("a.png", stream.getvalue()))] * 2)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_much_to_decode"), answer.text
 assert app.state.runtime is None  # closed
 assert "torch" not in sys.modules
 """
@@ -51,7 +59,9 @@ assert "torch" not in sys.modules
 def test_bentoml_serves_our_routes_without_torch(exported_bundle: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", IN_BENTOML, str(HAT)],
-        env=os.environ | {"MIXMIM_BUNDLE": str(exported_bundle), "BENTOML_HOME": str(tmp_path)},
+        env=os.environ
+        | {"MIXMIM_BUNDLE": str(exported_bundle), "BENTOML_HOME": str(tmp_path)}
+        | {"MIXMIM_SERVICE": json.dumps({"max_client_waiting": 2, "max_request_megapixels": 1})},
         capture_output=True,
         text=True,
         timeout=START,

@@ -27,8 +27,10 @@ from mixmim_serve.engines.base import Arrays, largest_batch
 from mixmim_serve.errors import EngineError, NotFiniteError
 from mixmim_serve.service.fair_queue import FairQueue
 
-FEW = 4  # images of one client in a batch that several clients share, at least
-SHARED_SECONDS = 0.012  # of the engine for the images of one client in such a batch, where more than `FEW` fit
+BATCH_SECONDS = 0.1  # of the engine for a batch of more than `SMALL_BATCH` images: what comes meanwhile waits so long
+SMALL_BATCH = 8
+SHARED_SECONDS = 0.012  # of the engine for the images of one client in a batch that several share; at least one image
+FEW = 4  # images of one client being decoded for which another client's batch waits
 SHARING_SECONDS = 10.0  # after images of two clients, for which the engine is taken to be shared
 
 
@@ -144,7 +146,7 @@ class Batcher:
         self.urgent: deque[QueuedItem] = deque()  # come before all that waits
         self.waiting: FairQueue[QueuedItem] = FairQueue()
         self.recent_clients = recent_clients or RecentClients()
-        self.seconds_per_item = float("inf")  # of the last batches
+        self.seconds_per_item = 0.0  # of the last batches; 0 before the first
         self.drainer: asyncio.Task[None] | None = None
         self.next_batch: list[QueuedItem] = []  # a full batch, taken out of `waiting`
         self.next_arrays: asyncio.Future[Arrays | None] | None = None  # its arrays, being stacked
@@ -191,7 +193,7 @@ class Batcher:
                 began, seconds, results = await job
                 self.observe(len(items), seconds)
                 self.pending_decodes.last_batch = seconds
-                self._learn(seconds / len(items))
+                self._learn(seconds, len(items))
                 for item, result in zip(items, results, strict=True):
                     _settle(item, result, began, seconds)
 
@@ -206,15 +208,22 @@ class Batcher:
         wanted = [item for item in items if item.is_wanted]
         return wanted, arrays if len(wanted) == len(items) else None
 
-    def _learn(self, seconds_per_item: float) -> None:
-        known = self.seconds_per_item
-        self.seconds_per_item = seconds_per_item if known == float("inf") else 0.8 * known + 0.2 * seconds_per_item
+    def _learn(self, seconds: float, items: int) -> None:
+        """Note how long a batch took; one image alone takes longer than its share of a batch, and does not count."""
+        if items > 1:
+            last, known = seconds / items, self.seconds_per_item
+            self.seconds_per_item = 0.8 * known + 0.2 * last if known else last
+
+    def _is_shared(self) -> bool:
+        return self.recent_clients.are_several or len(self.waiting.clients) > 1
 
     def _most_per_client(self) -> int:
         """Images of one client that the next batch may take."""
-        if not self.recent_clients.are_several and len(self.waiting.clients) < 2:
-            return self.max_batch
-        return max(FEW, int(SHARED_SECONDS / self.seconds_per_item))
+        if not self.seconds_per_item:
+            return 1 if self._is_shared() else self.max_batch
+        if self._is_shared():
+            return max(1, int(SHARED_SECONDS / self.seconds_per_item))
+        return min(self.max_batch, max(SMALL_BATCH, int(BATCH_SECONDS / self.seconds_per_item)))
 
     def _is_full(self) -> bool:
         """Whether there is enough for the next batch."""
@@ -235,7 +244,7 @@ class Batcher:
 
     def _stack_ahead(self) -> None:
         """When a full batch of one client waits for a busy engine, stack it off the event loop, beside the engine."""
-        is_full = len(self.waiting) >= self.max_batch <= self._most_per_client()
+        is_full = bool(self.waiting) and self._is_full() and not self._is_shared()
         if self.next_arrays is None and is_full and not self.urgent:
             self.next_batch = self._take()
             loop = asyncio.get_running_loop()
