@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mixmim_serve.engines.base import Arrays
 from mixmim_serve.errors import EngineError
 from mixmim_serve.service import batcher as batcher_module
-from mixmim_serve.service.batcher import Batcher, BatchResult, PendingDecodes
+from mixmim_serve.service.batcher import Batcher, BatchResult, PendingDecodes, RecentClients
 
 PATIENCE = 20  # seconds until a test that would hang fails
 FACTORS = {"double": 2, "triple": 3}  # outputs of the engine, as multiples of its input
@@ -345,3 +345,10 @@ def test_the_engine_waits_for_no_pile_of_another_client() -> None:
         assert not pending.is_worth_waiting(["a", "b"])
         assert pending.is_worth_waiting(["b"])
     assert not pending.by_client
+
+
+def test_one_client_alone_does_not_share_the_engine() -> None:
+    clients = RecentClients()
+    for client, are_several in (("a", False), ("a", False), ("b", True)):
+        clients.add(client)
+        assert clients.are_several is are_several

@@ -93,12 +93,14 @@ class RecentClients:
     """Whether several clients use an engine; its batchers share it."""
 
     def __init__(self) -> None:
-        self._last, self._several_until = "", 0.0
+        self._last: str | None = None
+        self._several_until = 0.0
 
     def add(self, client: str) -> None:
         """Note that an image of a client came."""
-        if client != self._last:
-            self._last, self._several_until = client, time.monotonic() + SHARING_SECONDS
+        if self._last is not None and client != self._last:
+            self._several_until = time.monotonic() + SHARING_SECONDS
+        self._last = client
 
     @property
     def are_several(self) -> bool:
