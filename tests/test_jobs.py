@@ -627,6 +627,8 @@ def test_what_ran_is_queued_again_and_what_was_being_cancelled_is(tmp_path: Path
     again = JobStore(path)  # the first one was killed, and closed nothing
     again.recover()
     assert [each.state for each in again.newest(("queued", "cancelled"), 10)] == ["queued", "cancelled", "queued"]
+    for opened in (again, store):
+        opened.close()
 
 
 def test_a_change_that_fails_changes_nothing(tmp_path: Path) -> None:
@@ -640,6 +642,7 @@ def test_a_change_that_fails_changes_nothing(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         half_done()
     assert store.newest(("queued",), 10) == []
+    store.close()
 
 
 def test_a_list_of_a_later_version_or_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -84,6 +84,16 @@ class JobStore:
         self._lock = threading.Lock()
         try:
             self._sqlite = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+        except sqlite3.Error as error:
+            raise _cannot_open(path, error) from error
+        try:
+            self._prepare(path)
+        except BaseException:
+            self._sqlite.close()
+            raise
+
+    def _prepare(self, path: Path) -> None:
+        try:
             self._sqlite.row_factory = sqlite3.Row
             self._sqlite.execute("PRAGMA journal_mode=WAL")
             self._sqlite.execute("PRAGMA synchronous=FULL")
@@ -93,7 +103,7 @@ class JobStore:
             self._sqlite.executescript(SCHEMA)
             self._sqlite.execute(f"PRAGMA user_version={FORMAT}")
         except sqlite3.Error as error:
-            raise ConfigError(f"cannot open the list of jobs in {path} ({error}): choose another jobs_dir.") from error
+            raise _cannot_open(path, error) from error
 
     def recover(self) -> None:
         """Queue the job that was running when the last server ended; cancel the one that was being cancelled."""
@@ -192,6 +202,10 @@ def is_disk_full(error: sqlite3.Error | OSError) -> bool:
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     full = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE)
     return getattr(error, "sqlite_errorcode", None) in full or "disk is full" in str(error)
+
+
+def _cannot_open(path: Path, error: sqlite3.Error) -> ConfigError:
+    return ConfigError(f"cannot open the list of jobs in {path} ({error}): choose another jobs_dir.")
 
 
 def _record(row: sqlite3.Row) -> JobRecord:
