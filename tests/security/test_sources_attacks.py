@@ -247,6 +247,7 @@ except ImageError as error:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("MIXMIM_STORM" not in os.environ, reason="takes gigabytes: MIXMIM_STORM=1 make test-slow")
 def test_a_row_of_two_gigabytes(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", HUGE_ROW, tmp_path / "x.parquet"], capture_output=True, text=True)
     assert "has images of more than 2,000,000,000 bytes" in done.stdout, done.stderr
