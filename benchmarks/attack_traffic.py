@@ -1,4 +1,4 @@
-"""The traffic of the attacks of `benchmarks/attacks.py`; it runs as a process of its own, at the lowest priority.
+"""The traffic of the attacks of `benchmarks/attacks.py`; it runs as a process of its own, at low priority.
 
     python -m benchmarks.attack_traffic FOLDER PORT SOURCE KEY SECONDS ATTACK...
 
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+NICENESS = 10  # in earnest this traffic comes from other machines; at 19 a busy server would starve it
 PAUSE = 0.05  # seconds between two steps of a thread
 PIECE = 262_144  # bytes sent or received at once
 JSON = "application/json"
@@ -230,7 +231,6 @@ ATTACKS: dict[str, tuple[int, Callable[[Target], Step]]] = {
 def main() -> None:
     """Attack until the time is up or standard input closes; then print the statuses of the answers."""
     folder, port, source, key, seconds, *names = sys.argv[1:]
-    os.nice(19)  # in earnest this traffic comes from other machines
     target = Target(Path(folder), int(port), source, key)
     threads = []
     for name in names:
@@ -239,6 +239,7 @@ def main() -> None:
         threads += [threading.Thread(target=repeat, args=(target, step), daemon=True) for _ in range(count)]
     print("ready", flush=True)
     sys.stdin.readline()  # begin
+    os.nice(NICENESS)
     for thread in threads:
         thread.start()
     timer = threading.Timer(float(seconds), target.ended.set)
