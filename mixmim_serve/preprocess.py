@@ -67,11 +67,13 @@ def decode(
     max_bytes: int = MAX_IMAGE_BYTES,
     max_pixels: int = MAX_PIXELS,
     reduction: Callable[[int, int], int] | None = None,
+    container: Container | None = None,
 ) -> Image.Image:
     """Encoded image -> upright RGB image, 8 bits per channel, without metadata; see the module for each pixel mode.
 
     `reduction` takes the upright width and height of a JPEG and returns the factor (1, 2, 4 or 8) by which the decoder
-    may shrink it, several times faster than decoding it in full. Other formats are decoded in full.
+    may shrink it, several times faster than decoding it in full. Other formats are decoded in full. `container` is what
+    `containers.inspect` says of the file, if that is known already.
 
     Raises:
         ImageTooLargeError: more bytes, or according to its header more pixels, than the limits (Pillow's own limit of
@@ -80,7 +82,7 @@ def decode(
         UndecodableImageError: empty, truncated or damaged.
     """
     _check_bytes(data, max_bytes)
-    container = inspect(data, max_pixels)
+    container = container or inspect(data, max_pixels)
     try:
         image = _open(data, container)
         if reduction is not None and container.format == "JPEG":

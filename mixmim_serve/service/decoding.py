@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from mixmim_serve.config import Preprocessing
-from mixmim_serve.containers import inspect
+from mixmim_serve.containers import Container, inspect
 from mixmim_serve.preprocess import Pixels, decode, resize_and_crop
 from mixmim_serve.service.batcher import PendingDecodes
 from mixmim_serve.service.decode_process import DecodeProcess, DecodeSettings
@@ -95,17 +95,19 @@ class Decoder:
             RequestError: 413 when the images of the request cost too much, 429 when those of the client do.
         """
         if len(image) <= INSPECT_INLINE:
-            cost, pixels = self._inspect(image)
+            container = self._inspect(image)
         else:
-            cost, pixels = await asyncio.get_running_loop().run_in_executor(self.threads, self._inspect, image)
+            container = await asyncio.get_running_loop().run_in_executor(self.threads, self._inspect, image)
+        cost = container.decode_cost if container else 0.0
         async with self._budget(context, cost):
             if cost <= SMALL:
                 with self.pending.decoding(context.reservation.client):
                     async with self.small.slot(context, 1, cost):
                         loop = asyncio.get_running_loop()
-                        return await loop.run_in_executor(self.threads, self._preprocess, image)
+                        return await loop.run_in_executor(self.threads, self._preprocess, image, container)
             await asyncio.sleep(0)  # all images of the request are counted before the first is decoded
             self._check_cost_of_request(context, context.decode_cost - cost)
+            pixels = container.width * container.height if container else 0
             async with self.large.slot(context, max(pixels, self.large.capacity / self.settings.decoders), cost):
                 return await self._decode_in_process(image)
 
@@ -131,16 +133,15 @@ class Decoder:
             )
             raise RequestError(413, "too_much_to_decode", message)
 
-    def _inspect(self, image: bytes) -> tuple[float, int]:
-        """The cost and the pixels of an image; 0 for a file above the limit, which `decode` refuses unread."""
+    def _inspect(self, image: bytes) -> Container | None:
+        """What the file's container says; None for a file above the limit, which `decode` refuses unread."""
         if len(image) > self.settings.max_image_bytes:
-            return 0.0, 0
-        container = inspect(image, self.settings.max_pixels)
-        return container.decode_cost, container.width * container.height
+            return None
+        return inspect(image, self.settings.max_pixels)
 
-    def _preprocess(self, image: bytes) -> Pixels:
+    def _preprocess(self, image: bytes, container: Container | None) -> Pixels:
         limits = self.settings
-        decoded = decode(image, max_bytes=limits.max_image_bytes, max_pixels=limits.max_pixels)
+        decoded = decode(image, max_bytes=limits.max_image_bytes, max_pixels=limits.max_pixels, container=container)
         return resize_and_crop(decoded, self.preprocessing)
 
     async def _decode_in_process(self, image: bytes) -> Pixels:
