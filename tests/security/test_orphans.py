@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -14,7 +16,7 @@ import pytest
 import test_jobs
 import test_resume
 from test_jobs import ask_json, has_ended, process_of, until
-from test_server import serve
+from test_server import Server, serve
 
 from mixmim_serve.locks import lock_folder
 
@@ -43,6 +45,16 @@ def killed_children(process: subprocess.Popen[bytes] | test_resume.Process) -> l
     return children
 
 
+@contextlib.contextmanager
+def at_work(bundle: Path, root: Path, many: str, folder: Path) -> Iterator[tuple[Server, psutil.Process]]:
+    """A server and the process of its job, which is under way."""
+    with serve(bundle, folder, f"jobs_dir={folder / 'jobs'}", jobs_root=root) as server:
+        server.wait_until_ready()
+        assert ask_json(server, f'{{"source": "{many}", "options": {{"batch": 1}}}}'.encode()) == 201
+        until(lambda: server.ask("GET", "/jobs")[1], lambda jobs: b'"seconds_left"' in jobs)
+        yield server, process_of(server.process.pid)
+
+
 @pytest.mark.parametrize("turn", range(2))
 def test_a_killed_run_can_be_resumed_at_once(tmp_path: Path, start_run: test_resume.Start, turn: int) -> None:
     with start_run(test_resume.REPOSITORY / "examples", tmp_path / "run", workers=2) as process:
@@ -61,11 +73,7 @@ def test_a_worker_whose_parent_has_ended_already_ends() -> None:
 def test_the_process_of_a_job_ends_with_its_server(
     exported_bundle: Path, root: Path, many: str, tmp_path: Path
 ) -> None:
-    with serve(exported_bundle, tmp_path, f"jobs_dir={tmp_path / 'jobs'}", jobs_root=root) as server:
-        server.wait_until_ready()
-        assert ask_json(server, f'{{"source": "{many}", "options": {{"batch": 1}}}}'.encode()) == 201
-        until(lambda: server.ask("GET", "/jobs")[1], lambda jobs: b'"seconds_left"' in jobs)
-        worker = process_of(server.process.pid)
+    with at_work(exported_bundle, root, many, tmp_path) as (server, worker):
         assert killed_children(server.process)
         time.sleep(0.2)
         assert has_ended(worker)
@@ -75,11 +83,7 @@ def test_the_process_of_a_job_ends_with_its_server(
 def test_the_process_of_a_job_is_the_first_to_go_when_memory_runs_out(
     exported_bundle: Path, root: Path, many: str, tmp_path: Path
 ) -> None:
-    with serve(exported_bundle, tmp_path, f"jobs_dir={tmp_path / 'jobs'}", jobs_root=root) as server:
-        server.wait_until_ready()
-        assert ask_json(server, f'{{"source": "{many}", "options": {{"batch": 1}}}}'.encode()) == 201
-        until(lambda: server.ask("GET", "/jobs")[1], lambda jobs: b'"seconds_left"' in jobs)
-        worker = process_of(server.process.pid)
+    with at_work(exported_bundle, root, many, tmp_path) as (server, worker):
         assert Path(f"/proc/{worker.pid}/oom_score_adj").read_text() == "1000\n"
         os.kill(server.process.pid, signal.SIGTERM)
         assert server.wait(15) == 0
