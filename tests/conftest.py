@@ -31,14 +31,14 @@ SHARED_GOLDEN = REPOSITORY.parent / "shared" / "golden"  # the larger originals,
 
 # The files that take longest, measured in seconds of a processor; a process that is given one of them at last is alone.
 LONGEST = (
-    "test_distributed",
     "test_precisions",
+    "test_distributed",
     "test_export",
+    "test_training",  # beside test_export, because it does not wait for the same bundle
+    "test_resume",
     "test_jobs",
-    "test_training",
     "test_readme",
     "test_publish",
-    "test_resume",
     "test_benchmarks",
     "test_tensorrt",
     "test_bench",

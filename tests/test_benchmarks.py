@@ -102,6 +102,7 @@ def test_the_whole_of_data_loading_runs(tmp_path: Path) -> None:
     assert rows[2]["small decode"] < rows[2]["full decode"]
 
 
+@pytest.mark.slow  # every precision takes half a minute
 def test_the_gpu_benchmark_makes_its_bundles_where_no_engine_can_be_built(
     small_checkpoint: Path, bundle_in_every_precision: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -141,6 +141,8 @@ JOBS = ("masks", "step", "step,accumulate", "step,shard", "run", "run,shard", "a
 def together(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All that two processes do, in one launch, because a launch takes seconds; read-only.
 
+    What needs it is slow: nine jobs of two processes keep both cores busy for half a minute.
+
     The last job would go on for minutes: its launcher is sent SIGTERM once there is a line in the log.
     """
     base = tmp_path_factory.mktemp("together")
@@ -173,6 +175,7 @@ def alone(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, t
         return found | {"loss": loss, "norm": norm}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", ["step", "step,accumulate", "step,shard"])
 def test_two_processes_give_the_gradients_of_one(alone: dict[str, torch.Tensor], together: Path, job: str) -> None:
     found = load_file(together / job / "gradients.safetensors")
@@ -194,6 +197,7 @@ def one(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         return run_pretraining(SMALL, photos, tmp_path_factory.mktemp("one") / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", ["", ",shard"])
 def test_a_whole_run_of_two_processes_and_its_resumption(one: Run, together: Path, shard: str) -> None:
     folder, resumed = together / f"run{shard}", together / f"again{shard}"
@@ -205,6 +209,7 @@ def test_a_whole_run_of_two_processes_and_its_resumption(one: Run, together: Pat
     assert all(torch.equal(again[name], whole[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_launcher_saves_in_all_processes(together: Path) -> None:
     """The processes hear of it at different times, and must agree on a last step."""
     folder = together / "run,long"
@@ -215,6 +220,7 @@ def test_sigterm_to_the_launcher_saves_in_all_processes(together: Path) -> None:
     assert torch.load(folder / "checkpoints" / f"step-{max(steps):08d}.state.pt")["step"] == max(steps)
 
 
+@pytest.mark.slow
 def test_each_process_draws_its_own_masks(together: Path) -> None:
     one, two = (load_file(together / "masks" / f"masks-{rank}.safetensors")["masks"] for rank in (0, 1))
     assert one.shape == two.shape == (8, 4)

@@ -288,7 +288,8 @@ def test_an_encoder_gives_a_bundle_without_reconstruction(encoder_only: tuple[Pa
         engine.run("reconstruct", inputs, ["mixed"])
 
 
-@pytest.mark.parametrize("size", [pytest.param(160, marks=pytest.mark.slow), 384])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [160, 384])
 def test_other_sizes_agree_in_onnx_runtime_and_openvino(tmp_path: Path, size: int) -> None:
     arch = dataclasses.replace(ENCODER_ONLY, image_size=size, windows=())
     checkpoint = write_checkpoint(tmp_path / "checkpoint.safetensors", arch)

@@ -29,7 +29,7 @@ CAPABILITY = ("8.9",)
 
 @pytest.fixture(scope="module")
 def bundle(bundle_in_every_precision: Path) -> Bundle:
-    """With every precision; read-only."""
+    """With every precision; read-only. What needs it is slow: its graphs take half a minute."""
     return open_bundle(bundle_in_every_precision)
 
 
@@ -37,6 +37,7 @@ def graph_of(bundle: Bundle, name: str, precision: str) -> onnx.ModelProto:
     return onnx.load(bundle.graph_path(name, precision), load_external_data=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("graph", ["encoder", "reconstruct"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_a_graph_computes_in_its_precision(bundle: Bundle, graph: str, precision: str) -> None:
@@ -50,6 +51,7 @@ def test_a_graph_computes_in_its_precision(bundle: Bundle, graph: str, precision
     assert {value.type.tensor_type.elem_type for value in model.graph.output} == {TensorProto.FLOAT}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_norms_and_softmax_stay_in_float32(bundle: Bundle, precision: str) -> None:
     """In fp16 the squares of large activations overflow (Triton issue 4105)."""
@@ -64,6 +66,7 @@ def test_norms_and_softmax_stay_in_float32(bundle: Bundle, precision: str) -> No
         assert next(a.i for a in node.attribute if a.name == "softmax_precision") == TensorProto.FLOAT
 
 
+@pytest.mark.slow
 def test_the_encoder_has_no_slices_and_few_transposes(bundle: Bundle) -> None:
     model = graph_of(bundle, "encoder", "fp32")
     inputs = {value.name for value in model.graph.initializer}
@@ -75,6 +78,7 @@ def test_the_encoder_has_no_slices_and_few_transposes(bundle: Bundle) -> None:
     assert count["Transpose"] <= 19
 
 
+@pytest.mark.slow
 def test_large_activations_do_not_overflow_in_fp16(bundle: Bundle, small_checkpoint: Path, tmp_path: Path) -> None:
     """Squares of 3,000 are beyond fp16; a norm that was computed in it would give zeros or NaN."""
     import torch
@@ -100,6 +104,7 @@ def test_half_weights_are_not_stored_twice(tmp_path: Path) -> None:
     assert (exported.bundle.weights, exported.bundle.precisions) == ("float16", ("fp32", "fp16"))
 
 
+@pytest.mark.slow
 def test_onnx_runtime_runs_what_the_bundle_has(bundle: Bundle, small_checkpoint: Path, tmp_path: Path) -> None:
     assert open_engine(bundle, "onnx").precision == "fp32"
     assert open_engine(bundle, "onnx", "fp16").precision == "fp16"
@@ -112,6 +117,7 @@ def test_onnx_runtime_runs_what_the_bundle_has(bundle: Bundle, small_checkpoint:
         open_engine(alone, "openvino")
 
 
+@pytest.mark.slow
 def test_widened_graphs_are_float32_throughout(bundle: Bundle, tmp_path: Path) -> None:
     widen(bundle.graph_path("encoder", "bf16"), tmp_path / "encoder.onnx")
     model = onnx.load(tmp_path / "encoder.onnx")
