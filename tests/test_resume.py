@@ -215,7 +215,10 @@ def process_of(runs: subprocess.Popen[bytes]) -> Start:
     return process_of
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+INTERRUPT = pytest.param(signal.SIGINT, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, INTERRUPT])
 def test_a_real_process_and_a_real_signal(
     photos: Path, tmp_path: Path, whole: Path, process_of: Start, number: signal.Signals
 ) -> None:
@@ -227,7 +230,7 @@ def test_a_real_process_and_a_real_signal(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a worker cannot tell there who sends SIGTERM")
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, INTERRUPT])
 def test_a_signal_to_every_process_of_a_run(
     photos: Path, tmp_path: Path, whole: Path, process_of: Start, number: signal.Signals
 ) -> None:
