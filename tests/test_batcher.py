@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,7 +17,15 @@ from numpy.typing import NDArray
 from mixmim_serve.engines.base import Arrays
 from mixmim_serve.errors import EngineError
 from mixmim_serve.service import batcher as batcher_module
-from mixmim_serve.service.batcher import Batcher, BatchResult, PendingDecodes, RecentClients
+from mixmim_serve.service.batcher import (
+    FEW,
+    RETURN_SHARE,
+    SHARED_WAIT,
+    Batcher,
+    BatchResult,
+    PendingDecodes,
+    RecentClients,
+)
 
 PATIENCE = 20  # seconds until a test that would hang fails
 FACTORS = {"double": 2, "triple": 3}  # outputs of the engine, as multiples of its input
@@ -283,6 +292,45 @@ def test_a_full_batch_and_an_image_that_is_refused_are_not_waited_for(thread: Th
 
     finish(all_of_them())
     assert engine.batches == [[1, 2], [3]]
+
+
+def test_after_a_batch_the_next_one_waits_for_its_clients_to_come_back(thread: ThreadPoolExecutor) -> None:
+    """Without it, four clients and one stay two groups for ever, each computed beside the decoding of the other."""
+    engine = Multiplier()
+    engine.release.set()
+    pending = PendingDecodes(10 * PATIENCE, 10 * PATIENCE)
+    batcher = Batcher(engine, "encoder", thread, pending_decodes=pending)
+    pending.note_batch(0.2 / RETURN_SHARE, FEW)
+
+    async def comes_back(value: int) -> None:
+        await asyncio.sleep(0.02)
+        with pending.decoding(""):
+            await asyncio.sleep(0.02)
+        await batcher.run(pixels(value), ["double"])
+
+    async def both() -> None:
+        await asyncio.gather(batcher.run(pixels(1), ["double"]), comes_back(2))
+
+    finish(both())
+    assert engine.batches == [[1, 2]]
+    pending.note_batch(0.2 / RETURN_SHARE, FEW - 1)
+    assert not pending.return_wait  # of few images: one that is sent after another does not wait
+
+
+def test_a_batch_of_several_clients_waits_a_short_time(thread: ThreadPoolExecutor) -> None:
+    engine = Multiplier()
+    engine.release.set()
+    pending = PendingDecodes(1000 * SHARED_WAIT, 1000 * SHARED_WAIT)
+    batcher = Batcher(engine, "encoder", thread, pending_decodes=pending)
+
+    async def beside_a_slow_decode() -> None:
+        with pending.decoding("a"):
+            await asyncio.gather(*submit(batcher, "b", [1]), *submit(batcher, "c", [2]))
+
+    began = time.monotonic()
+    finish(beside_a_slow_decode())
+    assert sorted(value for batch in engine.batches for value in batch) == [1, 2]
+    assert time.monotonic() - began < 500 * SHARED_WAIT
 
 
 def submit(batcher: Batcher, client: str, values: Sequence[int]) -> list[asyncio.Task[BatchResult]]:

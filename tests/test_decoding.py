@@ -207,6 +207,24 @@ def test_a_client_that_leaves_ends_the_decoding(decoder: Decoder) -> None:
     finish(play())
 
 
+def test_what_a_client_left_is_finished_where_that_takes_less_than_a_new_process(decoder: Decoder) -> None:
+    async def play() -> None:
+        await decoder.decode(LARGE, context())
+        processes = list(decoder.idle)
+        task = asyncio.create_task(decoder.decode(LARGE, context()))
+        while decoder.idle:
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert decoder.idle == processes
+        assert decoder.large.used == 0
+        await decoder.decode(LARGE, context())
+        assert decoder.idle == processes
+
+    finish(play())
+
+
 def test_a_client_that_leaves_while_a_process_starts_leaves_no_process(
     decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

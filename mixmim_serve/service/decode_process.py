@@ -8,6 +8,7 @@ the server.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import json
 import os
@@ -28,12 +29,17 @@ NICENESS = 10  # so that small images and the engine come first
 CODE = (  # steps back before its imports, which take 0.3 s of CPU time
     f"import os; getattr(os, 'nice', int)({NICENESS}); from mixmim_serve.service.decode_process import main; main()"
 )
+PIPE_BYTES = 1 << 20
+KEPT_BYTES = 80 << 20  # of a process between images, half of it without any
 HEADER = struct.Struct("<BQ")  # kind and length of an answer
 PIXELS = 0
 VARIABLES = {
     "OPENBLAS_NUM_THREADS": "1",  # thread pools would count against the limit on memory
     "OMP_NUM_THREADS": "1",
-    "MALLOC_MMAP_THRESHOLD_": "1048576",  # glibc returns larger pieces at once; by default it kept 500 MB of an image
+    # Huge pages save a fifth of the time; pieces up to 32 MiB are kept from one image to the next, larger ones are not.
+    "GLIBC_TUNABLES": ":".join(
+        ("glibc.malloc.hugetlb=1", "glibc.malloc.mmap_threshold=33554432", "glibc.malloc.trim_threshold=33554432")
+    ),
 }
 ERRORS: tuple[type[ImageError], ...] = (ImageError, ImageTooLargeError, UnsupportedImageError, UndecodableImageError)
 
@@ -118,6 +124,7 @@ class DecodeProcess:
         if self._killed:  # while it started
             raise EOFError
         stdin, _ = _pipes(process)
+        _widen(stdin)
         stdin.write(self.settings.to_json().encode() + b"\n")
         return process
 
@@ -130,6 +137,14 @@ def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
     assert process.stdin is not None  # noqa: S101 - PIPE
     assert process.stdout is not None  # noqa: S101 - PIPE
     return process.stdin, process.stdout
+
+
+def _widen(pipe: IO[bytes]) -> None:
+    """Let an image pass in fewer pieces than the 64 KiB that a pipe takes by default."""
+    with contextlib.suppress(ImportError, AttributeError, OSError):  # not Linux, or more than the system allows
+        import fcntl
+
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
 
 def _read(stream: IO[bytes], size: int) -> bytes:
@@ -159,6 +174,7 @@ def main() -> None:
             _allow_cpu_seconds(0)  # until the next image, for ever
             out.write(HEADER.pack(kind, len(answer)) + answer)
             out.flush()
+            _give_memory_back()
 
 
 def _answer(image: bytes, settings: DecodeSettings) -> tuple[int, bytes]:
@@ -178,12 +194,25 @@ def _limit_memory(beyond: int) -> None:
     try:
         import resource
 
-        with open("/proc/self/statm") as file:
-            mapped = int(file.read().split()[0]) * resource.getpagesize()
+        mapped, _ = _memory()
         resource.setrlimit(resource.RLIMIT_AS, (mapped + beyond, mapped + beyond))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     except (ImportError, OSError, ValueError):  # not Linux
         pass
+
+
+def _memory() -> tuple[int, int]:
+    """Bytes of this process that are mapped, and that are resident. Linux only: OSError elsewhere."""
+    with open("/proc/self/statm") as file:
+        mapped, resident = (int(pages) * os.sysconf("SC_PAGESIZE") for pages in file.read().split()[:2])
+    return mapped, resident
+
+
+def _give_memory_back() -> None:
+    """Return what glibc keeps for the next image where that is much: some formats leave hundreds of MB in pieces."""
+    with contextlib.suppress(OSError, AttributeError):  # not Linux, or not glibc
+        if _memory()[1] > KEPT_BYTES:
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _allow_cpu_seconds(seconds: float) -> None:

@@ -25,6 +25,7 @@ from mixmim_serve.service.request import RequestContext
 from mixmim_serve.service.settings import Settings
 
 SMALL = 1e6  # cost in pixels up to which a thread decodes an image: about 10 ms that nothing can stop
+START_SECONDS = 0.3  # of CPU time for a new process: what a client left is finished if that takes less
 INSPECT_INLINE = 256 * 1024  # bytes up to which an image is inspected on the event loop
 
 
@@ -108,8 +109,9 @@ class Decoder:
             await asyncio.sleep(0)  # all images of the request are counted before the first is decoded
             self._check_cost_of_request(context, context.decode_cost - cost)
             pixels = container.width * container.height if container else 0
-            async with self.large.slot(context, max(pixels, self.large.capacity / self.settings.decoders), cost):
-                return await self._decode_in_process(image)
+            with self.pending.decoding(context.reservation.client):
+                async with self.large.slot(context, max(pixels, self.large.capacity / self.settings.decoders), cost):
+                    return await self._decode_in_process(image)
 
     @contextlib.asynccontextmanager
     async def _budget(self, context: RequestContext, cost: float) -> AsyncIterator[None]:
@@ -146,14 +148,20 @@ class Decoder:
 
     async def _decode_in_process(self, image: bytes) -> Pixels:
         process = self.idle.pop() if self.idle else DecodeProcess(self._process_settings)
+        pixels = asyncio.get_running_loop().run_in_executor(self.process_threads, process.decode, image)
+        pixels.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be there to hear of it
         try:
-            return await asyncio.get_running_loop().run_in_executor(self.process_threads, process.decode, image)
-        except asyncio.CancelledError:
-            process.kill()  # nobody waits for this image any more
+            await asyncio.wait({pixels})
+        except asyncio.CancelledError:  # nobody waits for this image any more
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait({pixels}, timeout=START_SECONDS)
             raise
         finally:
-            if process.is_alive:
+            if not pixels.done():
+                process.kill()
+            elif process.is_alive:
                 self.idle.append(process)
+        return await pixels
 
     def close(self) -> None:
         """End the threads after the work in progress, and kill the processes."""
