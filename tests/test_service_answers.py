@@ -9,6 +9,7 @@ from io import BytesIO
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 from numpy.typing import NDArray
 from safetensors import safe_open
@@ -17,6 +18,7 @@ from serving import HAT, JPEG, NPY, NPZ, PHOTOS, SHOES, TestClient, client_of, f
 
 from mixmim_serve.engines import Engine
 from mixmim_serve.preprocess import normalize, preprocess
+from mixmim_serve.service.responses import json_bytes
 from mixmim_serve.tasks import reconstruct_inputs, scoring_masks, unit_errors
 
 SAFETENSORS = {"accept": "application/x-safetensors"}
@@ -321,3 +323,11 @@ def test_openai_models(client: TestClient) -> None:
     assert [(model["id"], model["object"]) for model in listed["data"]] == [("custom", "model")]
     assert client.get("/v1/models/custom").json() == listed["data"][0]
     assert refusal(client.get("/v1/models/gpt"))[0] == 404
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("shape", [(3,), (20_000,), (32, 32, 32), (2, 100, 100), (3, 2, 9000), (0, 9000)])
+def test_large_arrays_are_written_in_pieces_to_the_same_bytes(shape: tuple[int, ...], dtype: type[Any]) -> None:
+    array = np.random.default_rng(0).standard_normal(shape).astype(dtype)
+    value = {"status": "ok", "stage1": array, "label": 'a "b"', "scores": array.ravel()[:5]}
+    assert json_bytes(value) == orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)

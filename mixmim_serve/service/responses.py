@@ -32,6 +32,7 @@ MEDIA_TYPES = {
     "image/png": "png",
 }
 CANONICAL = {kind: media for media, kind in reversed(MEDIA_TYPES.items())}  # the first media type of each kind
+PIECE = 8192  # numbers of an array that are written at once: about a millisecond
 FloatType = type[np.float32] | type[np.float16]
 FLOAT_TYPES: dict[str, FloatType] = {"float32": np.float32, "float16": np.float16}
 
@@ -157,8 +158,29 @@ def _not_finite(name: str, value: Any, dtype: FloatType) -> NotFiniteError:
 
 
 def json_bytes(value: Any) -> bytes:
-    """JSON with arrays as lists, each number in its shortest exact form; 20 times as fast as `json`."""
+    """JSON with arrays as lists, each number in its shortest exact form; 20 times as fast as `json`.
+
+    Large arrays in an object are written piece by piece: orjson lets no other thread run meanwhile, and a feature map
+    of a megabyte takes it 8 ms.
+    """
+    if isinstance(value, dict) and any(_is_large(entry) for entry in value.values()):
+        return b"{" + b",".join(orjson.dumps(name) + b":" + _in_pieces(entry) for name, entry in value.items()) + b"}"
     return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _is_large(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.size > PIECE
+
+
+def _in_pieces(value: Any) -> bytes:
+    """The JSON of a value, of an array as many rows at a time as make about `PIECE` numbers."""
+    if not _is_large(value) or value.ndim < 1:
+        return json_bytes(value)
+    rows = max(1, PIECE * len(value) // value.size)
+    pieces = (value[begin : begin + rows] for begin in range(0, len(value), rows))
+    if rows == 1 and value[0].size > PIECE:
+        return b"[" + b",".join(_in_pieces(row) for row in value) + b"]"
+    return b"[" + b",".join(orjson.dumps(piece, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1] for piece in pieces) + b"]"
 
 
 def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -36,6 +36,7 @@ from mixmim_serve.service.settings import Settings
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 M_MMAP_THRESHOLD = -3  # of malloc.h
+SWITCH_SECONDS = 0.001  # that a thread may keep Python's lock while the event loop waits for it; 0.005 by default
 BACKLOG = 2048  # connections that wait to be accepted
 
 log = logging.getLogger(__name__)
@@ -125,6 +126,7 @@ def run(app: Starlette, listener: socket.socket) -> None:
     tune_garbage_collection()
     tune_allocation()
     allow_connections()
+    sys.setswitchinterval(SWITCH_SECONDS)
     if app.state.jobs:
         app.state.jobs.start(app.state.metrics)
     try:
