@@ -67,11 +67,15 @@ def commands() -> str:
 def routes() -> str:
     """Every operation of `docs/openapi.json` and the schemas that they name."""
     document = json.loads((REPOSITORY / "docs" / "openapi.json").read_text())
-    parts = [
-        _operation(method, path, operation)
+    operations = [
+        (operation["tags"][0], _operation(method, path, operation))
         for path, methods in document["paths"].items()
         for method, operation in methods.items()
     ]
+    parts = []
+    for tag in document["tags"]:
+        parts.append(f"## {tag['name']}\n\n{tag['description']}")
+        parts += [text for name, text in operations if name == tag["name"]]
     statuses = [f"| {code} | {value['description']} |" for code, value in document["components"]["responses"].items()]
     parts.append("\n".join(["## Statuses", "", "| status | meaning |", "|---|---|", *statuses]))
     parts.append("## Schemas")
@@ -80,7 +84,7 @@ def routes() -> str:
 
 
 def _operation(method: str, path: str, operation: dict[str, Any]) -> str:
-    lines = [f"## {method.upper()} {path} {{ #{method}{_anchor(path)} }}", "", f"{operation['summary']}."]
+    lines = [f"### {method.upper()} {path} {{ #{method}{_anchor(path)} }}", "", f"{operation['summary']}."]
     if "description" in operation:
         lines += ["", operation["description"]]
     if "requestBody" in operation:

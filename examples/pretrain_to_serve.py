@@ -59,7 +59,7 @@ def main() -> None:
         print(f"{photo.name}: {len(embedding.vector)} numbers from model {embedding.model}")
         for guess in classes.classes:
             print(f"  {guess.probability:.2f}  {guess.label}")
-        print(f"  score {client.score(photo).score:.2f} (how unlike the training data)")
+        print(f"  score {client.score(photo).score:.2f} (how badly it is reconstructed)")
     print(f"\ndone: the bundle is in {bundle}; serve it with: mixmim serve {bundle}")
 
 

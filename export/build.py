@@ -21,8 +21,10 @@ from mixmim_serve.bundle import (
     WEIGHTS,
     Bundle,
     CompiledEngine,
+    check_name,
     check_target,
     fingerprint,
+    folder_name,
     graph_file,
 )
 from mixmim_serve.config import unknown
@@ -52,12 +54,15 @@ class Options:
     half_weights: bool = False  # store the weights in fp16, half the size; fp32 graphs still compute in float32
     overwrite: bool = False
     engine: EngineOptions = field(default_factory=EngineOptions)  # for the targets tensorrt and tensorrt-rtx
+    name: str = ""  # of the model; empty: that of the folder
 
     def __post_init__(self) -> None:
         for kind, names, choices in (("precision", self.precisions, PRECISIONS), ("target", self.targets, TARGETS)):
             for name in names:
                 if name not in choices:
                     raise unknown(kind, name, choices)
+        if self.name:
+            check_name(self.name)
         object.__setattr__(self, "precisions", tuple(dict.fromkeys(self.precisions)))
         if "openvino" in self.targets and "fp32" not in self.precisions:
             raise ConfigError("OpenVINO takes the fp32 graphs and converts them itself: add --precision fp32.")
@@ -178,10 +183,11 @@ def seal(
     options: Options,
     built: Sequence[CompiledEngine] = (),
 ) -> Bundle:
-    """Write fingerprint, checksums and config.json, which make the folder a bundle."""
+    """Write name, fingerprint, checksums and config.json, which make the folder a bundle."""
     _, stored = read_checkpoint(folder / WEIGHTS)
     bundle = Bundle(
         path=folder,
+        name=options.name or folder_name(folder),
         description=description,
         graphs={name: graph.outputs for name, graph in graphs.items()},
         weights="float16" if options.half_weights else "float32",

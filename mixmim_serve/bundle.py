@@ -1,7 +1,7 @@
 """The bundle: a folder with everything that serving needs, free of training code and torch.
 
-config.json            the description (architecture, preprocessing, labels, provenance), precisions, outputs,
-                       compiled engines, versions, fingerprint, and the sha256 of every other file
+config.json            name, description (architecture, preprocessing, labels, provenance), precisions, outputs,
+                       compiled engines, versions, model fingerprint, and the sha256 of every other file
 weights.safetensors    the checkpoint itself; the graphs refer to it, so weights are stored once
 encoder.onnx           pixels -> embedding, stage1..stage4, and logits with a head
 reconstruct.onnx       image_a, image_b, from_partner -> mixed, reconstruction_a, reconstruction_b; with a decoder
@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -32,8 +33,9 @@ from safetensors import SafetensorError, safe_open
 
 from mixmim_serve.config import STAGES, Architecture
 from mixmim_serve.description import Description
-from mixmim_serve.errors import BundleError, ConfigError
+from mixmim_serve.errors import BundleError, ConfigError, quoted
 from mixmim_serve.files import atomic_path, open_regular, sha256
+from mixmim_serve.runs import export_advice, is_run, is_run_config
 from mixmim_serve.strict_json import read_json
 
 CONFIG = "config.json"
@@ -42,6 +44,7 @@ GOLDEN = "golden.safetensors"
 CACHE = "cache"  # folder for what runtimes compile when they open the bundle
 FORMAT = 2  # increased when an older reader would misread the folder
 MAX_CONFIG_BYTES = 16_000_000
+MAX_NAME = 100  # characters of a bundle's name
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")  # of a file in the folder, or of a graph
 
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -78,12 +81,13 @@ class Bundle:
     """An opened bundle folder; `verify` compares its files with their checksums."""
 
     path: Path
+    name: str  # of the model, in answers, messages and folders of features; it changes no number
     description: Description
     graphs: Mapping[str, tuple[str, ...]]  # outputs of each graph
     weights: str  # dtype of the stored weights: float32 or float16
     precisions: tuple[str, ...]  # of the graphs
     built: tuple[CompiledEngine, ...]
-    fingerprint: str
+    fingerprint: str  # the model fingerprint
     versions: Mapping[str, str]
     checksums: Mapping[str, str]  # sha256 of each file
 
@@ -187,6 +191,7 @@ class Bundle:
         """Write config.json. It comes last: without it a folder is not a bundle."""
         values = {
             "format": FORMAT,
+            "name": self.name,
             "fingerprint": self.fingerprint,
             **self.description.to_dict(),
             "weights": self.weights,
@@ -207,14 +212,19 @@ def open_bundle(path: Path) -> Bundle:
         BundleError: when the folder is not a bundle.
     """
     config = path / CONFIG
+    if path.is_file() and path.suffix == ".safetensors":
+        raise BundleError(export_advice(path, "checkpoint"))
     if not config.is_file():
         raise BundleError(f"{path} is not a bundle: expected a folder with {CONFIG}, as written by `mixmim export`.")
     try:
         values = read_json(config, MAX_CONFIG_BYTES)
+        if is_run_config(values):
+            raise BundleError(export_advice(path, "training run"))
         _check_format(path, values["format"])
         _check_names((*values["sha256"], *values["graphs"]))
         bundle = Bundle(
             path=path,
+            name=_name(values, path),
             description=Description.from_dict(values),
             graphs={name: tuple(outputs) for name, outputs in values["graphs"].items()},
             weights=values["weights"],
@@ -228,6 +238,29 @@ def open_bundle(path: Path) -> Bundle:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         raise BundleError(f"{config} is damaged ({error}): export the bundle again.") from error
     return bundle
+
+
+def folder_name(folder: Path) -> str:
+    """The name of a bundle that was given none: that of its folder, with `_` for what cannot be printed."""
+    name = os.path.basename(os.path.abspath(folder))  # "." has no name, and a link keeps its own
+    printable = "".join(character if character.isprintable() else "_" for character in name)
+    return printable[:MAX_NAME].strip() or "model"
+
+
+def check_name(name: str) -> str:
+    """The name, if a bundle can have it.
+
+    Raises:
+        ConfigError: when it is empty, too long, or has line breaks, control characters or spaces around it.
+    """
+    if not (0 < len(name) <= MAX_NAME and name.isprintable() and name == name.strip()):
+        raise ConfigError(f"{quoted(name)} is not a name: give 1 to {MAX_NAME} printable characters, such as shoes-v2.")
+    return name
+
+
+def _name(values: Mapping[str, Any], path: Path) -> str:
+    """The stored name; bundles of older versions have the name of their folder."""
+    return check_name(values["name"]) if "name" in values else folder_name(path)
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -275,7 +308,7 @@ def check_target(target: Path, overwrite: bool) -> None:
     """
     if not target.exists():
         return
-    if not target.is_dir() or (any(target.iterdir()) and not (target / CONFIG).is_file()):
+    if not target.is_dir() or (any(target.iterdir()) and (not (target / CONFIG).is_file() or is_run(target))):
         raise BundleError(f"{target} exists and is not a bundle: choose another folder; nothing was overwritten.")
     if any(target.iterdir()) and not overwrite:
         raise BundleError(f"{target} is already a bundle: choose another folder, or pass --overwrite.")
@@ -287,10 +320,10 @@ def graph_file(graph: str, precision: str) -> str:
 
 
 def fingerprint(description: Description, weights: Mapping[str, bytes | memoryview]) -> str:
-    """128 bits, in hex, of everything that changes the outputs: stored weights, architecture, preprocessing.
+    """The model fingerprint: 128 bits, in hex, of stored weights, architecture and preprocessing.
 
-    Labels, provenance and the order of the weights do not count. `mixmim_serve.engines.base.engine_fingerprint` adds
-    the engine and its precision.
+    Name, labels, provenance and the order of the weights do not count. `engines.base.engine_fingerprint` adds the
+    engine and its precision.
     """
     return _fingerprint(description, {name: hashlib.sha256(data).digest() for name, data in weights.items()})
 

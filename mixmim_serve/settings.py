@@ -78,11 +78,13 @@ def field_types(cls: Any) -> dict[str, Any]:
 
 
 def parse(key: str, text: str, kind: Any) -> Any:
-    """The text as a value of type `kind`: str, Path, bool, int, float, or a tuple of one of them between commas.
+    """The text as a value of type `kind`: str, Path, bool, int, float, one of them or None, or a tuple between commas.
 
     Raises:
         ConfigError: when the text is not one.
     """
+    if isinstance(kind, types.UnionType):  # `bool | None`: what is set is not None
+        (kind,) = (each for each in typing.get_args(kind) if each is not types.NoneType)
     try:
         return _parse_tuple(text, kind) if typing.get_origin(kind) is tuple else _parse_one(text, kind)
     except ValueError as error:

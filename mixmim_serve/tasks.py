@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from mixmim_serve.bundle import Bundle
 from mixmim_serve.config import TARGET_EPS, UNIT_SIZE, units_from_partner
 from mixmim_serve.engines import Engine
+from mixmim_serve.engines.base import largest_batch
 from mixmim_serve.errors import BundleError
 from mixmim_serve.preprocess import Pixels, normalize
 
@@ -81,6 +82,49 @@ def scoring_masks(units: int, count: int) -> NDArray[np.bool_]:
     """Masks (2 * count, units) of seeds 0, 1, ..., each followed by its complement, so that all units count equally."""
     masks = np.stack([random_mask(units, 0.5, seed) for seed in range(count)])
     return np.stack([masks, ~masks], axis=1).reshape(2 * count, units)
+
+
+def score_map(bundle: Bundle, pixels: Pixels, masks: NDArray[np.bool_], completed: Sequence[Floats]) -> Floats:
+    """Reconstruction error of each unit, (rows, columns), averaged over pairs of masks; its mean is the score.
+
+    `masks` are those of `scoring_masks`, `completed` the `reconstruction_a` under each, (3, size, size).
+
+    Raises:
+        BundleError: when the bundle cannot reconstruct.
+    """
+    require_decoder(bundle)
+    decoder, side = bundle.arch.decoder, bundle.arch.image_size // UNIT_SIZE
+    assert decoder is not None  # noqa: S101 - `require_decoder`
+    original = normalize(pixels, bundle.description.preprocessing)
+    mean = np.zeros((side, side), np.float32)
+    for mask, reconstruction in zip(masks, completed, strict=True):
+        errors = unit_errors(original, reconstruction, decoder.normalize_targets)
+        mean += np.where(mask.reshape(side, side), errors, 0) / (len(masks) // 2)
+    return mean
+
+
+def score_image(engine: Engine, pixels: Pixels, partner: Pixels, count: int = 2) -> Floats:
+    """`score_map` of one image under `count` pairs of masks; `partner` is the photo that covers it, see `partner_of`.
+
+    Raises:
+        BundleError: when the bundle cannot reconstruct.
+    """
+    require_decoder(engine.bundle)
+    masks = scoring_masks(engine.bundle.arch.units, count)
+    completed: list[Floats] = []
+    for start in range(0, len(masks), largest_batch(engine, len(masks))):
+        part = masks[start : start + largest_batch(engine, len(masks))]
+        images = {"image_a": pixels, "image_b": partner}
+        inputs = {name: np.repeat(image[None], len(part), axis=0) for name, image in images.items()}
+        outputs = engine.run("reconstruct", inputs | {"from_partner": part}, ["reconstruction_a"])
+        completed += list(outputs["reconstruction_a"])
+    return score_map(engine.bundle, pixels, masks, completed)
+
+
+def partner_of(golden: Mapping[str, NDArray[Any]]) -> Pixels:
+    """The photo that covers parts of a scored image: always the same one of the bundle's golden arrays."""
+    partner: Pixels = golden["reconstruct.image_b"][0]
+    return partner
 
 
 def unit_errors(image: Floats, reconstruction: Floats, normalize_targets: bool) -> Floats:

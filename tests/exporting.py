@@ -47,7 +47,7 @@ def write_small_checkpoint(path: Path) -> Path:
 def export_small_bundle(target: Path) -> None:
     """The bundle of `write_small_checkpoint`, for tests that run without torch."""
     with tempfile.TemporaryDirectory() as folder:
-        export_bundle(write_small_checkpoint(Path(folder) / "small.safetensors"), target)
+        export_bundle(write_small_checkpoint(Path(folder) / "small.safetensors"), target, Options(name="small"))
 
 
 @contextmanager

@@ -35,6 +35,8 @@ HAT, SHOES = PHOTOS["hat"].read_bytes(), PHOTOS["shoes"].read_bytes()
 BAD = REPOSITORY / "tests" / "data" / "robustness" / "bad"
 NPY, NPZ, JPEG = {"accept": "application/x-npy"}, {"accept": "application/x-npz"}, {"content-type": "image/jpeg"}
 CLASS_NAMES = ["cat", "dog", "owl"]
+MODEL = "small"  # the name of `exported_bundle`, that of its folder
+IDENTITY = {"model", "fingerprint", "model_fingerprint"}  # keys of every answer
 PATIENCE = 20  # seconds until a test that would hang fails
 
 

@@ -189,8 +189,8 @@ def test_export_overwrites_only_when_told(
     with graphs_from(exported_bundle):
         outcome = mixmim("export", small_checkpoint, bundle_copy, "--overwrite")
     assert outcome.code == 0
-    fingerprint = open_bundle(exported_bundle).fingerprint
-    assert f"wrote {bundle_copy}  fingerprint {fingerprint}\nfp32: cosine with torch at least 1.000000" in outcome.out
+    model = f"model bundle, model fingerprint {open_bundle(exported_bundle).fingerprint}"
+    assert f"wrote {bundle_copy}: {model}\nfp32: cosine with torch at least 1.000000" in outcome.out
     open_bundle(bundle_copy).verify()
     assert [path.name for path in bundle_copy.parent.iterdir()] == [bundle_copy.name]  # nothing left beside it
 
@@ -219,7 +219,7 @@ def test_help_ends_with_an_example(command: str) -> None:
 def test_all_commands_are_there() -> None:
     assert COMMANDS == [
         "bench", "check", "classify", "duplicates", "embed", "evaluate", "export", "extract", "finetune", "import",
-        "info", "map", "neighbours", "pretrain", "probe", "pull", "push", "reconstruct", "replay", "serve",
+        "info", "map", "neighbours", "pretrain", "probe", "pull", "push", "reconstruct", "replay", "score", "serve",
     ]  # fmt: skip
 
 

@@ -68,6 +68,8 @@ def defaults(page: str, section: str, column: int = 1) -> dict[str, str]:
 
 def as_written(value: Any) -> str:
     """A default as the tables write it."""
+    if value is None:
+        return "auto"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
@@ -174,7 +176,7 @@ def test_every_route_is_generated(hooks: ModuleType) -> None:
     document = json.loads((DOCS / "openapi.json").read_text())
     operations = [(method.upper(), path) for path, methods in document["paths"].items() for method in methods]
     text = hooks.routes()
-    assert re.findall(r"^## ([A-Z]+) (\S+) \{", text, re.MULTILINE) == operations
+    assert re.findall(r"^### ([A-Z]+) (\S+) \{", text, re.MULTILINE) == operations
     anchors = set(re.findall(r"\{ #([\w-]+) \}", text)) | {"statuses", "schemas"}
     assert set(re.findall(r"\]\(#([\w-]+)\)", text)) <= anchors
 

@@ -57,7 +57,7 @@ def test_pretrain_to_serve(tmp_path: Path) -> None:
     for number in range(1, 6):
         assert f"[{number}/5]" in result.stdout
     assert "linear probe: " in result.stdout
-    assert "hat.jpg: 256 numbers from model tiny@64" in result.stdout
+    assert "hat.jpg: 256 numbers from model bundle" in result.stdout
     guesses = dict(re.findall(r"^  0\.\d+  (\w+)()$", result.stdout, re.MULTILINE))
     assert guesses.keys() == {"accessory", "bottom", "top"}
     bundle = open_bundle(tmp_path / "runs" / "example" / "bundle")

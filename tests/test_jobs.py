@@ -281,7 +281,9 @@ def test_options_that_cannot_be(engine: Engine, options: object, message: str) -
 
 
 def test_options_are_complete_and_equal_to_those_of_the_command(engine: Engine) -> None:
-    assert parse_options({}, engine.bundle) == ExtractOptions().to_dict() | {"max_failures": 0.1}
+    assert parse_options({}, engine.bundle) == ExtractOptions(classes=True).to_dict() | {"max_failures": 0.1}
+    assert parse_options({"classes": False}, engine.bundle)["classes"] is False
+    assert parse_options({}, open_bundle(DEFAULT_BUNDLE))["classes"] is False
     given = {"features": ["stage4"], "dtype": "float16", "max_failures": 1}
     assert parse_options(given, engine.bundle)["features"] == ["stage4"]
 
@@ -534,7 +536,7 @@ def test_a_server_with_another_model_does_not_go_on_with_it(start: Callable[...,
     served.under_way(id_)
     served.jobs.close()
     back = start(bundle=open_bundle(DEFAULT_BUNDLE))
-    assert back.ended(id_)["error"].startswith("the folder of results has features of custom on onnx-cpu in fp32")
+    assert back.ended(id_)["error"].startswith("the folder of results has features of small (model fingerprint ")
     assert back.ended(id_)["state"] == "failed"
 
 

@@ -31,6 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "mixmim_serve.description",
         "mixmim_serve.preprocess",
+        "mixmim_serve.runs",
         "mixmim_serve.bundle",
         "mixmim_serve.sources",
     ),

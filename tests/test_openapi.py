@@ -17,11 +17,12 @@ import pytest
 from conftest import REPOSITORY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving import HAT, PATIENCE, SHOES, Starlette, app_of
+from serving import HAT, MODEL, PATIENCE, SHOES, Starlette, app_of
 
 from mixmim_serve.engines import Engine
 from mixmim_serve.service.app import ENDPOINTS, create_app
 from mixmim_serve.service.openapi.document import document
+from mixmim_serve.service.openapi.purposes import PURPOSES
 from mixmim_serve.service.routes.about import DOCS_ASSETS
 
 with warnings.catch_warnings():
@@ -44,7 +45,7 @@ KNOWN: dict[str, tuple[Callable[[Any], bool], Any]] = {
     "top": (lambda value: type(value) is int and value > 3, 3),
     "ratio": (lambda value: type(value) in (int, float) and 0 <= value <= 1, 0.5),
     "dimensions": (lambda value: type(value) is int, 64),
-    "model": (lambda value: type(value) is str, "custom"),
+    "model": (lambda value: type(value) is str, MODEL),
     "X-Request-Timeout": (lambda value: _is_number(value) and 0 < float(value) < PATIENCE, str(PATIENCE)),
 }
 
@@ -66,6 +67,23 @@ def test_every_route_is_documented_and_every_documented_route_is_there() -> None
         path = route.path.replace(":path}", "}")  # type: ignore[attr-defined]
         found |= {(method, path) for method in methods - {"HEAD"}}
     assert found - {("GET", path) for path in ("/", *DOCS_ASSETS)} == set(OPERATIONS)
+
+
+def test_routes_are_grouped_by_purpose_and_described() -> None:
+    shown = document(ENDPOINTS)
+    groups = {tag["name"]: tag["description"] for tag in shown["tags"]}
+    assert [*groups] == ["Images", "OpenAI clients", "Jobs", "Model", "Operations", "Documentation"]
+    operations = {
+        (method.upper(), path): each for path, item in shown["paths"].items() for method, each in item.items()
+    }
+    for operation in operations.values():
+        assert [tag in groups for tag in operation["tags"]] == [True]
+        assert operation["description"].endswith(".")
+        assert operation["description"] != operation["summary"]
+    assert {each["tags"][0] for each in operations.values()} == {*groups}
+    assert PURPOSES.keys() == operations.keys()
+    for path in ("/livez", "/healthz", "/readyz", "/metrics"):
+        assert operations["GET", path]["tags"] == ["Operations"]
 
 
 def test_the_examples_keep_to_their_own_schemas() -> None:

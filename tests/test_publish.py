@@ -227,7 +227,9 @@ def test_what_is_in_the_way_is_replaced_only_when_told(exported_bundle: Path, bu
 def test_commands(mixmim: Mixmim, small_checkpoint: Path, exported_bundle: Path, tmp_path: Path) -> None:  # noqa: F811
     repo, pulled = tmp_path / "repo", tmp_path / "pulled"
     assert mixmim("push", exported_bundle, repo).out == f"pushed to {repo}\n"
-    assert mixmim("pull", repo, pulled).out == f"wrote {pulled}  fingerprint {open_bundle(repo).fingerprint}\n"
+    assert mixmim("pull", repo, pulled).out == (
+        f"wrote {pulled}: model small, model fingerprint {open_bundle(repo).fingerprint}\n"
+    )
     assert_one_sentence(mixmim("push", small_checkpoint, repo), "run `mixmim export` on a checkpoint first")
     assert_one_sentence(mixmim("pull", repo, tmp_path / "other", "--revision", "v1"), "has no revisions")
     assert_one_sentence(mixmim("pull", "shoes", tmp_path / "other"), "a folder such as ./shoes")

@@ -21,6 +21,9 @@ import pytest
 from conftest import REPOSITORY
 from serving import free_port
 
+from mixmim_serve.bundle import open_bundle
+from mixmim_serve.service.server import EVERYWHERE, address
+
 HAT = REPOSITORY / "examples" / "hat.jpg"
 MIXMIM = [sys.executable, "-c", "from mixmim_serve.cli import main; main()"]
 START = 30  # seconds to be ready, or to give up
@@ -93,9 +96,25 @@ def test_serve_starts_answers_and_ends(exported_bundle: Path, tmp_path: Path) ->
         server.process.send_signal(signal.SIGTERM)
         assert server.wait(STOP) == 0
         log = server.log.read_text()
-        assert f"at http://127.0.0.1:{server.port}" in log
+        assert f"serving small from {exported_bundle} at http://127.0.0.1:{server.port}\n" in log
+        assert f"model fingerprint {open_bundle(exported_bundle).fingerprint}, engine fingerprint " in log
+        assert f"open http://127.0.0.1:{server.port}/docs in a browser" in log
         assert "POST '/embed' 200" in log
         assert "Traceback" not in log
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:3000"),
+        ("localhost", "http://localhost:3000"),
+        ("::1", "http://[::1]:3000"),
+        ("0.0.0.0", "http://127.0.0.1:3000"),  # noqa: S104 - nothing is bound
+        ("::", "http://[::1]:3000"),
+    ],
+)
+def test_the_address_of_the_page_can_be_opened(host: str, url: str) -> None:
+    assert address(EVERYWHERE.get(host, host), 3000) == url
 
 
 def test_what_is_in_flight_is_finished_after_sigterm(exported_bundle: Path, tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ from serving import (
     BAD,
     CLASS_NAMES,
     HAT,
+    IDENTITY,
     JPEG,
+    MODEL,
     NPY,
     NPZ,
     PHOTOS,
@@ -47,7 +49,7 @@ def test_embed_one_image_three_ways_to_the_last_bit(client: TestClient, engine: 
     raw = client.post("/embed", content=HAT, headers=JPEG)
     npy = client.post("/embed", files=files(HAT), headers=NPY)
     assert [form.status_code, raw.status_code, npy.status_code] == [200, 200, 200]
-    assert form.json().keys() == {"embedding", "model", "fingerprint"}
+    assert form.json().keys() == {"embedding"} | IDENTITY
     assert form.json() == raw.json()
     assert form.json()["fingerprint"] == engine_fingerprint(engine)
     array = np.load(BytesIO(npy.content), allow_pickle=False)
@@ -62,7 +64,7 @@ def test_embed_several_images_in_order(client: TestClient, engine: Engine) -> No
     )
     images = files(*(path.read_bytes() for path in PHOTOS.values()))
     body = client.post("/embed", files=images).json()
-    assert body.keys() == {"data", "model", "fingerprint"}
+    assert body.keys() == {"data"} | IDENTITY
     assert [item["index"] for item in body["data"]] == list(range(len(PHOTOS)))
     np.testing.assert_allclose([item["embedding"] for item in body["data"]], expected, atol=1e-5)
     array = np.load(BytesIO(client.post("/embed", files=images, headers=NPY).content), allow_pickle=False)
@@ -75,7 +77,7 @@ def test_classify_gives_the_best_classes_first(client: TestClient, engine: Engin
     logits = result.outputs["logits"].astype(np.float64)
     expected = np.exp(logits) / np.exp(logits).sum()
     body = client.post("/classify?top=3", files=files(HAT)).json()
-    assert body.keys() == {"classes", "model", "fingerprint"}
+    assert body.keys() == {"classes"} | IDENTITY
     assert [guess["index"] for guess in body["classes"]] == np.argsort(-expected).tolist()
     for guess in body["classes"]:
         assert guess["label"] == CLASS_NAMES[guess["index"]]
@@ -95,7 +97,7 @@ def test_reconstruct_as_arrays(client: TestClient, engine: Engine) -> None:
     assert (response.status_code, response.headers["content-type"]) == (200, "application/x-npz")
     arrays = dict(np.load(BytesIO(response.content), allow_pickle=False))
     images = {"image_a", "image_b", "mixed", "reconstruction_a", "reconstruction_b"}
-    assert arrays.keys() == images | {"from_partner", "model", "fingerprint"}
+    assert arrays.keys() == images | {"from_partner"} | IDENTITY
     assert {arrays[name].shape for name in images} == {(3, 64, 64)}
     assert {arrays[name].dtype for name in images} == {np.dtype(np.float32)}
     assert arrays["from_partner"].tolist() == random_mask(4, 0.75, 3).tolist()
@@ -121,9 +123,12 @@ def test_reconstruct_as_a_panel(client: TestClient) -> None:
 def test_model_says_what_is_served(client: TestClient, engine: Engine) -> None:
     body = client.get("/model").json()
     assert body == {
-        "model": "custom",
+        "model": MODEL,
         "fingerprint": engine_fingerprint(engine),
+        "model_fingerprint": engine.bundle.fingerprint,
+        "engine_fingerprint": engine_fingerprint(engine),
         "bundle": engine.bundle.fingerprint,
+        "size": "custom",
         "engine": certify(engine).summary(),
         **json.loads(json.dumps(engine.bundle.description.to_dict())),
         "embedding_size": 64,

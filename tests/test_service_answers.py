@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load
-from serving import HAT, JPEG, NPY, NPZ, PHOTOS, SHOES, TestClient, client_of, files, refusal
+from serving import HAT, IDENTITY, JPEG, MODEL, NPY, NPZ, PHOTOS, SHOES, TestClient, client_of, files, refusal
 
 from mixmim_serve.engines import Engine
 from mixmim_serve.preprocess import normalize, preprocess
@@ -289,9 +289,9 @@ def test_streams_refuse_other_bodies_and_methods(client: TestClient) -> None:
 
 def test_openai_embeddings_as_floats_and_base64(client: TestClient, engine: Engine) -> None:
     expected = encoded(engine, HAT, "embedding")["embedding"]
-    asked = {"model": "custom", "input": [uri(HAT)], "encoding_format": "float"}
+    asked = {"model": MODEL, "input": [uri(HAT)], "encoding_format": "float"}
     body = client.post("/v1/embeddings", json=asked).json()
-    assert body.keys() == {"object", "data", "usage", "model", "fingerprint"}
+    assert body.keys() == {"object", "data", "usage"} | IDENTITY
     assert (body["object"], body["data"][0]["object"], body["data"][0]["index"]) == ("list", "embedding", 0)
     np.testing.assert_array_equal(np.array(body["data"][0]["embedding"], np.float32), expected)
     body = client.post("/v1/embeddings", json=asked | {"encoding_format": "base64", "input": uri(HAT)}).json()
@@ -314,14 +314,14 @@ def test_openai_embeddings_as_floats_and_base64(client: TestClient, engine: Engi
     ],
 )
 def test_openai_refusals(client: TestClient, change: dict[str, Any], status: int, param: str) -> None:
-    response = client.post("/v1/embeddings", json={"model": "custom", "input": uri(HAT)} | change)
+    response = client.post("/v1/embeddings", json={"model": MODEL, "input": uri(HAT)} | change)
     assert refusal(response)[::2] == (status, param)
 
 
 def test_openai_models(client: TestClient) -> None:
     listed = client.get("/v1/models").json()
-    assert [(model["id"], model["object"]) for model in listed["data"]] == [("custom", "model")]
-    assert client.get("/v1/models/custom").json() == listed["data"][0]
+    assert [(model["id"], model["object"]) for model in listed["data"]] == [(MODEL, "model")]
+    assert client.get(f"/v1/models/{MODEL}").json() == listed["data"][0]
     assert refusal(client.get("/v1/models/gpt"))[0] == 404
 
 

@@ -25,7 +25,7 @@ import numpy as np
 import psutil
 import pytest
 from numpy.typing import NDArray
-from serving import BAD, HAT, NPZ, SHOES
+from serving import BAD, HAT, MODEL, NPZ, SHOES
 from test_server import serve
 
 from mixmim_serve.config import Preprocessing
@@ -80,7 +80,7 @@ def request(route: str, form: str, image: bytes) -> dict[str, Any]:
     body: dict[str, Any] = {"input": texts if len(texts) > 1 else texts[0]}
     if route == "/embed/stream":
         return {"content": json.dumps(body), "headers": {"content-type": "application/x-ndjson"}}
-    return {"json": body | ({"model": "custom"} if route.startswith("/v1") else {}), "headers": headers}
+    return {"json": body | ({"model": MODEL} if route.startswith("/v1") else {}), "headers": headers}
 
 
 async def ask(client: httpx.AsyncClient, route: str, form: str, image: bytes) -> Answer:

@@ -29,6 +29,10 @@ def extract(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="A folder, list, .tar or .parquet files, or a URL.")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="The folder to write or resume; or a URL.")],
     features: Annotated[list[str] | None, typer.Option(help="Also store stage1 to stage4 or logits.")] = None,
+    classes: Annotated[
+        bool | None,
+        typer.Option("--classes/--no-classes", help="Store each image's class; by default with a model of your own."),
+    ] = None,
     format: Annotated[str, typer.Option(help="parquet, npy or lance.")] = "parquet",  # noqa: A002
     float16: Annotated[bool, typer.Option(help="Store float16 instead of float32: half the size.")] = False,
     fast_jpeg: Annotated[bool, typer.Option(help="Decode large JPEGs at reduced resolution.")] = False,
@@ -51,7 +55,11 @@ def extract(
     from mixmim_serve.signals import stop_signals
 
     options = ExtractOptions(
-        tuple(features or ()), format=format, dtype="float16" if float16 else "float32", fast_jpeg=fast_jpeg
+        tuple(features or ()),
+        format=format,
+        dtype="float16" if float16 else "float32",
+        fast_jpeg=fast_jpeg,
+        classes=classes,
     )
     job = ExtractJob(
         bundle_path(bundle),
@@ -136,7 +144,8 @@ def neighbours(
     if html:
         picture = pages.Picture(pages.data_uri(pages.shrink(decode(data))), query.name)
         pictures = pages.pictures(opened, [(match.key, match.cosine) for match in matches])
-        _write(html, pages.gallery(f"Nearest to {query.name}", [("query", [picture]), (f"in {features}", pictures)]))
+        title = f"Nearest to {query.name} ({opened.model})"
+        _write(html, pages.gallery(title, [("query", [picture]), (f"in {features}", pictures)]))
     for match in matches:
         typer.echo(json.dumps({"key": match.key, "cosine": round(match.cosine, 6)}))
 
@@ -164,7 +173,7 @@ def duplicates(
         shown = [list(zip(group.keys, group.cosines, strict=True))[:IMAGES_SHOWN] for group in groups[:GROUPS_SHOWN]]
         pictures = iter(pages.pictures(opened, [match for group in shown for match in group]))
         sections = [(f"{len(group)} images", list(itertools.islice(pictures, len(group)))) for group in shown]
-        _write(html, pages.gallery(f"Near-duplicates in {features}", sections))
+        _write(html, pages.gallery(f"Near-duplicates in {features} ({opened.model})", sections))
     for group in groups:
         typer.echo(json.dumps({"keys": group.keys, "cosines": [round(cosine, 6) for cosine in group.cosines]}))
     copies = sum(len(group.keys) - 1 for group in groups)
@@ -189,7 +198,7 @@ def draw_map(
     with progress_console().status("t-SNE"):
         positions = layout(opened, images)
     thumbnails = pages.thumbnails(opened, positions.keys, pages.ON_MAP)
-    title = f"{len(positions.keys):,} of {len(opened):,} images in {features}"
+    title = f"{len(positions.keys):,} of {len(opened):,} images in {features} ({opened.model})"
     _write(html, pages.map_page(title, positions, thumbnails))
 
 

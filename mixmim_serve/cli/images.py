@@ -1,4 +1,4 @@
-"""Commands on images: embed, classify, reconstruct."""
+"""Commands on images: embed, classify, score, reconstruct."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def embed(
 
     import numpy as np
 
-    from mixmim_serve.engines import engine_fingerprint, open_engine
+    from mixmim_serve.engines import identity, open_engine
     from mixmim_serve.files import atomic_path
 
     vectors = []
     engine = open_engine(bundle_path(bundle), runtime)
     for path, vector in _each_image(engine, images, "embedding"):
         if output is None:
-            line = {"path": str(path), "embedding": vector.tolist(), "fingerprint": engine_fingerprint(engine)}
+            line = {"path": str(path), "embedding": vector.tolist()} | identity(engine)
             typer.echo(json.dumps(line))
         else:
             vectors.append(vector)
@@ -69,6 +69,55 @@ def classify(
     for path, logits in _each_image(engine, images, "logits"):
         guesses = [dataclasses.asdict(guess) for guess in top_classes(engine.bundle, logits, top)]
         typer.echo(json.dumps({"path": str(path), "classes": guesses}))
+
+
+@app.command()
+def score(
+    bundle: BundleArgument,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGES", help="Image files, or folders of them.")],
+    masks: Annotated[int, typer.Option(min=1, max=16, help="Pairs of masks; each covers every unit once.")] = 2,
+    map_: Annotated[bool, typer.Option("--map", help="Add the error of each unit of 32 x 32 pixels.")] = False,
+    runtime: EngineOption = "auto",
+) -> None:
+    """Measure how badly the network reconstructs each image: one JSON line per image, as POST /score answers.
+
+    A high score is not a defect: flat, plain or defective images can score lower than good ones, because they are
+    easy to reconstruct. docs/serving.md#what-a-score-says shows nearest neighbours instead.
+
+    Example: mixmim score tiny examples/hat.jpg --map
+    """
+    import json
+
+    from safetensors.numpy import load_file
+
+    from mixmim_serve.bundle import GOLDEN
+    from mixmim_serve.engines import identity, open_engine
+    from mixmim_serve.errors import ImageError
+    from mixmim_serve.preprocess import preprocess, read_limited
+    from mixmim_serve.sources.names import expand
+    from mixmim_serve.tasks import partner_of, require_decoder, score_image
+
+    engine = open_engine(bundle_path(bundle), runtime)
+    require_decoder(engine.bundle)
+    partner = partner_of(load_file(engine.bundle.path / GOLDEN))
+    failed = 0
+    for path in expand(images):
+        try:
+            pixels = preprocess(read_limited(path), engine.bundle.description.preprocessing)
+        except ImageError as error:
+            failed += 1
+            typer.echo(f"could not read {path}: {error}", err=True)
+            continue
+        errors = score_image(engine, pixels, partner, masks)
+        line = {"path": str(path), "score": _short(errors.mean()), **({"map": _short(errors)} if map_ else {})}
+        typer.echo(json.dumps(line | identity(engine)))
+    if failed:
+        raise typer.Exit(1)
+
+
+def _short(values: Any) -> Any:
+    """float32 as JSON numbers in their shortest exact form."""
+    return [_short(value) for value in values] if values.ndim else float(str(values))
 
 
 @app.command()

@@ -31,7 +31,9 @@ def import_(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A .safetensors checkpoint.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT|RUN", help="A .safetensors checkpoint, or the folder of a run.")
+    ],
     bundle_dir: Annotated[Path, typer.Argument(metavar="BUNDLE_DIR", help="The bundle folder to write.")],
     precision: Annotated[
         list[str], typer.Option(help="Precision of the graphs: fp32, fp16 or bf16; may be repeated.")
@@ -50,24 +52,31 @@ def export(
         bool, typer.Option("--half-weights", help="Store the weights in fp16, at half the size.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle.")] = False,
+    name: Annotated[str, typer.Option(help="The model's name in answers and messages, if not BUNDLE_DIR's.")] = "",
     store: Annotated[str, typer.Option(help="Also save it in BentoML's model store as NAME or NAME:VERSION.")] = "",
 ) -> None:
     """Export a checkpoint as a bundle, verified against torch on real photos.
 
-    Example: mixmim export runs/tiny/final.safetensors bundles/tiny --precision fp32 --precision fp16
+    Of a run, the final checkpoint; before it has one, the newest. The bundle is named after its folder.
+
+    Example: mixmim export runs/mine bundles/mine --precision fp32 --precision fp16
     """
     from mixmim_serve.publish.store import check_new_tag, store_bundle
+    from mixmim_serve.runs import checkpoint_of
 
     if store:
         check_new_tag(store)  # fail before torch loads and minutes of work
+    run, (checkpoint, is_final) = checkpoint, checkpoint_of(checkpoint)
     from export.build import Options, export_bundle
     from export.tensorrt import EngineOptions
 
     engine = EngineOptions(batches=batches, capabilities=tuple(compute_capability or ()), timing_cache=timing_cache)
-    options = Options(tuple(precision), tuple(target), half_weights, overwrite, engine)
+    options = Options(tuple(precision), tuple(target), half_weights, overwrite, engine, name)
+    if not is_final:
+        typer.echo(f"{run} is not finished: exporting its newest checkpoint, {checkpoint.name}", err=True)
     with progress_console().status("reading the checkpoint") as status:
         exported = export_bundle(checkpoint, bundle_dir, options, status.update)
-    typer.echo(f"wrote {bundle_dir}  fingerprint {exported.bundle.fingerprint}")
+    typer.echo(f"wrote {bundle_dir}: model {exported.bundle.name}, model fingerprint {exported.bundle.fingerprint}")
     for name, outputs in exported.agreement.items():
         cosine = min(agreement.cosine for agreement in outputs.values())
         error = max(agreement.error for agreement in outputs.values())
@@ -101,7 +110,9 @@ def info(
         description = bundle.description
         facts = {
             "bundle": str(bundle.path),
+            "name": bundle.name,
             "fingerprint": bundle.fingerprint,
+            "model_fingerprint": bundle.fingerprint,
             "weights": bundle.weights,
             "precisions": bundle.precisions,
             "built": [dataclasses.asdict(engine) for engine in bundle.built],

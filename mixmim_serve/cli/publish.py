@@ -46,4 +46,4 @@ def pull(
     from mixmim_serve.publish.hub import pull as fetch
 
     bundle = fetch(repo, folder, revision=revision, overwrite=overwrite)
-    typer.echo(f"wrote {folder}  fingerprint {bundle.fingerprint}")
+    typer.echo(f"wrote {folder}: model {bundle.name}, model fingerprint {bundle.fingerprint}")

@@ -61,7 +61,7 @@ class AsyncClient:
         return await self._call(calls.features(await _encoded(image), stages, layout, dtype))
 
     async def score(self, image: Image, *, masks: int | None = None, with_map: bool = False) -> Score:
-        """How unusual an image is for the model: its reconstruction error over `masks` pairs of masks, 2 by default."""
+        """The reconstruction error of an image over `masks` pairs of masks (2); no detector of defects."""
         return await self._call(calls.score(await _encoded(image), masks, with_map))
 
     async def reconstruct(self, image_a: Image, image_b: Image, *, seed: int = 0, ratio: float = 0.5) -> Reconstruction:
@@ -141,11 +141,11 @@ class AsyncClient:
                 return result
             outcome = None
             if isinstance(step, Send):
-                outcome = await self._send(step)
+                outcome = self._target.outcome(await self._send(step))
             else:
                 await asyncio.sleep(step.seconds)
 
-    async def _send(self, send: Send) -> Outcome:
+    async def _send(self, send: Send) -> Reply | httpx.RequestError:
         try:
             async with asyncio.timeout(send.seconds):
                 request = self._http.build_request(**self._target.request(send))

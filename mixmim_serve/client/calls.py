@@ -102,7 +102,8 @@ READY = Call("/readyz", lambda reply: True, accept="*/*")
 
 
 def _model_of(metadata: Mapping[str, str]) -> dict[str, str]:
-    return {"model": metadata["model"], "fingerprint": metadata["fingerprint"]}
+    known = {"model": metadata["model"], "fingerprint": metadata["fingerprint"]}
+    return known | {"model_fingerprint": metadata.get("model_fingerprint", "")}
 
 
 def _as_text(value: bool) -> str:

@@ -149,7 +149,7 @@ class OneModel:
             self.fingerprint = self.fingerprint or result.fingerprint
             if self.required and result.fingerprint != self.fingerprint:
                 raise ModelChangedError(
-                    f"the fingerprint changed from {self.fingerprint} to {result.fingerprint}, and embeddings of "
-                    "different models do not compare: start again, or allow it with same_model=False."
+                    f"the engine fingerprint changed from {self.fingerprint} to {result.fingerprint}, and embeddings "
+                    "of different models do not compare: start again, or allow it with same_model=False."
                 )
         return results

@@ -1,4 +1,4 @@
-"""What the calls return. Each result names its model; results with different fingerprints do not compare."""
+"""What the calls return. Each result names its model; results with different engine fingerprints do not compare."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ Floats = NDArray[np.float32] | NDArray[np.float16]
 class Result:
     """Base class of all results."""
 
-    model: str
-    fingerprint: str  # of weights, preprocessing, runtime and precision
+    model: str  # the bundle's name
+    fingerprint: str  # the engine fingerprint: of weights, preprocessing, runtime and precision
+    model_fingerprint: str = ""  # of weights and preprocessing alone; empty from an older server
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,7 +46,7 @@ class Features(Result):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Score(Result):
-    """How unusual one image is for the model: its reconstruction error."""
+    """How badly the network reconstructs one image, which says little about whether it is unusual."""
 
     score: float  # 0 is perfect reconstruction
     map: Floats | None  # of each unit, (rows, columns), if requested

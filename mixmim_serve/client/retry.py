@@ -74,6 +74,14 @@ class Wait:
     seconds: float
 
 
+class ConnectionRefused(httpx.ConnectError):
+    """Nothing listens at the server's address: it was not started, still loads its model, or restarts."""
+
+    def __init__(self, url: str, *, was_reached: bool) -> None:
+        super().__init__(f"connection refused by {url}")
+        self.was_reached = was_reached  # whether the server has answered this client before
+
+
 Outcome = Reply | httpx.RequestError
 Value = TypeVar("Value")
 Steps = Generator[Send | Wait, Outcome | None, Value]
@@ -82,18 +90,21 @@ Steps = Generator[Send | Wait, Outcome | None, Value]
 def attempts(call: Call[Value], policy: Policy, clock: Callable[[], float] = time.monotonic) -> Steps[Value]:
     """Send a call until there is a final response, with one X-Request-Id for all attempts.
 
+    A refused connection is final too, unless the server has answered before and may be restarting.
+
     Raises:
         ImageError: when the image is rejected.
         RefusedError: when the request is wrong.
         ServerError: when the server fails, or its response cannot be read.
-        UnavailableError: when time or retries run out.
+        UnavailableError: when time or retries run out, or nothing listens.
     """
-    request, end = uuid.uuid4().hex, clock() + policy.total
+    request, began = uuid.uuid4().hex, clock()
+    end = began + policy.total
     outcome: Outcome | None = None
     for tries in itertools.count(1):
         left = end - clock()
         if left < SHORTEST:
-            raise _given_up(call, tries - 1, policy, outcome, request)
+            raise _given_up(call, tries - 1, clock() - began, outcome, request)
         outcome = yield _send(call, policy, left, request)
         if isinstance(outcome, Reply) and outcome.status not in RETRIED:
             if is_result(outcome):
@@ -101,8 +112,9 @@ def attempts(call: Call[Value], policy: Policy, clock: Callable[[], float] = tim
             raise error_of(outcome, len(call.images), request)
         assert outcome is not None  # noqa: S101 - a `Send` is answered
         wait = policy.wait(tries, outcome)
-        if (policy.retries is not None and tries > policy.retries) or clock() + wait > end:
-            raise _given_up(call, tries, policy, outcome, request)
+        is_over = (policy.retries is not None and tries > policy.retries) or clock() + wait > end
+        if is_over or (isinstance(outcome, ConnectionRefused) and not outcome.was_reached):
+            raise _given_up(call, tries, clock() - began, outcome, request)
         yield Wait(wait)
     raise AssertionError  # `count` never ends
 
@@ -144,13 +156,18 @@ def _send(call: Call[Any], policy: Policy, left: float, request: str) -> Send:
     return Send(call, headers, timeout, left)
 
 
-def _given_up(call: Call[Any], tries: int, policy: Policy, last: Outcome | None, request: str) -> UnavailableError:
-    what = f"{call.path} failed after {tries} {'attempt' if tries == 1 else 'attempts'} within {policy.total:g} s"
+def _given_up(call: Call[Any], tries: int, waited: float, last: Outcome | None, request: str) -> UnavailableError:
+    what = f"{call.path} failed after {tries} {'attempt' if tries == 1 else 'attempts'} in {waited:.1f} s"
     if isinstance(last, Reply):
         return UnavailableError(
             f"{what}; the last response was {last.status}: {last.reason}",
             last.status,
             last.problem.get("code"),
+            request=request,
+        )
+    if isinstance(last, ConnectionRefused):
+        return UnavailableError(
+            f"{what}, {last}: start the server with `mixmim serve` and wait until it is ready, or check the URL.",
             request=request,
         )
     reason = "there was no time to send it" if last is None else str(last) or type(last).__name__

@@ -62,7 +62,7 @@ class Client:
         return self._call(calls.features(encoded(image), stages, layout, dtype))
 
     def score(self, image: Image, *, masks: int | None = None, with_map: bool = False) -> Score:
-        """How unusual an image is for the model: its reconstruction error over `masks` pairs of masks, 2 by default."""
+        """The reconstruction error of an image over `masks` pairs of masks (2); no detector of defects."""
         return self._call(calls.score(encoded(image), masks, with_map))
 
     def reconstruct(self, image_a: Image, image_b: Image, *, seed: int = 0, ratio: float = 0.5) -> Reconstruction:
@@ -140,11 +140,11 @@ class Client:
                 return result
             outcome = None
             if isinstance(step, Send):
-                outcome = self._send(step)
+                outcome = self._target.outcome(self._send(step))
             else:
                 sleep(step.seconds)
 
-    def _send(self, send: Send) -> Outcome:
+    def _send(self, send: Send) -> Reply | httpx.RequestError:
         deadline = time.monotonic() + send.seconds
         try:
             request = self._http.build_request(**self._target.request(send))

@@ -6,7 +6,8 @@ from typing import Any
 
 import httpx
 
-from mixmim_serve.client.retry import Policy, Send
+from mixmim_serve.client.answers import Reply
+from mixmim_serve.client.retry import ConnectionRefused, Outcome, Policy, Send
 from mixmim_serve.errors import ConfigError
 from mixmim_serve.version import __version__
 
@@ -29,6 +30,7 @@ class Target:
             raise ConfigError("the API key must be printable ASCII: check it for line breaks and spaces.")
         self.url = url.rstrip("/")
         self.policy = policy or Policy()
+        self.was_reached = False  # whether the server has ever answered this client
         self.headers = {"User-Agent": f"mixmim-serve/{__version__}"}
         if api_key is not None:
             self.headers["Authorization"] = f"Bearer {api_key}"
@@ -45,3 +47,19 @@ class Target:
             "headers": {**self.headers, **send.headers},
             "timeout": send.timeout,
         }
+
+    def outcome(self, found: Reply | httpx.RequestError) -> Outcome:
+        """What `attempts` is told: the response or error itself, or that nothing listens at the address."""
+        self.was_reached = self.was_reached or isinstance(found, Reply)
+        if isinstance(found, httpx.ConnectError) and _is_refused(found):
+            return ConnectionRefused(self.url, was_reached=self.was_reached)
+        return found
+
+
+def _is_refused(error: BaseException | None) -> bool:
+    """Whether the operating system refused the connection, at every address of the host; httpx wraps its errors."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(_is_refused(each) for each in error.exceptions)
+    if error is None or isinstance(error, ConnectionRefusedError):
+        return error is not None
+    return _is_refused(error.__cause__ or error.__context__)

@@ -44,12 +44,21 @@ class Engine(Protocol):
 
 
 def engine_fingerprint(engine: Engine) -> str:
-    """128 bits, in hex, of everything that changes the outputs: the bundle's fingerprint, the engine and its precision.
+    """128 bits, in hex, of all that changes the outputs: the model fingerprint, the engine and its precision.
 
     The runtime's version does not count: releases differ in the rounding of the last bits, as processors do.
     """
     identity = {"bundle": engine.bundle.fingerprint, "engine": engine.name, "precision": engine.precision}
     return hashlib.sha256(canonical_json(identity)).hexdigest()[:32]
+
+
+def identity(engine: Engine) -> dict[str, str]:
+    """What every result carries: the model's name, the engine fingerprint (`fingerprint`) and the model fingerprint."""
+    return {
+        "model": engine.bundle.name,
+        "fingerprint": engine_fingerprint(engine),
+        "model_fingerprint": engine.bundle.fingerprint,
+    }
 
 
 def check_request(

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from mixmim_serve.engines import engine_fingerprint, open_engine
 from mixmim_serve.errors import OutputError
 from mixmim_serve.extract.folder import DATASET, Folder
-from mixmim_serve.extract.manifest import read_manifest
+from mixmim_serve.extract.manifest import SHOWN, made_by, read_manifest
 from mixmim_serve.extract.sinks import read_npy, read_parquet
-from mixmim_serve.extract.table import matrix
+from mixmim_serve.extract.table import engine_metadata, matrix
 from mixmim_serve.preprocess import preprocess
 
 Vectors = NDArray[np.float32]
@@ -46,6 +46,12 @@ class FeatureFolder:
         if not self.shards:
             raise OutputError(f"{place} has no features yet: let mixmim extract finish.")
         self.ends = list(itertools.accumulate(shard["rows"] for shard in self.shards))
+
+    @property
+    def model(self) -> str:
+        """What made the features, for a heading; manifests of older versions have no model fingerprint."""
+        known = self.manifest.get("model_fingerprint", "")
+        return f"{self.manifest['model']}, model fingerprint {known[:SHOWN]}" if known else str(self.manifest["model"])
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -122,8 +128,8 @@ def embed_query(manifest: Mapping[str, Any], data: bytes, bundle: Path | None = 
     )
     if engine_fingerprint(engine) != manifest["fingerprint"]:
         raise OutputError(
-            f"{engine.bundle.path} on {engine.name} did not make these features ({manifest['model']} on "
-            f"{manifest['engine']} did): name their bundle with --bundle."
+            f"{made_by(engine_metadata(engine))} did not make these features, but {made_by(manifest)}: name their "
+            "bundle with --bundle."
         )
     pixels = preprocess(data, engine.bundle.description.preprocessing)
     vector: Vectors = engine.run("encoder", {"pixels": pixels[None]}, ["embedding"])["embedding"][0]

@@ -8,12 +8,14 @@ import itertools
 from collections.abc import Callable
 from pathlib import Path
 
+from mixmim_serve.bundle import open_bundle
 from mixmim_serve.errors import MixMIMError
-from mixmim_serve.extract.folder import Folder
+from mixmim_serve.extract.folder import MANIFEST, Folder
 from mixmim_serve.extract.job import Executor, ExtractJob, Summary
 from mixmim_serve.extract.local import LocalExecutor
 from mixmim_serve.extract.lock import locked
-from mixmim_serve.extract.manifest import Ledger, Origin
+from mixmim_serve.extract.manifest import Ledger, Origin, read_manifest
+from mixmim_serve.extract.options import ExtractOptions, has_head
 from mixmim_serve.extract.plan import images_per_shard, plan
 from mixmim_serve.extract.progress import FEW_AT_END, ExtractProgress, Meter
 from mixmim_serve.extract.shard import CancelledError
@@ -35,11 +37,10 @@ def run(
         MixMIMError: one sentence. Shards written so far stay complete, and the same job resumes after them.
     """
     source = open_source(job.source)
-    options = dataclasses.replace(job.options, images=job.options.images or images_per_shard(len(source.keys)))
-    job = dataclasses.replace(job, options=options)
     folder = Folder(job.out)
     with locked(folder):
         folder.clean()
+        job = dataclasses.replace(job, options=_decided(job, source, folder))
         instance = (executor or LocalExecutor)(job, source)
         meter = Meter(len(source.keys), progress, cancelled, job.effort.max_failures)
         try:
@@ -72,9 +73,18 @@ def _lead(job: ExtractJob, source: Source, folder: Folder, executor: Executor, m
     return Summary(ledger.rows, ledger.errors, len(source.keys), complete, meter.state(), examples)
 
 
+def _decided(job: ExtractJob, source: Source, folder: Folder) -> ExtractOptions:
+    """The job's options with what they leave open: the images per shard, and whether to write classes."""
+    content = folder.read_bytes(MANIFEST)
+    begun = None if content is None else read_manifest(folder, content).get("options")
+    options = dataclasses.replace(job.options, images=job.options.images or images_per_shard(len(source.keys)))
+    return options.decided(open_bundle(job.bundle), begun)
+
+
 def _origin(job: ExtractJob, source: Source, executor: Executor) -> Origin:
     names = _absolute(str(job.bundle)), _absolute(job.source)
-    return Origin(*names, executor.engine_metadata(), job.options.to_dict(), len(source.keys), source.digest())
+    options, head = job.options.to_dict(), has_head(open_bundle(job.bundle))
+    return Origin(*names, executor.engine_metadata(), options, len(source.keys), source.digest(), head)
 
 
 def _end(ledger: Ledger, shards: int, succeeded: bool) -> None:

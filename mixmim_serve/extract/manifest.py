@@ -26,6 +26,7 @@ from mixmim_serve.strict_json import parse_json
 FORMAT = 1  # of the manifest; increased when an older reader would misread the folder
 SAVE_EVERY = 30.0  # seconds between two updates of the manifest
 AT_ONCE = 16  # records read in parallel
+SHOWN = 8  # characters of a fingerprint in a message
 _ERRORS_SCHEMA = pa.schema([("key", pa.string()), ("reason", pa.string()), ("shard", pa.string())])
 
 
@@ -39,6 +40,7 @@ class Origin:
     options: Mapping[str, Any]
     images: int
     digest: str  # of the source
+    has_head: bool = False  # of the model
 
     def check_same(self, place: str, manifest: Mapping[str, Any]) -> None:
         """Compare with the manifest of a folder.
@@ -52,12 +54,13 @@ class Origin:
             )
         if manifest["fingerprint"] != self.engine["fingerprint"]:
             raise OutputError(
-                f"{place} has features {_made_by(manifest)}, not {_made_by(self.engine)}: choose another folder, or "
-                "that bundle and engine."
+                f"{place} has features of {made_by(manifest)}, not of {made_by(self.engine)}: choose another folder, "
+                "or that bundle and engine."
             )
-        different = [name for name, value in manifest["options"].items() if self.options.get(name) != value]
+        recorded = {"classes": self.has_head} | manifest["options"]  # older versions always wrote the classes
+        different = [name for name, value in recorded.items() if self.options.get(name) != value]
         if different:
-            values = ", ".join(f"{name} {manifest['options'][name]}" for name in different)
+            values = ", ".join(f"{name} {recorded[name]}" for name in different)
             raise OutputError(
                 f"{place} was started with other options ({values}): use those, or choose another folder."
             )
@@ -173,6 +176,12 @@ def read_manifest(folder: Folder, content: bytes | None = None) -> dict[str, Any
     return values
 
 
-def _made_by(engine: Mapping[str, Any]) -> str:
-    model, name, precision, fingerprint = (engine[key] for key in ("model", "engine", "precision", "fingerprint"))
-    return f"of {model} on {name} in {precision} (fingerprint {fingerprint[:8]})"
+def made_by(engine: Mapping[str, Any]) -> str:
+    """What made features, from their manifest or `table.engine_metadata`: model and engine with their fingerprints.
+
+    Manifests of older versions have no model fingerprint.
+    """
+    model, engine_print = engine.get("model_fingerprint"), engine["fingerprint"]
+    known = f" (model fingerprint {model[:SHOWN]})" if model else ""
+    name, runtime, precision = (engine[key] for key in ("model", "engine", "precision"))
+    return f"{name}{known} on {runtime} in {precision} (engine fingerprint {engine_print[:SHOWN]})"

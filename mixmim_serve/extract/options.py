@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mixmim_serve.bundle import Bundle
-from mixmim_serve.errors import ConfigError, quoted
+from mixmim_serve.bundle import DEFAULT_BUNDLE, Bundle, open_bundle
+from mixmim_serve.errors import BundleError, ConfigError, quoted
 from mixmim_serve.extract.pipeline import BATCH
 
 FORMATS = ("parquet", "npy", "lance")
@@ -24,6 +26,7 @@ class ExtractOptions:
     batch: int = BATCH  # images per call of the engine
     fast_jpeg: bool = False  # decode large JPEGs at a fraction of their size
     images: int = 0  # per shard; 0: `plan.images_per_shard`
+    classes: bool | None = None  # the most probable class and its probability; None: see `decided`
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "features", tuple(self.features))
@@ -35,11 +38,13 @@ class ExtractOptions:
             raise ConfigError("batch must be at least 1, and images per shard at least 1, or 0 for the default.")
 
     def check(self, bundle: Bundle) -> None:
-        """Check that the bundle has the features.
+        """Check that the bundle has the features, and a head for classes.
 
         Raises:
             ConfigError: for a feature that it lacks, listing those it has.
         """
+        if self.classes and not has_head(bundle):
+            raise ConfigError("this model has no classification head: extract without classes.")
         available = [name for name in bundle.graphs["encoder"] if name != "embedding"]
         for name in self.features:
             if name not in available:
@@ -47,9 +52,35 @@ class ExtractOptions:
         if len(set(self.features)) < len(self.features):
             raise ConfigError("a feature is listed twice: list each one once.")
 
+    def decided(self, bundle: Bundle, begun: Mapping[str, Any] | None = None) -> ExtractOptions:
+        """The options with `classes` true or false: as given, else as in the options of a begun folder, else by model.
+
+        The shipped model's classes mean nothing to other photos, so they have to be asked for; those of any other
+        model with a head are written.
+        """
+        classes = self.classes
+        if classes is None and begun is not None:
+            classes = bool(begun.get("classes", True)) and has_head(bundle)
+        if classes is None:
+            classes = has_head(bundle) and bundle.fingerprint != _shipped_fingerprint()
+        return dataclasses.replace(self, classes=classes)
+
     def to_dict(self) -> dict[str, Any]:
         """The options as JSON values, for the manifest."""
         return dataclasses.asdict(self) | {"features": list(self.features)}
+
+
+def has_head(bundle: Bundle) -> bool:
+    """Whether a bundle can classify. Folders of older versions then have classes, and their manifests do not say so."""
+    return "logits" in bundle.graphs["encoder"]
+
+
+@functools.cache
+def _shipped_fingerprint() -> str:
+    try:
+        return open_bundle(DEFAULT_BUNDLE).fingerprint
+    except BundleError:  # a package that leaves it out
+        return ""
 
 
 @dataclass(frozen=True)

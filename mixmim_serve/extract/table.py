@@ -2,7 +2,7 @@
 
 key             the source's name of the image
 embedding       fixed-size list of float32 or float16
-class, probability    the most probable class, if the model has a head
+class, probability    the most probable class, with `ExtractOptions.classes`
 stage1..., logits     on request: flat fixed-size lists; `shapes` in the file's metadata has their shapes
 width, height   of the upright image
 sha256          of the encoded image, in hex
@@ -19,8 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixmim_serve.bundle import Bundle
-from mixmim_serve.config import size_name
-from mixmim_serve.engines import Engine, engine_fingerprint
+from mixmim_serve.engines import Engine, identity
 from mixmim_serve.engines.base import Arrays
 from mixmim_serve.errors import DataError
 from mixmim_serve.extract.options import ExtractOptions
@@ -51,19 +50,19 @@ class Table:
     def __init__(self, engine: Engine, options: ExtractOptions) -> None:
         options.check(engine.bundle)
         self.bundle, self.options = engine.bundle, options
-        self.has_head = "logits" in engine.bundle.graphs["encoder"]
+        self.has_classes = bool(options.decided(engine.bundle).classes)
         shapes = _shapes(engine.bundle, options)
         self.engine: dict[str, Any] = engine_metadata(engine)
         self.lists = {name: int(np.prod(shape)) for name, shape in shapes.items()}
         metadata = {METADATA_KEY: json.dumps({**self.engine, "shapes": shapes}, sort_keys=True)}
-        self.schema = pa.schema(_fields(self.lists, options.dtype, self.has_head), metadata)
+        self.schema = pa.schema(_fields(self.lists, options.dtype, self.has_classes), metadata)
         width = sum(self.lists.values()) * np.dtype(options.dtype).itemsize
         self.group = max(1, min(ROW_GROUP, ROW_GROUP_BYTES // width))  # rows
 
     @property
     def outputs(self) -> tuple[str, ...]:
         """The encoder outputs that the columns need."""
-        return tuple(dict.fromkeys((*self.lists, *(("logits",) if self.has_head else ()))))
+        return tuple(dict.fromkeys((*self.lists, *(("logits",) if self.has_classes else ()))))
 
     def rows(self, rows: Sequence[Row], arrays: Arrays) -> pa.Table:
         """A table of images and their outputs, (rows, ...) each."""
@@ -71,7 +70,7 @@ class Table:
         for name, size in self.lists.items():
             flat = arrays[name].astype(self.options.dtype).reshape(-1)
             columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(flat), size)
-        if self.has_head:
+        if self.has_classes:
             best = [top_classes(self.bundle, logits, 1)[0] for logits in arrays["logits"]]
             columns |= {"class": [top.label for top in best], "probability": [top.probability for top in best]}
         arrays_in_order = [pa.array(columns[field.name], field.type) for field in self.schema]
@@ -90,10 +89,9 @@ class Table:
 
 
 def engine_metadata(engine: Engine) -> dict[str, Any]:
-    """Model, fingerprint, engine, precision and preprocessing behind the features, as JSON values."""
+    """Name, fingerprints, engine, precision and preprocessing behind the features, as JSON values."""
     return {
-        "model": size_name(engine.bundle.arch),
-        "fingerprint": engine_fingerprint(engine),
+        **identity(engine),
         "engine": engine.name,
         "precision": engine.precision,
         "preprocessing": engine.bundle.description.to_dict()["preprocessing"],
@@ -110,12 +108,12 @@ def matrix(column: Any) -> NDArray[Any]:
     return np.concatenate(arrays) if arrays else np.zeros((0, size), column.type.value_type.to_pandas_dtype())
 
 
-def _fields(lists: dict[str, int], dtype: str, has_head: bool) -> list[Any]:
+def _fields(lists: dict[str, int], dtype: str, has_classes: bool) -> list[Any]:
     kind = pa.float16() if dtype == "float16" else pa.float32()
     features = [pa.field(name, pa.list_(kind, size)) for name, size in lists.items()]
-    head = [pa.field("class", pa.string()), pa.field("probability", pa.float32())] if has_head else []
+    classes = [pa.field("class", pa.string()), pa.field("probability", pa.float32())] if has_classes else []
     image = [pa.field("width", pa.int32()), pa.field("height", pa.int32()), pa.field("sha256", pa.string())]
-    return [pa.field("key", pa.string()), features[0], *head, *features[1:], *image]
+    return [pa.field("key", pa.string()), features[0], *classes, *features[1:], *image]
 
 
 def _shapes(bundle: Bundle, options: ExtractOptions) -> dict[str, list[int]]:

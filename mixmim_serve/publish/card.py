@@ -68,7 +68,8 @@ def _facts(bundle: Bundle) -> dict[str, str]:
         "reconstructs": "yes" if "reconstruct" in bundle.graphs else "no",
         "classes": f"{arch.num_classes}" if arch.num_classes else "none: no head",
         "precisions": ", ".join(bundle.precisions),
-        "fingerprint": f"`{bundle.fingerprint}`",
+        "name": bundle.name,
+        "model fingerprint": f"`{bundle.fingerprint}`",
     }
     if labels:
         facts["labels"] = ", ".join((*labels[:20], "...") if len(labels) > 20 else labels)

@@ -46,7 +46,9 @@ def store_bundle(bundle: Bundle, tag: str) -> str:
     check_new_tag(tag)
     bentoml = _bentoml()
     metadata = {
+        "name": bundle.name,
         "fingerprint": bundle.fingerprint,
+        "model_fingerprint": bundle.fingerprint,
         "image_size": bundle.arch.image_size,
         "embedding_size": bundle.arch.embedding_size,
         "precisions": list(bundle.precisions),

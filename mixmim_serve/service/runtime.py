@@ -14,7 +14,6 @@ from safetensors.numpy import load_file
 from starlette.datastructures import State
 
 from mixmim_serve.bundle import GOLDEN, Bundle
-from mixmim_serve.config import size_name
 from mixmim_serve.engines import Engine, engine_fingerprint, open_engine
 from mixmim_serve.engines.base import Arrays
 from mixmim_serve.engines.buckets import buckets_between
@@ -49,7 +48,7 @@ class Runtime:
         self.certificate = certify(engine)
         self.certificate.require()
         self.fingerprint = engine_fingerprint(engine)
-        self.model_name = size_name(engine.bundle.arch)
+        self.model_name = engine.bundle.name
         # No two of these share threads, so that none of them waits for another kind of work.
         self.engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self.stack_thread = ThreadPoolExecutor(1, thread_name_prefix="stack")
@@ -68,8 +67,9 @@ class Runtime:
 
     @property
     def identity(self) -> dict[str, str]:
-        """Model and fingerprint, which every answer carries."""
-        return {"model": self.model_name, "fingerprint": self.fingerprint}
+        """Name, engine fingerprint and model fingerprint, which every answer carries."""
+        fingerprints = {"fingerprint": self.fingerprint, "model_fingerprint": self.bundle.fingerprint}
+        return {"model": self.model_name, **fingerprints}
 
     @property
     def bundle(self) -> Bundle:
@@ -99,7 +99,7 @@ class Runtime:
             self.metrics.queue.labels(graph).set_function(partial(getattr, batcher, "queued"))
         self.metrics.ready.set_function(lambda: float(self._canary[1]))
         name, precision = self.engine.name, self.engine.precision
-        self.metrics.engine.labels(self.model_name, name, precision, self.fingerprint).set(1)
+        self.metrics.engine.labels(self.model_name, name, precision, self.fingerprint, self.bundle.fingerprint).set(1)
 
     def warm_up(self) -> None:
         """Run each graph once, so that the first request waits for nothing.

@@ -23,7 +23,6 @@ import uvicorn
 from starlette.applications import Starlette
 
 from mixmim_serve.bundle import Bundle, open_bundle
-from mixmim_serve.config import size_name
 from mixmim_serve.engines.opening import check_kind
 from mixmim_serve.errors import ConfigError
 from mixmim_serve.service import auth
@@ -35,6 +34,8 @@ from mixmim_serve.service.runtime import open_runtime
 from mixmim_serve.service.settings import Settings
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+# Addresses that mean all interfaces, and one that a browser on this machine opens.
+EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - nothing is bound here
 M_MMAP_THRESHOLD = -3  # of malloc.h
 SWITCH_SECONDS = 0.001  # that a thread may keep Python's lock while the event loop waits for it; 0.005 by default
 BACKLOG = 2048  # connections that wait to be accepted
@@ -55,9 +56,12 @@ def launch(path: Path, host: str, port: int, engine: str, settings: Settings) ->
     with bind(host, port) as listener:
         app = prepare(bundle, engine, settings)
         photo = "examples/hat.jpg" if Path("examples/hat.jpg").is_file() else "photo.jpg"
+        runtime, url = app.state.runtime, address(EVERYWHERE.get(host, host), port)
         lines = [
-            f"serving {size_name(bundle.arch)} from {path} at http://{host}:{port}",
-            f"try: curl -F image=@{photo} http://{host}:{port}/embed",
+            f"serving {bundle.name} from {path} at {address(host, port)}",
+            f"model fingerprint {bundle.fingerprint}, engine fingerprint {runtime.fingerprint} "
+            f"({runtime.engine.name} in {runtime.engine.precision})",
+            f"open {url}/docs in a browser, or try: curl -F image=@{photo} {url}/embed",
         ]
         folder = str(app.state.jobs.folder) if app.state.jobs else None
         if folder:
@@ -66,6 +70,11 @@ def launch(path: Path, host: str, port: int, engine: str, settings: Settings) ->
             lines.append(open_door(host, settings.jobs_roots, folder))
         print("\n".join(lines), flush=True)  # noqa: T201
         run(app, listener)
+
+
+def address(host: str, port: int) -> str:
+    """The URL of a server; an IPv6 address stands in brackets."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def open_door(host: str, jobs_roots: Sequence[str], jobs_folder: str | None) -> str:

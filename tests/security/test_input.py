@@ -13,7 +13,7 @@ import httpx
 import orjson
 import pytest
 from conftest import REPOSITORY
-from serving import HAT, JPEG, TestClient, refusal
+from serving import HAT, JPEG, MODEL, TestClient, refusal
 from test_server import serve
 
 from mixmim_serve.bundle import open_bundle
@@ -152,7 +152,7 @@ REQUESTS: dict[str, Callable[[TestClient], object]] = {
     "parameter": lambda client: client.post("/v1/embeddings", content=orjson.dumps({LONG: 1}), headers=JSON),
     "model": lambda client: client.post("/v1/embeddings", content=orjson.dumps({"model": LONG}), headers=JSON),
     "encoding": lambda client: client.post(
-        "/v1/embeddings", content=orjson.dumps({"model": "custom", "encoding_format": [LONG]}), headers=JSON
+        "/v1/embeddings", content=orjson.dumps({"model": MODEL, "encoding_format": [LONG]}), headers=JSON
     ),
     "model in the path": lambda client: client.get(f"/v1/models/{LONG[:60_000]}"),
     "option": lambda client: client.post(f"/embed?{LONG[:60_000]}=1", content=HAT, headers=JPEG),

@@ -12,6 +12,10 @@ from mixmim_serve.extract.options import DTYPES, ExtractOptions, Resources
 MAX_FAILURES = "max_failures"  # belongs to `Resources`; the others to `ExtractOptions`
 _OPTIONS: dict[str, dict[str, Any]] = {
     "features": {"type": "array", "items": {"type": "string"}, "default": []},
+    "classes": {
+        "type": "boolean",
+        "description": "Also store each image's most probable class; by default unless the model is the shipped one.",
+    },
     # Lance's files are read only by its own library, and from a folder.
     "format": {"enum": ["parquet", "npy"], "default": ExtractOptions.format},
     "dtype": {"enum": list(DTYPES), "default": ExtractOptions.dtype},
@@ -54,7 +58,7 @@ def parse_options(values: object, bundle: Bundle) -> dict[str, Any]:
     resources = Resources(values.get(MAX_FAILURES, Resources.max_failures))
     options = ExtractOptions(**{name: value for name, value in values.items() if name != MAX_FAILURES})
     options.check(bundle)
-    return options.to_dict() | {MAX_FAILURES: resources.max_failures}
+    return options.decided(bundle).to_dict() | {MAX_FAILURES: resources.max_failures}
 
 
 def _check(name: str, value: Any, option: dict[str, Any]) -> None:

@@ -4,5 +4,6 @@ document    the whole document
 images      image routes
 openai      routes for OpenAI clients
 jobs        job routes
+purposes    groups of routes, and a description of each
 parts       the pieces that they are made of
 """

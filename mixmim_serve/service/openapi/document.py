@@ -19,6 +19,7 @@ from mixmim_serve.service.openapi.parts import (
     object_schema,
     ref,
 )
+from mixmim_serve.service.openapi.purposes import PURPOSES, TAGS
 from mixmim_serve.service.options import Json
 from mixmim_serve.service.request import Endpoint
 from mixmim_serve.version import __version__
@@ -41,7 +42,7 @@ OPERATIONS: dict[tuple[str, str], Callable[[Sequence[Json]], Json]] = {
     ("POST", "/jobs/resume"): jobs.resume,
     ("GET", "/jobs/file"): jobs.file,
     ("GET", "/model"): lambda _: get_operation(
-        "Describe the served model: network, preprocessing, labels, engine, fingerprint", ref("Model")
+        "Describe the served model: name, network, preprocessing, labels, engine, fingerprints", ref("Model")
     ),
     ("GET", "/livez"): lambda _: _plain("Check that the process is alive"),
     ("GET", "/healthz"): lambda _: _plain("Same as /livez"),
@@ -57,7 +58,7 @@ def document(endpoints: tuple[Endpoint, ...]) -> Json:
     """The document of a route table.
 
     Raises:
-        KeyError: for a documented endpoint that has no operation here.
+        KeyError: for a documented endpoint that has no operation here, or no purpose.
     """
     return {
         "openapi": "3.1.0",
@@ -67,6 +68,7 @@ def document(endpoints: tuple[Endpoint, ...]) -> Json:
             "description": "Embeddings, classes, features, scores and reconstructions of images by a MixMIM backbone.",
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
+        "tags": TAGS,
         "paths": _paths(endpoints),
         "components": {
             "schemas": _schemas(),
@@ -86,7 +88,10 @@ def _paths(endpoints: Sequence[Endpoint]) -> Json:
         if endpoint.is_documented:
             path = endpoint.path.replace(":path}", "}")
             parameters = [option.parameter() for option in endpoint.options or ()]
-            paths.setdefault(path, {})[endpoint.method.lower()] = OPERATIONS[endpoint.method, path](parameters)
+            operation = OPERATIONS[endpoint.method, path](parameters)
+            tag, description = PURPOSES[endpoint.method, path]
+            about = {"tags": [tag], "summary": operation.pop("summary"), "description": description}
+            paths.setdefault(path, {})[endpoint.method.lower()] = about | operation
     return paths
 
 
@@ -102,7 +107,15 @@ def _schemas() -> Json:
         | openai.answer_schemas()
         | jobs.schemas()
         | {
-            "Model": object_schema({**IDENTITY_SCHEMA, "embedding_size": INTEGER, "outputs": {"type": "object"}}),
+            "Model": object_schema(
+                {
+                    **IDENTITY_SCHEMA,
+                    "engine_fingerprint": STRING | {"description": "The same as `fingerprint`."},
+                    "size": STRING | {"description": "Named size of the network, or custom."},
+                    "embedding_size": INTEGER,
+                    "outputs": {"type": "object"},
+                }
+            ),
             "Error": object_schema(
                 {
                     "message": STRING,

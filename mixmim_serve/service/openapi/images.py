@@ -47,7 +47,7 @@ def features(parameters: Sequence[Json]) -> Json:
 
 def score(parameters: Sequence[Json]) -> Json:
     """POST /score."""
-    summary, example = "Score how unlike its training data an image is", {"score": 0.31}
+    summary, example = "Measure how badly the network reconstructs an image", {"score": 0.31}
     return _operation(summary, "Score", parameters, example, ("x-npz", "x-safetensors"))
 
 

@@ -23,7 +23,7 @@ from mixmim_serve.service.options import Json
 
 def embeddings(parameters: Sequence[Json]) -> Json:
     """POST /v1/embeddings."""
-    request = {"model": "tiny", "input": [PHOTO], "encoding_format": "float"}
+    request = {"model": IDENTITY["model"], "input": [PHOTO], "encoding_format": "float"}
     example = {
         "object": "list",
         "data": [{"object": "embedding", "index": 0, "embedding": [0.12, -0.5]}],
@@ -66,7 +66,8 @@ def answer_schemas() -> Json:
     embedding = object_schema({"object": {"const": "embedding"}, "index": INTEGER, "embedding": vector})
     usage = object_schema({"prompt_tokens": INTEGER, "total_tokens": INTEGER})
     listed = {"object": {"const": "list"}}
-    model = {"id": STRING, "object": {"const": "model"}, "created": INTEGER, "owned_by": STRING, "fingerprint": STRING}
+    named = {"id": IDENTITY_SCHEMA["model"], "object": {"const": "model"}, "created": INTEGER, "owned_by": STRING}
+    model = named | {name: IDENTITY_SCHEMA[name] for name in ("fingerprint", "model_fingerprint")}
     embeddings = listed | {"data": {"type": "array", "items": embedding}, "usage": usage} | IDENTITY_SCHEMA
     return {
         "OpenAIEmbeddings": object_schema(embeddings),

@@ -14,8 +14,21 @@ BINARY: Json = {"type": "string", "format": "binary"}
 CLOSED: Json = {"additionalProperties": False}
 
 PHOTO = "data:image/jpeg;base64,/9j/4AAQSkZJRgABAQAAAQABAAD/"
-IDENTITY: Json = {"model": "tiny", "fingerprint": "00112233445566778899aabbccddeeff"}  # an example
-IDENTITY_SCHEMA: Json = {"model": STRING, "fingerprint": STRING}  # in every answer
+IDENTITY: Json = {
+    "model": "shoes",
+    "fingerprint": "00112233445566778899aabbccddeeff",
+    "model_fingerprint": "2e1b81021939d7351b9dd02985363a0a",
+}  # an example
+IDENTITY_SCHEMA: Json = {
+    "model": STRING | {"description": "The bundle's name."},
+    "fingerprint": STRING
+    | {
+        "description": "The engine fingerprint: weights, preprocessing, runtime and precision. Vectors and scores "
+        "compare only where it is the same."
+    },
+    "model_fingerprint": STRING
+    | {"description": "The model fingerprint, which `mixmim export` prints: weights and preprocessing alone."},
+}  # in every answer
 
 ERRORS = {
     400: "The body, an option or a header is malformed.",

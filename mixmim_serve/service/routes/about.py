@@ -8,6 +8,7 @@ from pathlib import Path
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, RedirectResponse, Response
 
+from mixmim_serve.config import size_name
 from mixmim_serve.service.errors import RequestError
 from mixmim_serve.service.metrics import Metrics
 from mixmim_serve.service.openapi.document import document
@@ -27,14 +28,15 @@ PAGE = """<!doctype html>
 
 
 async def model(request: Request) -> Response:
-    """Description, fingerprint, engine and outputs of the bundle that is served."""
+    """Name, description, fingerprints, engine and outputs of the bundle that is served."""
     runtime = require_runtime(request.app.state)
     bundle = runtime.bundle
     return json_response(
         {
-            "model": runtime.model_name,
-            "fingerprint": runtime.fingerprint,
-            "bundle": bundle.fingerprint,
+            **runtime.identity,
+            "engine_fingerprint": runtime.fingerprint,  # as `fingerprint`
+            "bundle": bundle.fingerprint,  # as `model_fingerprint`
+            "size": size_name(bundle.arch),
             "engine": runtime.certificate.summary(),
             **bundle.description.to_dict(),
             "embedding_size": bundle.arch.embedding_size,

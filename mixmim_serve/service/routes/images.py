@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
@@ -23,7 +22,7 @@ from mixmim_serve.bundle import STAGE_OUTPUTS
 from mixmim_serve.engines.base import Arrays
 from mixmim_serve.errors import ConfigError, ImageError
 from mixmim_serve.panel import TILES, draw_panel, png
-from mixmim_serve.preprocess import Pixels, normalize
+from mixmim_serve.preprocess import Pixels
 from mixmim_serve.service.errors import RequestError, image_refused
 from mixmim_serve.service.options import LAYOUT, MASKS, NORMALIZE, RATIO, SEED, STAGES, TOP, WITH_MAP
 from mixmim_serve.service.request import RequestContext, check_options, context_of
@@ -40,15 +39,16 @@ from mixmim_serve.service.runtime import Runtime
 from mixmim_serve.service.uploads import Uploads, read_images
 from mixmim_serve.tasks import (
     RECONSTRUCT_OUTPUTS,
+    partner_of,
     probabilities,
     random_mask,
     reconstruct_inputs,
     reconstructed,
     require_decoder,
     require_head,
+    score_map,
     scoring_masks,
     top_classes,
-    unit_errors,
 )
 
 BINARY = ("npy", "npz", "safetensors")
@@ -107,7 +107,7 @@ async def features(request: Request) -> Response:
 
 
 async def score(request: Request) -> Response:
-    """How unlike the training data an image is: the error of reconstructing the units that another photo covers.
+    """How badly the network reconstructs an image: the error in the units that another photo covers.
 
     `masks` (2) pairs of masks, always the same, cover every unit so many times; `map=true` adds the error per unit,
     (rows, columns). The score is the pretraining loss: 0 is perfect, and with normalised targets 1 is a plain grey
@@ -227,19 +227,13 @@ async def _off_loop(runtime: Runtime, work: Callable[[], Result]) -> Result:
 async def _unit_errors(runtime: Runtime, image: bytes, count: int, context: RequestContext) -> NDArray[np.float32]:
     """Reconstruction error of each unit (rows, columns), averaged over the pairs of masks."""
     pixels = await runtime.decode(image, context)
-    preprocessing, decoder = runtime.bundle.description.preprocessing, runtime.bundle.arch.decoder
-    assert decoder is not None  # noqa: S101 - `require_decoder`
-    partner, masks = runtime.golden["reconstruct.image_b"][0], scoring_masks(runtime.bundle.arch.units, count)
+    partner, masks = partner_of(runtime.golden), scoring_masks(runtime.bundle.arch.units, count)
     runs = [
         runtime.run("reconstruct", reconstruct_inputs(pixels, partner, mask), ["reconstruction_a"], context)
         for mask in masks
     ]
-    original, side = normalize(pixels, preprocessing), math.isqrt(masks.shape[1])
-    mean = np.zeros((side, side), np.float32)
-    for mask, outputs in zip(masks, await asyncio.gather(*runs), strict=True):
-        errors = unit_errors(original, outputs["reconstruction_a"], decoder.normalize_targets)
-        mean += np.where(mask.reshape(side, side), errors, 0) / count
-    return mean
+    completed = [outputs["reconstruction_a"] for outputs in await asyncio.gather(*runs)]
+    return score_map(runtime.bundle, pixels, masks, completed)
 
 
 def embedding(arrays: Arrays, *, unit_length: bool) -> dict[str, NDArray[Any]]:

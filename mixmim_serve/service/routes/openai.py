@@ -64,6 +64,7 @@ def _model(runtime: Runtime) -> dict[str, Any]:
         "created": 0,  # a bundle does not say
         "owned_by": "mixmim-serve",
         "fingerprint": runtime.fingerprint,
+        "model_fingerprint": runtime.bundle.fingerprint,
     }
 
 
@@ -88,6 +89,6 @@ def _check_body(body: dict[str, Any], runtime: Runtime) -> str:
 def _check_name(name: object, runtime: Runtime) -> None:
     if name is not None and not isinstance(name, str):
         raise RequestError(400, "bad_option", f"model must be a string, got {quoted(name)}.", "model")
-    if name not in (runtime.model_name, runtime.fingerprint):
+    if name not in runtime.identity.values():
         message = f"unknown model {quoted(name)}: this server has {runtime.model_name!r}."
         raise RequestError(404, "model_not_found", message, "model")
