@@ -122,6 +122,8 @@ def _facts(role: str, part: SourceReport, image_size: int) -> Iterator[str]:
 def _classes(classes: dict[str, int] | None) -> str:
     if classes is None:
         return ", no labels"
+    if len(set(classes.values())) == 1:
+        return f", {len(classes):,} classes of {next(iter(classes.values())):,} images each"
     small, large = min(classes, key=classes.__getitem__), max(classes, key=classes.__getitem__)
     return f", {len(classes):,} classes of {classes[small]:,} ({small}) to {classes[large]:,} ({large}) images"
 

@@ -160,6 +160,7 @@ def probe(
     if as_json:
         typer.echo(json.dumps(result.to_dict(), indent=2))
     else:
+        typer.echo(f"judged on {result.judged_on}")
         Console().print(probe_table(result, len(images.classes)))
     for note in probe_notes(result):
         typer.echo(note, err=True)

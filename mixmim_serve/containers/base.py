@@ -42,7 +42,7 @@ RATES = {
     "BMP raw": Rate(0.4, 0.0),
     "BMP rle": Rate(30.0, 60.0),  # decoded in Python
     "AVIF av1": Rate(3.0, 18.0),
-    "HEIC hevc": Rate(3.0, 18.0),
+    "HEIC hevc": Rate(4.0, 19.0),
     "TIFF raw": Rate(0.4, 0.1, 3_000),
     "TIFF packbits": Rate(0.4, 0.3, 2_000),
     "TIFF lzw": Rate(1.2, 2.0, 2_000),

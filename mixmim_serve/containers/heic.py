@@ -18,6 +18,7 @@ MAX_WORK = 4  # times the limit of pixels: written 2, the tiles and the canvas; 
 MAX_SLICES = 64  # of a picture: written 1 to 20
 _MAX_DEPTH = 4  # items made of items: written 1
 _FOUR_BYTES = 3  # how a configuration says that the length of a unit has four
+_COPIED = 4  # pixels of a tile that are copied in the time in which one is decoded, at least
 _SINGLE = {b"meta", b"pitm", b"iinf", b"iloc", b"iref", b"iprp", b"ipco", b"idat"}
 _DERIVED = (b"grid", b"iovl", b"iden")
 _REFUSED = {b"moov": "a sequence of images", b"mini": "an image in short form"}
@@ -27,7 +28,7 @@ class Work(NamedTuple):
     """What decoding an item takes."""
 
     pixels: int
-    weighted: int  # pixels times slices, for the cost
+    weighted: int  # for the cost: pixels times slices, and copied ones as what they take
     bytes: int
 
 
@@ -173,7 +174,7 @@ class _Heic(Boxes):
         if kind != b"iden" and number in self.places:
             canvas = self.canvas(kind, self.content(self.pieces(self.places[number])))
             width, height = self.checked(canvas, (width, height))
-        total = Work(width * height, width * height, 0)
+        total = Work(width * height, width * height // _COPIED, 0)
         for other in self.made_of.get(number, []):
             total = _sum(total, self.work(other, depth + 1))
             self.header.at_most(4 * len(self.data) + 4_000_000, total.bytes, "bytes in items that are used again")

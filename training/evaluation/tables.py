@@ -19,7 +19,7 @@ CLASSES_SHOWN = 30  # of a classifier: the rest is in report.json
 
 def probe_table(result: ProbeResult, classes: int) -> Table:
     """One row per k and one for the linear probe; top-5 only where it says something."""
-    table = Table(box=SIMPLE, title=result.judged_on, title_justify="left", title_style="")
+    table = Table(box=SIMPLE)
     table.add_column("")
     table.add_column("top-1, %", justify="right")
     if classes >= TOP5_FROM:
