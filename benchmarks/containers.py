@@ -25,6 +25,7 @@ from PIL import Image, ImageFile
 
 from benchmarks.fast_jpeg import lay_out
 from benchmarks.provenance import about, heading
+from mixmim_serve import heif
 from mixmim_serve.containers import decode_cost, inspect
 from mixmim_serve.containers.jpeg import MAX_SCANS
 from mixmim_serve.containers.tiff import MAX_PARTS
@@ -107,7 +108,7 @@ def encoders() -> dict[str, Callable[[Image.Image], bytes]]:
     def through(format_: str, mode: str = "RGB", **options: object) -> Callable[[Image.Image], bytes]:
         return lambda image: encoded(image.quantize(256) if mode == "P" else image.convert(mode), format_, **options)
 
-    return {
+    found = {
         UNIT: through("JPEG", quality=85),
         "JPEG baseline, 4:4:4, quality 95": through("JPEG", quality=95, subsampling=0),
         "JPEG baseline, grey": through("JPEG", "L", quality=85),
@@ -139,6 +140,14 @@ def encoders() -> dict[str, Callable[[Image.Image], bytes]]:
         "TIFF fax, group 3": through("TIFF", "1", compression="group3"),
         "TIFF fax, group 4": through("TIFF", "1", compression="group4"),
     }
+    if heif.is_installed():
+        heif.load().register_heif_opener()
+        found |= {
+            "HEIC": through("HEIF", quality=80),
+            "HEIC, 4:4:4, quality 95": through("HEIF", quality=95, chroma=444),
+            "HEIC, tiles of 512": through("HEIF", quality=80, tile_size=512),
+        }
+    return found
 
 
 def limits(photo: Image.Image, unit: float) -> Iterator[str]:

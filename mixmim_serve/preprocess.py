@@ -12,7 +12,8 @@ How `decode` converts each pixel mode (of the first frame of an animation, the f
     16 bits per channel     the high byte; for grey too, which Pillow alone clips to white; of 12 bits the top 8
     32-bit integer, float   no white point is defined: the lowest finite value becomes 0, the highest 255
 
-EXIF orientation is applied when it can be read and ignored otherwise. Every rejected image raises an `ImageError`.
+EXIF orientation is applied when it can be read and ignored otherwise; HEIC has a rotation of its own, which is applied
+instead. Every rejected image raises an `ImageError`.
 Pillow's global settings stay untouched, so any number of threads may decode at once. Decoding `MAX_PIXELS` takes at
 least 4 bytes per pixel (256 MB), and up to four times as much for WebP.
 """
@@ -29,6 +30,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 
+from mixmim_serve import heif
 from mixmim_serve.config import Preprocessing
 from mixmim_serve.containers import MAX_PIXELS, Container, inspect
 from mixmim_serve.errors import ImageError, ImageTooLargeError, UndecodableImageError
@@ -84,6 +86,8 @@ def decode(
     _check_bytes(data, max_bytes)
     container = container or inspect(data, max_pixels)
     try:
+        if container.format == "HEIC":
+            return _to_rgb(heif.decode(data))
         image = _open(data, container)
         if reduction is not None and container.format == "JPEG":
             _shrink(image, reduction)
@@ -202,6 +206,8 @@ def _upright(image: Image.Image) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
+    if image.mode in ("RGBa", "La"):  # a HEIC image whose colours were multiplied with its transparency
+        return image.convert(image.mode.upper()).convert("RGB")
     if image.mode.startswith("I;16"):
         # Pillow leaves 12-bit TIFF values at 0..4095; the image is still a TiffImageFile, since TIFF transposes itself.
         twelve = isinstance(image, TiffImageFile) and image.tag_v2.get(BITSPERSAMPLE) == (12,)

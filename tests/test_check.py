@@ -15,7 +15,9 @@ from PIL import Image
 
 from mixmim_serve.errors import DataError, ImageError
 from mixmim_serve.sources import fingerprint, open_source
-from training.check import AHEAD, SHOWN, Report, ShorterSide, check
+from training.check import AHEAD, IMAGE_SIZE, check
+from training.check_report import SHOWN, Report, ShorterSide
+from training.recipes import tiny_cpu
 
 PHOTOS = {path.stem: path.read_bytes() for path in sorted((REPOSITORY / "examples").glob("*.jpg"))}
 HAT, SHOES = PHOTOS["hat"], PHOTOS["shoes"]  # 144 x 144 pixels
@@ -76,6 +78,7 @@ class Memory:
     images: Sequence[bytes | Exception]
     labels: Sequence[str] | None = None
     name: str = "memory"
+    passed_over: dict[str, int] = field(default_factory=dict)
     taken: list[int] = field(default_factory=list)
 
     @property
@@ -169,6 +172,36 @@ def test_a_good_data_set_has_no_warnings(tmp_path: Path) -> None:
     assert report.train.classes is None
     assert list(report.lines())[1].endswith(" kB, no labels")
     assert list(report.lines())[-1] == "no problems found"
+
+
+def test_small_images_are_counted_against_the_size_of_the_default_recipe() -> None:
+    assert tiny_cpu().arch.image_size == IMAGE_SIZE == 128
+    small = encoded(Image.open(io.BytesIO(HAT)).resize((127, 200)), "JPEG")
+    report = check(Memory([HAT, SHOES, small]))
+    assert report.train.shorter_side is not None
+    assert report.train.shorter_side.below_image_size == 1
+    assert "  shorter side: 127 to 144 pixels, median 144; 1 below 128" in report.lines()
+
+
+def test_what_the_data_is_enough_for(faulty: Report) -> None:
+    """Nine readable images of twelve, three of them copies: six."""
+    lines = list(faulty.lines())
+    said = lines[lines.index("enough for") + 1 :][:4]
+    assert said == [
+        "  pretraining from scratch: no, not below 8 images, these are 6",
+        "  continued pretraining: no, not below 8 images, these are 6",
+        "  fine-tuning: no, from about 10 images of each class on, shoes has 3",
+        "  probe and k-NN: no, from about 5 images of each class on, shoes has 3",
+    ]
+    judged = json.loads(json.dumps(faulty.to_dict()))["enough_for"]
+    assert judged["fine-tuning"] == {"enough": False, "reason": "from about 10 images of each class on, shoes has 3"}
+
+
+def test_too_few_images_are_refused_in_the_words_of_training() -> None:
+    report = check(Memory([HAT, SHOES, PHOTOS["skirt"]]))
+    assert report.refusal == "memory holds 3 images, too few to train on: add some, at least 8 are needed."
+    assert "no problems found" not in report.lines()
+    assert check(Memory([HAT + bytes([number]) for number in range(8)])).refusal is None
 
 
 def test_nothing_readable_at_all() -> None:

@@ -80,8 +80,17 @@ def test_check(labelled: Path, photos: Path, tmp_path: Path) -> None:
     assert "8 images" in result.stdout
     report = json.loads(mixmim("check", photos, "--val", photos, "--json", "--image-size", 64).stdout)
     assert (report["train"]["images"], report["image_size"], len(report["in_both"])) == (24, 64, 24)
+    assert json.loads(mixmim("check", photos, "--json").stdout)["image_size"] == 128
     (tmp_path / "empty").mkdir()
     assert isinstance(refusal("check", tmp_path / "empty"), DataError)
+
+
+def test_check_exits_with_1_when_an_image_is_unreadable(spoilt: Path) -> None:
+    result = mixmim("check", spoilt)
+    assert result.exit_code == 1
+    assert "unreadable: 2" in result.stdout
+    assert "passed over 1 file: .csv (1)" in result.stdout
+    assert mixmim("check", spoilt, "--json").exit_code == 1
 
 
 def test_replay_needs_a_saved_step(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from conftest import REPOSITORY
 from PIL import Image
 
-from mixmim_serve.containers import ACCEPTED_FORMATS, MAX_SIDE, decode_cost, inspect
+from mixmim_serve.containers import MAX_SIDE, PILLOW_FORMATS, decode_cost, inspect
 from mixmim_serve.containers.base import MAX_METADATA, RATES
 from mixmim_serve.errors import ImageError, ImageTooLargeError, UndecodableImageError, UnsupportedImageError
 from mixmim_serve.preprocess import decode
@@ -33,7 +33,7 @@ def encoded(format_: str, image: Image.Image = PHOTO, **options: object) -> byte
 def opened(data: bytes) -> Image.Image | None:
     """As Pillow reads the header, or None."""
     try:
-        return Image.open(BytesIO(data), formats=ACCEPTED_FORMATS)
+        return Image.open(BytesIO(data), formats=PILLOW_FORMATS)
     except Exception:
         return None
 
@@ -112,7 +112,7 @@ def test_a_chain_of_tiff_pages_may_lead_in_a_circle() -> None:
     assert inspect(bytes(data)).frames == 1
 
 
-@pytest.mark.parametrize("format_", ACCEPTED_FORMATS)
+@pytest.mark.parametrize("format_", PILLOW_FORMATS)
 def test_a_truncated_file_is_left_to_the_decoder(format_: str) -> None:
     data = encoded(format_)
     whole = inspect(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from collections.abc import Callable
@@ -23,18 +24,23 @@ from training.evaluation.confusion import (
     per_class,
     rank_of_truth,
 )
-from training.evaluation.knn import knn_accuracy, nearest, vote
+from training.evaluation.knn import knn_accuracy, nearest, neighbour_counts, vote
 from training.evaluation.linear import (
+    DEFAULT,
+    DEFAULT_LR,
+    FOLDED,
+    FOLDS,
     LinearProbe,
     ProbeConfig,
     choose,
     linear_probe,
     split_by_class,
+    stratified_parts,
     top1_of_heads,
     train_heads,
 )
 
-QUICK = ProbeConfig(epochs=5, batch_size=64, lrs=(0.01, 0.1, 1.0))
+QUICK = ProbeConfig(epochs=5, batch_size=64, lrs=(0.01, 0.1, 1.0), split_from=1)
 
 
 def clouds(images: int, classes: int, channels: int = 12, spread: float = 1.5, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -279,6 +285,45 @@ def test_the_rate_is_chosen_on_held_out_train_images_and_used_on_all() -> None:
     )
 
 
+def test_of_few_images_each_is_held_out_once_to_choose_the_rate() -> None:
+    train, labels = clouds(50, 5)
+    config = dataclasses.replace(QUICK, split_from=100, batch_size=32)
+    probe = linear_probe(train, labels, 5, config)
+    assert probe.chosen_by == FOLDED
+    parts = stratified_parts(labels, FOLDS, config.seed)
+    right = dict.fromkeys(config.lrs, 0.0)
+    for part in range(FOLDS):
+        kept, held = parts != part, parts == part
+        for lr in config.lrs:
+            logits = slow_logits(train[kept], labels[kept], 5, lr, config, train[held])
+            right[lr] += percent_right(logits, labels[held]) * int(held.sum())
+    assert [top1 for _, top1 in probe.sweep] == pytest.approx([total / 50 for total in right.values()])
+
+
+def test_with_too_few_images_the_rate_stays_at_its_default() -> None:
+    train, labels = clouds(FOLDS * 3 - 1, 3)  # four of one class
+    probe = linear_probe(train, labels, 3)
+    assert (probe.lr, probe.sweep, probe.chosen_by, probe.warning) == (DEFAULT_LR, (), DEFAULT, None)
+
+
+@pytest.mark.parametrize("sizes", [[10] * 5, [7, 3, 3], [100, 31, 8, 2, 5], [2, 2]])
+def test_parts_are_equal_within_each_class_and_in_all(sizes: list[int]) -> None:
+    labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    parts = stratified_parts(labels, 2, seed=3)
+    for each in (parts, *(parts[labels == name] for name in range(len(sizes)))):
+        counts = each.bincount(minlength=2)
+        assert int(counts.max() - counts.min()) <= 1
+    assert torch.equal(stratified_parts(labels, 2, seed=3), parts)
+    assert sum(sizes) < 10 or not torch.equal(stratified_parts(labels, 2, seed=4), parts)
+
+
+def test_no_k_is_reported_beyond_the_images() -> None:
+    assert neighbour_counts(3) == (1,)
+    assert neighbour_counts(40) == (1, 5, 10, 20)
+    assert neighbour_counts(100) == (10, 20, 100)
+    assert neighbour_counts(3068) == (10, 20, 100, 200)
+
+
 def test_held_out_images_teach_nothing() -> None:
     train, labels = clouds(300, 6)
     kept, heldout = split_by_class(labels, QUICK)
@@ -309,7 +354,7 @@ def test_equal_seeds_give_equal_bits() -> None:
     assert torch.equal(one.weight_CD, two.weight_CD)
     assert torch.equal(one.bias_C, two.bias_C)
     assert (one.lr, one.sweep) == (two.lr, two.sweep)
-    other = linear_probe(train, labels, 4, ProbeConfig(epochs=5, batch_size=64, lrs=QUICK.lrs, seed=1))
+    other = linear_probe(train, labels, 4, dataclasses.replace(QUICK, seed=1))
     assert not torch.equal(one.weight_CD, other.weight_CD)
 
 

@@ -23,6 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "mixmim_serve.version",
         "mixmim_serve.cores",
         "mixmim_serve.files",
+        "mixmim_serve.heif",
         "mixmim_serve.locks",
         "mixmim_serve.settings",
         "mixmim_serve.signals",
@@ -52,6 +53,7 @@ MAY_IMPORT_TORCH = ("mixmim_serve.model", "mixmim_serve.engines.torch", "export"
 HEAVY = (
     "torch",
     "fsspec",
+    "pillow_heif",
     "huggingface_hub",
     "lance",
     "ray",

@@ -108,9 +108,10 @@ def test_listing_is_sorted_and_leaves_hidden_files_out(folder: Path) -> None:
 
 
 def test_expand_keeps_the_order_given(folder: Path) -> None:
-    found = expand([folder / "notes.txt", folder / "c", folder / "b.jpg", folder / "c"])
+    found, passed_over = expand([folder / "notes.txt", folder / "c", folder / "b.jpg", folder / "c"])
     inside = [folder / "c" / "a.tif", folder / "c" / "z.webp"]
     assert found == [folder / "notes.txt", *inside, folder / "b.jpg", *inside]
+    assert passed_over == {}
 
 
 def test_what_holds_no_images_is_refused(folder: Path) -> None:

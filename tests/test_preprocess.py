@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from mixmim_serve import heif
 from mixmim_serve import preprocess as pre
 from mixmim_serve.config import Preprocessing
 from mixmim_serve.errors import ImageError, ImageTooLargeError, UndecodableImageError, UnsupportedImageError
@@ -100,10 +101,12 @@ def misjudged(folder: Path, row: dict[str, str]) -> str | None:
     wanted = "image" if row["kind"] == "good" else "refusal"
     if row["exotic_format"] == "yes" and row["kind"] == "good":
         wanted = "UnsupportedImageError"
+    if row["odd"].startswith(("valid HEIF", "valid HEIC")) and heif.is_installed():
+        wanted = "any image"  # the manifest has no size of those
     try:
         image = pre.decode((folder / row["file"]).read_bytes())
         found = f"{image.mode} {image.width}x{image.height}"
-        right = wanted == "image" and found == f"RGB {row['upright_size']}"
+        right = wanted == "any image" or (wanted == "image" and found == f"RGB {row['upright_size']}")
     except ImageError as error:
         found = f"{type(error).__name__}: {error}"
         right = is_one_sentence(str(error)) and (wanted == "refusal" or wanted == type(error).__name__)
@@ -174,12 +177,12 @@ def refusal(data: bytes) -> str | None:
         (sample("bad/gen__trunc_10.png"), UndecodableImageError, "PNG image is truncated"),
         (sample("bad/gen__sig_only.png"), UndecodableImageError, "PNG image is damaged"),
         (sample("bad/gen__trunc_50_lossless.webp"), UndecodableImageError, "WEBP image is damaged"),
-        (sample("bad/heif__RGB_8__128x128.heif"), UnsupportedImageError, "TIFF, BMP or AVIF"),
+        (b"no image", UnsupportedImageError, "TIFF, BMP, AVIF or HEIC"),
         (sample("bad/gen__xxe.svg"), UnsupportedImageError, "JPEG, PNG, WEBP"),
         (sample("good/pillow__hopper.ico"), UnsupportedImageError, "not an image of an accepted format"),
         (b"%PDF-1.7\n", UnsupportedImageError, "not an image of an accepted format"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", UnsupportedImageError, "not an image of an accepted format"),
-        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", UnsupportedImageError, "not an image of an accepted format"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1jpeg", UnsupportedImageError, "not an image of an accepted format"),
         (sample("bad/gen__bomb_60000x60000.bmp"), ImageTooLargeError, "60000 x 60000 pixels, the limit is 64,000,000"),
         (sample("bad/gen__bomb_16383x16383.webp"), ImageTooLargeError, "16383 x 16383 pixels, the limit is 64,000,000"),
         (b"\xff" * 20_000_001, ImageTooLargeError, "20,000,001 bytes, the limit is 20,000,000"),

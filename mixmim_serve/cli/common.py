@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -57,6 +58,7 @@ EXTRAS = {
     "mlflow": "mlflow",
     "wandb": "wandb",
     "huggingface_hub": "hub",
+    "pillow_heif": "heif",
 }
 
 
@@ -100,6 +102,14 @@ def progress_console() -> Console:
     from rich.console import Console
 
     return Console(stderr=True, log_path=False, quiet=not first_process())
+
+
+def say_passed_over(counts: Mapping[str, int]) -> None:
+    """Name the files that are no images, or cannot be read here, on standard error."""
+    from mixmim_serve.sources.passed_over import sentence
+
+    if counts and first_process():
+        typer.echo(sentence(counts), err=True)
 
 
 def _fail(message: str) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mixmim_serve.cli.common import BundleArgument, EngineOption, app, bundle_path, progress_console
+from mixmim_serve.cli.common import BundleArgument, EngineOption, app, bundle_path, progress_console, say_passed_over
 
 if TYPE_CHECKING:
     from mixmim_serve.extract.progress import ExtractProgress
@@ -81,6 +81,7 @@ def extract(
     # SIGTERM may end it at once: complete shards are kept. Without this, Ctrl-C would wait for the threads' shards.
     with _progress_display() as progress, stop_signals(signal.SIGINT) as stopping:
         summary = run(job, executor=chosen, progress=progress, cancelled=stopping.is_set)
+    say_passed_over(summary.passed_over)
     for key, reason in summary.examples:
         typer.echo(f"could not read {key}: {reason}", err=True)
     typer.echo(f"{out}: {summary.rows:,} rows for {summary.images:,} images, {summary.errors:,} could not be read")

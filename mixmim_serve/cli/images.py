@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mixmim_serve.cli.common import BundleArgument, EngineOption, app, bundle_path
+from mixmim_serve.cli.common import BundleArgument, EngineOption, app, bundle_path, say_passed_over
 
 if TYPE_CHECKING:
     from mixmim_serve.engines import Engine
@@ -154,7 +154,9 @@ def _each_image(engine: Engine, images: list[Path], output: str) -> Iterator[tup
     from mixmim_serve.extract.pipeline import run_files
     from mixmim_serve.sources.names import expand
 
-    for result in run_files(engine, expand(images), [output]):
+    files, passed_over = expand(images)
+    say_passed_over(passed_over)
+    for result in run_files(engine, files, [output]):
         if result.error:
             raise type(result.error)(f"{result.path}: {result.error}")
         yield result.path, result.outputs[output]

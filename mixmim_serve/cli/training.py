@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from mixmim_serve.cli.common import app, bundle_path, first_process, progress_console
+from mixmim_serve.cli.common import app, bundle_path, first_process, progress_console, say_passed_over
 
 DATA = "a folder of any depth, tar shards, Parquet files, or a list of paths; local or a URL"
 Out = Annotated[Path, typer.Option(metavar="RUN", help="The run folder; must be new or empty.")]
@@ -23,6 +24,7 @@ Track = Annotated[list[str] | None, typer.Option(help="Also log to mlflow or wan
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in RUN.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in RUN.")]
 From = Annotated[Path, typer.Option("--from", metavar="CHECKPOINT", help="A checkpoint, a bundle, or tiny.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the full report as JSON.")]
 Val = Annotated[str, typer.Option(help="Validation images; default: DATA/val if DATA/train exists.")]
 
 
@@ -57,6 +59,7 @@ def pretrain(
     options = {"size": size, "image_size": image_size, "batch_size": batch_size, "workers": workers}
     config = _with_options(named_recipe(recipe, PRETRAIN), options, epochs, settings)
     source = open_source(data)
+    config = _follow_data(config, source, options | {"epochs": epochs}, settings, out if resume else None)
     labelled = None
     if knn:
         train_part, val_part = open_labelled(knn)
@@ -102,6 +105,7 @@ def finetune(
     options = {"image_size": image_size, "batch_size": batch_size, "workers": workers}
     config = _with_options(named_recipe(recipe, FINETUNE), options, epochs, settings)
     images, validation = open_labelled(data, val)
+    config = _follow_data(config, images.source, options | {"epochs": epochs}, settings, out if resume else None)
     checkpoint = None if start == SCRATCH else read_start(bundle_path(Path(start)))
     _print_config(config)
     task = Finetuning(config, images.classes, checkpoint, validation)
@@ -120,39 +124,48 @@ def probe(
     save: Annotated[Path | None, typer.Option(help="Write a checkpoint with the linear probe as its head.")] = None,
     workers: Workers = 0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the probe's held-out images and order.")] = 0,
+    as_json: Json = False,
 ) -> None:
-    """Evaluate frozen features with k nearest neighbours and a linear probe: JSON.
+    """Evaluate frozen features with k nearest neighbours and a linear probe.
+
+    Without validation images every image is judged by the others (cross-validation).
 
     Example: mixmim probe clothing10 --from runs/tiny/final.safetensors
     """
     import json
 
+    from rich.console import Console
     from rich.progress import Progress
 
-    from mixmim_serve.errors import DataError
     from training.distributed import join_world
     from training.evaluation.labelled import open_labelled
     from training.evaluation.probe import probe as run_probe
     from training.evaluation.probe import save_with_head
+    from training.evaluation.tables import probe_notes, probe_table
     from training.start import read_start
 
     checkpoint = read_start(bundle_path(start))
     images, validation = open_labelled(data, val)
-    if validation is None:
-        raise DataError(f"{data} has no folders train and val: give the validation images with --val.")
+    for part in (images, validation) if validation else (images,):
+        say_passed_over(part.source.passed_over)
+    total = len(images.source.keys) + (len(validation.source.keys) if validation else 0)
     with join_world() as world, Progress(console=progress_console()) as bar:
-        task = bar.add_task("embed", total=len(images.source.keys) + len(validation.source.keys))
+        task = bar.add_task("embed", total=total)
         result = run_probe(
             checkpoint.model(), checkpoint.description, images, validation, world,
             seed=seed, workers=workers or 0, progress=lambda count: bar.advance(task, count),
         )  # fmt: skip
     if not first_process():
         return
-    typer.echo(json.dumps(result.to_dict(), indent=2))
-    if result.head.warning:
-        typer.echo(f"note: {result.head.warning}", err=True)
+    if as_json:
+        typer.echo(json.dumps(result.to_dict(), indent=2))
+    else:
+        typer.echo(f"judged on {result.judged_on}")
+        Console().print(probe_table(result, len(images.classes)))
+    for note in probe_notes(result):
+        typer.echo(note, err=True)
     if save:
-        save_with_head(save, checkpoint, images.classes, result)
+        save_with_head(save, checkpoint, images, result)
         typer.echo(f"wrote {save}; next: mixmim export {save} BUNDLE_DIR", err=True)
 
 
@@ -161,42 +174,63 @@ def evaluate(
     data: Annotated[str, typer.Argument(metavar="DATA", help=f"Photos in one folder per class: {DATA}.")],
     start: From,
     out: Annotated[Path, typer.Option(metavar="DIR", help="For report.json and confusion.png.")] = Path("report"),
+    train: Annotated[
+        str, typer.Option(help="Training images, to warn of those in DATA; default: what the checkpoint names.")
+    ] = "",
     workers: Workers = 0,
+    as_json: Json = False,
 ) -> None:
     """Evaluate a classifier: top-1, top-5, per-class results, and a picture of the confusion matrix.
 
+    Of a folder with train and val it takes val.
+
     Example: mixmim evaluate clothing10/test --from runs/clothing/final.safetensors --out report
     """
+    import json
+
+    from rich.console import Console
     from rich.progress import Progress
 
     from mixmim_serve.sources import open_source
     from training.distributed import join_world
+    from training.evaluation.confusion import per_class
     from training.evaluation.evaluate import evaluate as run_evaluation
     from training.evaluation.evaluate import write_report
+    from training.evaluation.labelled import train_and_val
+    from training.evaluation.tables import class_table, headline, trained_on
     from training.start import read_start
 
-    checkpoint, source = read_start(bundle_path(start)), open_source(data)
+    checkpoint, source = read_start(bundle_path(start)), open_source(train_and_val(data)[1] or data)
+    say_passed_over(source.passed_over)
+    training = open_source(train) if train else None
     with join_world() as world, Progress(console=progress_console()) as bar:
         task = bar.add_task("classify", total=len(source.keys))
-        result = run_evaluation(checkpoint, source, world, workers or 0, lambda count: bar.advance(task, count))
+        advance = functools.partial(bar.advance, task)
+        result = run_evaluation(checkpoint, source, world, workers or 0, advance, training)
     if not first_process():
         return
-    write_report(out, checkpoint, source, result)
-    accuracy = result.accuracy
-    typer.echo(
-        f"top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} % of {accuracy.images} images; "
-        f"see {out / 'confusion.png'}"
-    )
+    report = write_report(out, checkpoint, source, result)
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        typer.echo(f"{headline(result)}; see {out / 'confusion.png'}")
+        Console().print(class_table(per_class(result.matrix, checkpoint.description.labels)))
+    if result.in_training:
+        typer.echo(trained_on(result.in_training), err=True)
 
 
 @app.command()
 def check(
     data: Annotated[str, typer.Argument(metavar="DATA", help=f"Photos: {DATA}.")],
     val: Val = "",
-    image_size: Annotated[int, typer.Option(help="Input size of the planned training, in pixels.")] = 224,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the full report as JSON.")] = False,
+    image_size: Annotated[
+        int | None, typer.Option(help="Input size of the planned training in pixels, if not the default recipe's.")
+    ] = None,
+    as_json: Json = False,
 ) -> None:
-    """Check a data set before a long run: sizes, classes, unreadable images, duplicates, leaks into val.
+    """Check a data set before a long run: what it is enough for, sizes, classes, duplicates, leaks into val.
+
+    Exits with 1 when an image cannot be read, or when there are too few to train on.
 
     Example: mixmim check clothing10
     """
@@ -204,7 +238,9 @@ def check(
 
     from rich.progress import Progress
 
+    from mixmim_serve.errors import DataError
     from mixmim_serve.sources import open_source
+    from training.check import IMAGE_SIZE
     from training.check import check as run_check
     from training.evaluation.labelled import train_and_val
 
@@ -215,10 +251,14 @@ def check(
         report = run_check(
             source,
             validation,
-            image_size=image_size,
+            image_size=image_size or IMAGE_SIZE,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else "\n".join(report.lines()))
+    if report.refusal:
+        raise DataError(report.refusal)
+    if report.unreadable:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -245,6 +285,25 @@ def _with_options(config: Any, options: dict[str, Any], epochs: int | None, sett
     if epochs is not None:
         config = config.with_epochs(epochs)
     return override(dataclasses.replace(config, **changes), settings or ())
+
+
+def _follow_data(
+    config: Any, source: Any, options: dict[str, Any], settings: list[str] | None, run: Path | None
+) -> Any:
+    """The configuration for the number of images, printing each change; that of `run` when it is resumed."""
+    import os
+
+    from training.fit_to_data import fit, given_fields, resumed
+
+    say_passed_over(source.passed_over)
+    given = given_fields(options, settings or ())
+    if run is not None and (run / "config.json").is_file():
+        return resumed(config, run, given)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    config, changes = fit(config, source.name, len(source.keys), given, processes)
+    for line in changes if first_process() else ():
+        typer.echo(line, err=True)
+    return config
 
 
 def _print_config(config: Any) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from mixmim_serve.containers.bits import Bits
+
 _SEQUENCE_HEADER = 1
 _HEADER_BYTES = 128  # a sequence header is shorter, by far
 
@@ -34,20 +36,8 @@ def _leb128(data: bytes, at: int) -> tuple[int, int]:
     return value, at + index + 1
 
 
-class _Bits:
-    """Bits from the highest of the first byte on; zeros after the last."""
-
-    def __init__(self, data: bytes) -> None:
-        self.value, self.left = int.from_bytes(data, "big"), 8 * len(data)
-
-    def read(self, count: int) -> int:
-        self.left -= count
-        shifted = self.value >> self.left if self.left >= 0 else 0
-        return shifted & (1 << count) - 1
-
-
 def _maximum_size(data: bytes) -> tuple[int, int]:
-    bits = _Bits(data)
+    bits = Bits(data)
     bits.read(4)  # profile, still picture
     if bits.read(1):  # reduced header of a still picture
         bits.read(5)
@@ -57,7 +47,7 @@ def _maximum_size(data: bytes) -> tuple[int, int]:
     return bits.read(across) + 1, bits.read(down) + 1
 
 
-def _skip_operating_points(bits: _Bits) -> None:
+def _skip_operating_points(bits: Bits) -> None:
     delay_bits = _skip_timing(bits) if bits.read(1) else 0
     display_delay = bits.read(1)
     for _ in range(bits.read(5) + 1):
@@ -70,7 +60,7 @@ def _skip_operating_points(bits: _Bits) -> None:
             bits.read(4)
 
 
-def _skip_timing(bits: _Bits) -> int:
+def _skip_timing(bits: Bits) -> int:
     """Skip the timing and decoder model; return the length of the model's delays, 0 without one."""
     bits.read(64)
     if bits.read(1):  # equal intervals: a number of variable length

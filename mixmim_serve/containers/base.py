@@ -42,6 +42,7 @@ RATES = {
     "BMP raw": Rate(0.4, 0.0),
     "BMP rle": Rate(30.0, 60.0),  # decoded in Python
     "AVIF av1": Rate(3.0, 18.0),
+    "HEIC hevc": Rate(4.0, 19.0),
     "TIFF raw": Rate(0.4, 0.1, 3_000),
     "TIFF packbits": Rate(0.4, 0.3, 2_000),
     "TIFF lzw": Rate(1.2, 2.0, 2_000),
@@ -62,7 +63,7 @@ class Container:
     format: str  # of ACCEPTED_FORMATS
     width: int  # pixels, as Pillow will report them; 0 if the file ends before they are said
     height: int
-    frames: int  # as declared; 1 for GIF and for WebP and AVIF stills. Only the first is decoded
+    frames: int  # as declared; 1 for GIF, for HEIC and for WebP and AVIF stills. Only the first is decoded
     kind: str  # such as "progressive"; with the format a key of `RATES`
     decode_cost: float  # in pixels of an ordinary JPEG photo
 

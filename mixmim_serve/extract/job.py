@@ -37,6 +37,7 @@ class Summary:
     complete: bool  # False after a cancellation
     progress: ExtractProgress
     examples: tuple[tuple[str, str], ...]  # key and reason of some images that could not be read
+    passed_over: Mapping[str, int] = field(default_factory=dict)  # other files of the source, by suffix
 
 
 class Executor(Protocol):

@@ -70,7 +70,7 @@ def _lead(job: ExtractJob, source: Source, folder: Folder, executor: Executor, m
     complete = len(ledger.complete) == len(shards)
     errors = (error for _, result in sorted(ledger.complete.items()) for error in result.errors)
     examples = tuple(itertools.islice(errors, EXAMPLES))
-    return Summary(ledger.rows, ledger.errors, len(source.keys), complete, meter.state(), examples)
+    return Summary(ledger.rows, ledger.errors, len(source.keys), complete, meter.state(), examples, source.passed_over)
 
 
 def _decided(job: ExtractJob, source: Source, folder: Folder) -> ExtractOptions:

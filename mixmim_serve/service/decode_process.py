@@ -21,6 +21,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from mixmim_serve import heif
 from mixmim_serve.config import Preprocessing
 from mixmim_serve.errors import ImageError, ImageTooLargeError, UndecodableImageError, UnsupportedImageError
 from mixmim_serve.preprocess import Pixels, decode, resize_and_crop
@@ -164,6 +165,9 @@ def main() -> None:
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print must not mix with the answers
     settings = DecodeSettings.from_json(sys.stdin.buffer.readline().decode())
+    if heif.is_installed():  # its libraries must not count against the limit on memory
+        with contextlib.suppress(ImageError):
+            heif.load()
     _limit_memory(settings.memory_bytes)
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:

@@ -20,6 +20,7 @@ from mixmim_serve.sources.base import Source, fingerprint
 from mixmim_serve.sources.files import open_folder, open_list
 from mixmim_serve.sources.names import is_image_name
 from mixmim_serve.sources.parquet import open_parquet
+from mixmim_serve.sources.passed_over import counted, sentence
 from mixmim_serve.sources.tar import open_tar
 
 __all__ = ["Source", "fingerprint", "open_source"]
@@ -57,11 +58,13 @@ def open_source(spec: str | Path) -> Source:
 def _open_folder(name: str, folder: str) -> Source:
     """Open a folder's images if it has any, else its shards."""
     names = storage.list_files(folder)
+    passed_over = counted(file for file in names if not is_image_name(file))
     if images := [file for file in names if is_image_name(file)]:
-        return open_folder(name, folder, images)
+        return open_folder(name, folder, images, passed_over)
     shards = [storage.join(folder, file) for file in names if file.lower().endswith((*_SHARDS, *_COMPRESSED))]
     if not shards:
-        raise DataError(f"{name} has no images and no .tar or .parquet files: expected {_EXPECTED}.")
+        passed = f"; {sentence(passed_over)}" if passed_over else ""
+        raise DataError(f"{name} has no images and no .tar or .parquet files: expected {_EXPECTED}{passed}.")
     return _open_files(name, shards)
 
 
@@ -72,7 +75,8 @@ def _open_pattern(name: str, places: Sequence[str]) -> Source:
     names = storage.short_names(places)
     folder = places[0][: len(storage.without_query(places[0])) - len(names[0])]
     images = [short for short in names if is_image_name(short)]
-    return open_folder(name, folder or "./", sorted(images, key=lambda short: short.split("/")))
+    passed_over = counted(short for short in names if not is_image_name(short) and "." in short.rpartition("/")[2])
+    return open_folder(name, folder or "./", sorted(images, key=lambda short: short.split("/")), passed_over)
 
 
 def _open_files(name: str, places: Sequence[str]) -> Source:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 LABEL_NAMES = ("label", "labels", "class", "cls", "class_name", "category")  # columns or JSON keys, best first
@@ -33,6 +33,10 @@ class Source(Protocol):
     @property
     def places(self) -> Iterable[str]:
         """The files and URLs that images are read from, without duplicates."""
+
+    @property
+    def passed_over(self) -> Mapping[str, int]:
+        """Files among the images that are none, or cannot be read here, by suffix; see `passed_over.sentence`."""
 
     def read(self, index: int) -> bytes:
         """Read an encoded image.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from mixmim_serve.errors import DataError
 from mixmim_serve.sources import storage
 from mixmim_serve.sources.base import LABEL_NAMES, all_or_none, digest_of
-from mixmim_serve.sources.names import IMAGE_SUFFIXES, readable
+from mixmim_serve.sources.names import NAMED_SUFFIXES, readable
 
 MAX_LIST_BYTES = 500_000_000  # some five million lines
 PATH_NAMES = ("path", "file", "filename", "file_name", "filepath", "image", "image_path", "url")  # columns, best first
@@ -25,6 +25,7 @@ class FileSource:
     keys: Sequence[str]
     labels: Sequence[str] | None
     odd: Mapping[str, str] = field(default_factory=dict)  # names that are not UTF-8 by their keys
+    passed_over: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def runs(self) -> Sequence[range]:
@@ -55,13 +56,15 @@ class FileSource:
         return storage.from_spec(key) if storage.is_url(key) or os.path.isabs(key) else self.folder + key
 
 
-def open_folder(name: str, folder: str, names: Sequence[str]) -> FileSource:
+def open_folder(
+    name: str, folder: str, names: Sequence[str], passed_over: Mapping[str, int] | None = None
+) -> FileSource:
     """A source of these images of a folder; the first subfolder is the label."""
     spelt = readable(names)
     keys = tuple(spelt.values())
     labels = all_or_none(key.partition("/")[0] if "/" in key else None for key in keys)
     odd = {key: name for name, key in spelt.items() if key != name}
-    return FileSource(name, storage.join(folder, ""), keys, labels, odd)
+    return FileSource(name, storage.join(folder, ""), keys, labels, odd, passed_over or {})
 
 
 def open_list(name: str, places: Sequence[str]) -> FileSource:
@@ -118,4 +121,4 @@ def _cells(place: str, lines: Sequence[str]) -> list[list[str]]:
 
 
 def _is_image(name: str) -> bool:
-    return os.path.splitext(name.strip())[1].lower() in IMAGE_SUFFIXES
+    return os.path.splitext(name.strip())[1].lower() in NAMED_SUFFIXES

@@ -7,17 +7,25 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from mixmim_serve import heif
 from mixmim_serve.errors import DataError
+from mixmim_serve.sources.passed_over import counted, sentence
 
 # By name only, so that listing a million files opens none of them. Decoding later goes by content.
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif"}
 )
+NAMED_SUFFIXES = IMAGE_SUFFIXES | frozenset(heif.SUFFIXES)  # of images whether or not they can be read here
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a relative name, with `/` between parts, has an image suffix and no hidden part."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not is_hidden(name)
+    """Whether a relative name, with `/` between parts, has the suffix of an image that is read, and no hidden part."""
+    return os.path.splitext(name)[1].lower() in image_suffixes() and not is_hidden(name)
+
+
+def image_suffixes() -> frozenset[str]:
+    """The suffixes of images that are read; HEIC is where its package is installed."""
+    return NAMED_SUFFIXES if heif.is_installed() else IMAGE_SUFFIXES
 
 
 def is_hidden(name: str) -> bool:
@@ -77,26 +85,35 @@ def list_images(folder: Path) -> list[Path]:
     Raises:
         DataError: when the folder is missing or has no images.
     """
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder: expected one with images, at any depth.")
-    images = [folder / name for name in list_files(folder) if is_image_name(name)]
-    if not images:
-        raise DataError(f"{folder} has no images: expected files that end in {', '.join(sorted(IMAGE_SUFFIXES))}.")
-    return images
+    return _split_folder(folder)[0]
 
 
-def expand(paths: list[Path]) -> list[Path]:
-    """The given files in order, with each folder replaced by its images.
+def expand(paths: list[Path]) -> tuple[list[Path], dict[str, int]]:
+    """The given files in order, with each folder replaced by its images; and what was passed over, by suffix.
 
     Raises:
         DataError: when a path does not exist or a folder has no images.
     """
     files: list[Path] = []
+    others: list[str] = []
     for path in paths:
         if path.is_dir():
-            files.extend(list_images(path))
+            images, passed = _split_folder(path)
+            files, others = files + images, others + passed
         elif path.exists():
             files.append(path)
         else:
             raise DataError(f"{path}: no such file or folder.")
-    return files
+    return files, counted(others)
+
+
+def _split_folder(folder: Path) -> tuple[list[Path], list[str]]:
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder: expected one with images, at any depth.")
+    names = list_files(folder)
+    images = [folder / name for name in names if is_image_name(name)]
+    if not images:
+        passed = sentence(counted(names))
+        expected = f"expected files that end in {', '.join(sorted(image_suffixes()))}"
+        raise DataError(f"{folder} has no images: {expected}{f'; {passed}' if passed else ''}.")
+    return images, [name for name in names if not is_image_name(name)]

@@ -13,7 +13,7 @@ import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, Any
 
 from mixmim_serve.errors import DataError, ImageError, UndecodableImageError
@@ -43,6 +43,7 @@ class ParquetSource:
     groups: Sequence[tuple[str, int]]  # file and row group number of each run
     column: str
     stamps: Mapping[str, tuple[int, str]]  # `storage.stamp` of each file
+    passed_over: Mapping[str, int] = field(default_factory=dict)  # none: each row is an image
 
     @property
     def places(self) -> Iterable[str]:

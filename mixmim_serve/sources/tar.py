@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import posixpath
 import tarfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import IO
 
 import numpy as np
@@ -20,10 +21,12 @@ from numpy.typing import NDArray
 from mixmim_serve.errors import DataError
 from mixmim_serve.sources import storage
 from mixmim_serve.sources.base import LABEL_NAMES, all_or_none, digest_of, run_of
-from mixmim_serve.sources.names import is_image_name, readable
+from mixmim_serve.sources.names import is_hidden, is_image_name, readable
+from mixmim_serve.sources.passed_over import sentence
 from mixmim_serve.strict_json import parse_json
 
 MAX_LABEL_BYTES = 1_000_000  # a longer .cls or .json is not a label
+_LABEL_SUFFIXES = (".cls", ".json")
 MAX_READ_BYTES = 4_000_000  # at once while indexing; a header that says it is longer is damaged
 
 
@@ -38,6 +41,7 @@ class TarSource:
     shards: Sequence[str]  # the file of each run
     stamps: Sequence[tuple[int, str]]  # `storage.stamp` of each shard
     spans: NDArray[np.int64]  # (images, 2): offset and size in bytes
+    passed_over: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def places(self) -> Sequence[str]:
@@ -73,9 +77,13 @@ def open_tar(name: str, places: Sequence[str]) -> TarSource:
         DataError: a shard is missing, compressed, truncated or damaged, or none has an image.
     """
     indexed = zip(places, storage.key_names(places), storage.parallel_map(_index, places), strict=True)
-    shards = [(place, short, stamp, members) for place, short, (stamp, members) in indexed if members]
+    shards, passed_over = [], Counter[str]()
+    for place, short, (stamp, members, others) in indexed:
+        passed_over.update(others)
+        shards += [(place, short, stamp, members)] if members else []
     if not shards:
-        raise DataError(f"{name} has no images: expected members such as 0001.jpg next to 0001.cls.")
+        passed = f"; {sentence(passed_over)}" if passed_over else ""
+        raise DataError(f"{name} has no images: expected members such as 0001.jpg next to 0001.cls{passed}.")
     ends = np.cumsum([len(members) for *_, members in shards]).tolist()
     return TarSource(
         name,
@@ -85,14 +93,19 @@ def open_tar(name: str, places: Sequence[str]) -> TarSource:
         shards=tuple(place for place, *_ in shards),
         stamps=tuple(stamp for _, _, stamp, _ in shards),
         spans=np.array([member.span for *_, members in shards for member in members], np.int64),
+        passed_over=dict(passed_over.most_common()),
     )
 
 
-def _index(place: str) -> tuple[tuple[int, str], list[_Member]]:
-    """The stamp of a shard and its images, sorted by name; of duplicate names the last counts, as when unpacking."""
+def _index(place: str) -> tuple[tuple[int, str], list[_Member], Counter[str]]:
+    """The stamp of a shard, its images, sorted by name, and its other members by suffix.
+
+    Of duplicate names the last counts, as when unpacking.
+    """
     stamp = storage.stamp(place)
     spans: dict[str, tuple[int, int]] = {}
     labels: dict[str, str] = {}
+    others: Counter[str] = Counter()
     with storage.translated_errors(place, DataError), storage.open_seekable(place) as opened:
         file = _Bounded(opened)
         archive = _archive(place, file)
@@ -108,6 +121,8 @@ def _index(place: str) -> tuple[tuple[int, str], list[_Member]]:
                     spans[name] = (member.offset_data, member.size)
                 elif label := _label(name, archive, member):
                     labels[_sample(name)] = label
+                elif not is_hidden(name):
+                    others[_suffix(name)] += 1
             file.seek(archive.offset)  # tarfile takes a damaged header for the end of the archive
             is_complete = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
         except (tarfile.TarError, RecursionError, OverflowError, _TooLongError):
@@ -115,7 +130,8 @@ def _index(place: str) -> tuple[tuple[int, str], list[_Member]]:
     if not is_complete:
         raise DataError(f"{place} is truncated or damaged: copy or write it again.")
     keys = readable(spans)
-    return stamp, [_Member(keys[name], spans[name], labels.get(_sample(name))) for name in sorted(spans)]
+    others = Counter({suffix: count for suffix, count in others.items() if suffix not in _LABEL_SUFFIXES})
+    return stamp, [_Member(keys[name], spans[name], labels.get(_sample(name))) for name in sorted(spans)], others
 
 
 class _TooLongError(Exception):
@@ -154,10 +170,14 @@ def _sample(name: str) -> str:
     return f"{folder}/{file.partition('.')[0]}"
 
 
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
 def _label(name: str, archive: tarfile.TarFile, member: tarfile.TarInfo) -> str | None:
     """The text of a .cls, or the first string or integer of a .json under one of `LABEL_NAMES`."""
-    suffix = os.path.splitext(name)[1].lower()
-    content = archive.extractfile(member) if suffix in (".cls", ".json") and member.size <= MAX_LABEL_BYTES else None
+    suffix = _suffix(name)
+    content = archive.extractfile(member) if suffix in _LABEL_SUFFIXES and member.size <= MAX_LABEL_BYTES else None
     if content is None:
         return None
     text = content.read()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from training.distributed import World
 
 OnImages = Callable[[int], None]  # called after each batch with its number of images
 Pixels = NDArray[np.float32]  # normalised, (3, size, size)
-Row = tuple[int, NDArray[np.float32]]  # an image's index in the source, and its output
+Row = tuple[int, NDArray[np.float32], bytes]  # an image's index in the source, its output, SHA-256 of its file
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,11 @@ class Outputs:
     values_NX: Tensor  # float32, on the CPU: embeddings or logits
     indices_N: Tensor  # int64: positions in the source
     unreadable: tuple[str, ...]  # one sentence per image
+    hashes: tuple[bytes, ...]  # SHA-256 of each image's file
 
 
-class EvaluationImages(Dataset["tuple[int, Pixels | str]"]):
-    """(index, normalised pixels), or (index, reason) for an unreadable image."""
+class EvaluationImages(Dataset["tuple[int, Pixels | str, bytes]"]):
+    """(index, normalised pixels, SHA-256 of the file); a reason in place of the pixels for an unreadable image."""
 
     def __init__(self, source: Source, preprocessing: Preprocessing, indices: range) -> None:
         self.source, self.preprocessing, self.indices = source, preprocessing, indices
@@ -44,12 +46,14 @@ class EvaluationImages(Dataset["tuple[int, Pixels | str]"]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: int) -> tuple[int, Pixels | str]:
+    def __getitem__(self, position: int) -> tuple[int, Pixels | str, bytes]:
         index = self.indices[position]
         try:
-            return index, normalize(preprocess(self.source.read(index), self.preprocessing), self.preprocessing)
+            data = self.source.read(index)
+            pixels = normalize(preprocess(data, self.preprocessing), self.preprocessing)
         except ImageError as error:
-            return index, f"{self.source.keys[index]}: {error}"
+            return index, f"{self.source.keys[index]}: {error}", b""
+        return index, pixels, hashlib.sha256(data).digest()
 
 
 def run_network(
@@ -82,22 +86,23 @@ def run_network(
     batches = iter(loader)
     # Every process runs the same number of batches, empty ones too: a sharded network needs all processes each time.
     for _ in range(-(-len(range(0, len(source.keys), world.size)) // batch_size)):
-        items: list[tuple[int, Pixels | str]] = next(batches, [])
-        readable = [(index, pixels) for index, pixels in items if not isinstance(pixels, str)]
-        unreadable += [reason for _, reason in items if isinstance(reason, str)]
+        items: list[tuple[int, Pixels | str, bytes]] = next(batches, [])
+        readable = [(index, pixels, digest) for index, pixels, digest in items if not isinstance(pixels, str)]
+        unreadable += [reason for _, reason, _ in items if isinstance(reason, str)]
         empty = np.zeros((1, 3, arch.image_size, arch.image_size), np.float32)
-        pixels_BCHW = np.stack([pixels for _, pixels in readable]) if readable else empty
+        pixels_BCHW = np.stack([pixels for _, pixels, _ in readable]) if readable else empty
         with torch.inference_mode():
             output = model(torch.from_numpy(pixels_BCHW).to(world.device))
         values_BX = (output.logits_BC if logits else output.embedding_BD).float().cpu().numpy()
-        rows += [(index, values) for (index, _), values in zip(readable, values_BX, strict=False)]
+        rows += [(index, values, digest) for (index, _, digest), values in zip(readable, values_BX, strict=False)]
         progress(len(items))
     rows, unreadable = _gather(rows, unreadable, world)
     if not rows:
         raise DataError(f"none of the {len(source.keys)} images in {source.name} could be read: {unreadable[0]}")
     size = arch.num_classes if logits else arch.embedding_size
-    values_NX = np.stack([values for _, values in rows]).reshape(len(rows), size)
-    return Outputs(torch.from_numpy(values_NX), torch.tensor([index for index, _ in rows]), tuple(unreadable))
+    values_NX = np.stack([values for _, values, _ in rows]).reshape(len(rows), size)
+    indices_N = torch.tensor([index for index, _, _ in rows])
+    return Outputs(torch.from_numpy(values_NX), indices_N, tuple(unreadable), tuple(digest for *_, digest in rows))
 
 
 def _gather(rows: list[Row], unreadable: list[str], world: World) -> tuple[list[Row], list[str]]:

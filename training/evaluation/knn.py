@@ -22,6 +22,8 @@ from mixmim_serve.errors import ConfigError, DataError
 from training.evaluation.confusion import Accuracy, accuracy_of_ranks, check_labels, rank_of_truth
 
 NEIGHBOURS = (10, 20, 100, 200)  # DINO's; it reports 20 as the best in most cases
+FEW_NEIGHBOURS = (1, 5)  # added below FEW training images
+FEW = 100
 TEMPERATURE = 0.07
 TRAIN_ROWS, QUERY_ROWS = 32_768, 1024  # one block of similarities: 128 MiB in float32
 
@@ -59,6 +61,12 @@ def knn_accuracy(
         ]
         results[k] = accuracy_of_ranks(torch.cat(ranks))
     return results
+
+
+def neighbour_counts(images: int) -> tuple[int, ...]:
+    """The k to report for so many training images: none beyond them."""
+    few = FEW_NEIGHBOURS if images < FEW else ()
+    return tuple(k for k in (*few, *NEIGHBOURS) if k <= images)
 
 
 def nearest(

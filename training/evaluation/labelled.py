@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from training.distributed import World
 from training.evaluation.confusion import Accuracy, Counts, accuracy, confusion_matrix
 from training.evaluation.embed import OnImages, Outputs, run_network
 from training.evaluation.knn import knn_accuracy
+from training.evaluation.overlap import Pairs
 
 LOGGED_K = 20  # neighbours in the log of a pretraining run
 
@@ -58,6 +59,8 @@ class ClassifierResult:
     accuracy: Accuracy
     matrix: Counts  # (C, C) images, one row per true class
     unreadable: tuple[str, ...]  # one sentence per image
+    in_training: Pairs = ()  # keys (here, in training) of images that the classifier was trained on
+    hashes: Mapping[str, bytes] = field(default_factory=dict)  # SHA-256 of the file by key
 
 
 def open_labelled(data: str, val: str = "") -> tuple[Labelled, Labelled | None]:
@@ -117,7 +120,9 @@ def evaluate_classifier(
     outputs = run_network(model, images.source, preprocessing, world, logits=True, workers=workers, progress=progress)
     labels_M = images.labels_of(outputs)
     matrix = confusion_matrix(labels_M, outputs.values_NX.argmax(dim=1), len(images.classes))
-    return ClassifierResult(accuracy(outputs.values_NX, labels_M), matrix, outputs.unreadable)
+    keys = [images.source.keys[index] for index in outputs.indices_N.tolist()]
+    hashes = dict(zip(keys, outputs.hashes, strict=True))
+    return ClassifierResult(accuracy(outputs.values_NX, labels_M), matrix, outputs.unreadable, hashes=hashes)
 
 
 def _listed(names: Sequence[str]) -> str:

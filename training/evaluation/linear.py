@@ -1,4 +1,8 @@
-"""A linear probe: one linear layer on frozen embeddings; held-out training images choose its learning rate.
+"""A linear probe: one linear layer on frozen embeddings; training images choose its learning rate.
+
+A tenth of them, held out, chooses it where that is `ProbeConfig.split_from` images or more. Of fewer, one split would
+choose by luck, so every image is held out once (cross-validation). With less than `FOLDS` images of a class nothing is
+chosen: the rate is `DEFAULT_LR`.
 
 From MAE (arXiv 2111.06377, appendix A.1): channels standardised as by a BatchNorm without scale and shift, no weight
 decay. From DINOv2 (official eval/linear.py): SGD with momentum 0.9, a cosine schedule, and a head for each of many
@@ -24,7 +28,13 @@ from training.evaluation.confusion import accuracy_of_ranks, check_labels, rank_
 
 MOMENTUM = 0.9
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
+DEFAULT_LR = 0.1
+FOLDS = 5  # of a cross-validation
 ROWS = 1024  # images scored at a time
+
+HELD_OUT = "held-out training images"  # what chose a learning rate
+FOLDED = f"cross-validation in {FOLDS} parts"
+DEFAULT = "default, too few images to choose"
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,7 @@ class ProbeConfig:
     batch_size: int = 256
     lrs: tuple[float, ...] = LEARNING_RATES  # ascending; for a batch of 256, scaled linearly with the batch
     heldout: float = 0.1  # share of each class's training images that chooses among the learning rates
+    split_from: int = 100  # held-out images that may choose in one split
     seed: int = 0  # draws the held-out images and the order of the others
 
     def __post_init__(self) -> None:
@@ -53,7 +64,8 @@ class LinearProbe:
     weight_CD: Tensor
     bias_C: Tensor
     lr: float
-    sweep: tuple[tuple[float, float], ...]  # (learning rate, top-1 in percent on the held-out images)
+    sweep: tuple[tuple[float, float], ...]  # (learning rate, top-1 in percent on the held-out images); may be empty
+    chosen_by: str = HELD_OUT  # or FOLDED, or DEFAULT
 
     def scores(self, features_MD: Tensor) -> Tensor:
         """Raw embeddings (M, D) to logits (M, C)."""
@@ -62,7 +74,7 @@ class LinearProbe:
     @property
     def warning(self) -> str | None:
         """Advice when the best learning rate is at an end of the sweep, so that a better one may lie outside it."""
-        if len(self.sweep) == 1 or self.lr not in (self.sweep[0][0], self.sweep[-1][0]):
+        if len(self.sweep) < 2 or self.lr not in (self.sweep[0][0], self.sweep[-1][0]):
             return None
         end, side = ("lowest", "lower") if self.lr == self.sweep[0][0] else ("highest", "higher")
         return f"the best learning rate, {self.lr:g}, is the {end} one tried: add {side} ones."
@@ -86,22 +98,57 @@ def linear_probe(
 ) -> LinearProbe:
     """Train a probe on raw embeddings and int64 labels that count from 0.
 
-    A seeded share of each class's images is held out. One head per learning rate is trained on the others; the rate
-    whose head is best on the held-out images then trains the probe on all training images. The reported images are not
-    an input, so they cannot influence the choice. On a CPU equal inputs give equal bits.
+    One head per learning rate is trained on some of the images; the rate whose head is best on the held-out others
+    (`top1_of_rates`) then trains the probe on all. The reported images are not an input, so they cannot influence the
+    choice. On a CPU equal inputs give equal bits.
 
     Raises:
-        DataError: when there are no images, labels do not fit, embeddings are not finite, or no class has two images,
-            so that none can be held out.
+        DataError: when there are no images, labels do not fit, embeddings are not finite, or of more images than
+            `split_from` no class has two.
     """
     config = config or ProbeConfig()
     check_labels(train_labels_N, len(train_ND), classes)
-    kept, heldout = split_by_class(train_labels_N, config)
-    heads = train_heads(train_ND[kept], train_labels_N[kept], classes, config.lrs, config)
-    top1 = top1_of_heads(heads, train_ND[heldout], train_labels_N[heldout])
-    lr = config.lrs[choose(top1)]
+    top1, chosen_by = top1_of_rates(train_ND, train_labels_N, classes, config)
+    lr = config.lrs[choose(top1)] if top1 else DEFAULT_LR
     final = train_heads(train_ND, train_labels_N, classes, (lr,), config)
-    return LinearProbe(final.weight_HCD[0], final.bias_HC[0], lr, tuple(zip(config.lrs, top1, strict=True)))
+    sweep = tuple(zip(config.lrs, top1, strict=True)) if top1 else ()
+    return LinearProbe(final.weight_HCD[0], final.bias_HC[0], lr, sweep, chosen_by)
+
+
+def top1_of_rates(
+    train_ND: Tensor, labels_N: Tensor, classes: int, config: ProbeConfig
+) -> tuple[tuple[float, ...], str]:
+    """Top-1 in percent of each learning rate on held-out images, and what held them out; none at the default."""
+    if len(labels_N) > config.split_from:
+        kept, heldout = split_by_class(labels_N, config)
+        if len(heldout) >= config.split_from:
+            heads = train_heads(train_ND[kept], labels_N[kept], classes, config.lrs, config)
+            return top1_of_heads(heads, train_ND[heldout], labels_N[heldout]), HELD_OUT
+    if smallest_class(labels_N) < FOLDS:
+        return (), DEFAULT
+    parts_N = stratified_parts(labels_N, FOLDS, config.seed)
+    right = [0.0] * len(config.lrs)
+    for part in range(FOLDS):
+        kept, heldout = (parts_N != part).nonzero().flatten(), (parts_N == part).nonzero().flatten()
+        heads = train_heads(train_ND[kept], labels_N[kept], classes, config.lrs, config)
+        top1 = top1_of_heads(heads, train_ND[heldout], labels_N[heldout])
+        right = [total + value * len(heldout) for total, value in zip(right, top1, strict=True)]
+    return tuple(total / len(labels_N) for total in right), FOLDED
+
+
+def smallest_class(labels_N: Tensor) -> int:
+    """Images of the smallest class that has any."""
+    counts = labels_N.bincount()
+    return int(counts[counts > 0].min())
+
+
+def stratified_parts(labels_N: Tensor, parts: int, seed: int) -> Tensor:
+    """The part of each image, int64 (N,): sizes differ by one at most, in all and within each class."""
+    shuffled = torch.randperm(len(labels_N), generator=torch.Generator().manual_seed(seed))
+    rows = shuffled[labels_N.cpu()[shuffled].argsort(stable=True)]  # class after class, random within each
+    found_N = torch.empty(len(labels_N), dtype=torch.int64)
+    found_N[rows] = torch.arange(len(labels_N)) % parts
+    return found_N.to(labels_N.device)
 
 
 def split_by_class(labels_N: Tensor, config: ProbeConfig) -> tuple[Tensor, Tensor]:
