@@ -108,7 +108,8 @@ def bench(
     flops = encoder_flops(bundle.arch)
     rows = [_with_share(_best(tries), flops, collected.rates) for tries in collected.rows.values()]
     about = {
-        "bundle": path.name, "fingerprint": bundle.fingerprint, "image_size": bundle.arch.image_size,
+        "bundle": path.name, "model": bundle.name, "fingerprint": bundle.fingerprint,
+        "model_fingerprint": bundle.fingerprint, "image_size": bundle.arch.image_size,
         "gflop_an_image": round(flops / 1e9, 2), "hardware": gpu_name() or processor(),
         "processor": processor(), "mixmim-serve": __version__,
         "engines": collected.versions, "seconds": seconds, "rounds": rounds, "files_mb": _sizes(bundle),

@@ -69,7 +69,8 @@ def golden_sets() -> list[pytest.param]:
 # Without torch (`make test-serving`), the tests of what serves without it run on a bundle that was exported before.
 READY_BUNDLE = "MIXMIM_TEST_BUNDLE"
 _NEEDS_TORCH = re.compile(
-    r"^(from|import) (torch|onnx|training|export|exporting|benchmarks|test_resume|mixmim_serve\.model)\b", re.MULTILINE
+    r"^(from|import) (torch|onnx|training|export|exporting|benchmarks|test_cli|test_resume|mixmim_serve\.model)\b",
+    re.MULTILINE,
 )
 if importlib.util.find_spec("torch") is None:
     _TESTS = Path(__file__).parent
