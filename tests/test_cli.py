@@ -96,7 +96,7 @@ def assert_one_sentence(outcome: Outcome, sentence: str) -> None:
 def test_embed_prints_a_line_an_image_in_order(mixmim: Mixmim, exported_bundle: Path, photos: Path) -> None:
     outcome = mixmim("embed", exported_bundle, SHOES, photos, HAT)
     expected = [SHOES, photos / "a" / "z.JPG", photos / "b.jpg", HAT]  # as given, the folder sorted
-    assert (outcome.code, outcome.err) == (0, "")
+    assert (outcome.code, outcome.err) == (0, "passed over 1 file: .txt (1)\n")
     assert [line["path"] for line in outcome.lines] == [str(path) for path in expected]
     assert {line["fingerprint"] for line in outcome.lines} == {engine_fingerprint(open_engine(exported_bundle))}
     vectors = np.array([line["embedding"] for line in outcome.lines], np.float32)
@@ -109,7 +109,7 @@ def test_embed_writes_the_same_vectors_as_npy(
     printed = mixmim("embed", exported_bundle, SHOES, photos).lines
     target = tmp_path / "new" / "vectors.npy"
     outcome = mixmim("embed", exported_bundle, SHOES, photos, "--output", target)
-    assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
+    assert (outcome.code, outcome.out, outcome.err) == (0, "", "passed over 1 file: .txt (1)\n")
     array = np.load(target, allow_pickle=False)
     assert (array.shape, array.dtype) == ((3, 64), np.float32)
     assert np.array_equal(array, np.array([line["embedding"] for line in printed], np.float32))
@@ -148,7 +148,8 @@ def test_extract_writes_a_folder_and_names_what_it_could_not_read(
     target = tmp_path / "features"
     outcome = mixmim("extract", exported_bundle, photos, target, "--features", "stage4", "--set", "options.batch=2")
     assert (outcome.code, outcome.out) == (0, f"{target}: 2 rows for 3 images, 1 could not be read\n")
-    assert outcome.err.startswith("could not read a/cut.jpg: the JPEG image is truncated")
+    assert "passed over 1 file: .txt (1)" in outcome.err
+    assert "could not read a/cut.jpg: the JPEG image is truncated" in outcome.err
     table = pq.read_table(target / "features" / "000000.parquet")
     assert table.column_names[:2] == ["key", "embedding"]
     assert "stage4" in table.column_names

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ def test_200_images_are_not_one_step_per_epoch() -> None:
     assert config.warmup_epochs == pytest.approx(tiny_cpu().warmup_epochs * EPOCHS / 25)
     assert lines == (
         "batch 16 instead of 128: 200 images would give 1 step per epoch",
+        "base_lr 0.0057 instead of 0.002: so the rate falls with the root of the batch, as for AdamW",
         f"epochs {EPOCHS} instead of 25: 12 steps each would end after 300, it takes about 1,000 to learn something",
         f"sample_every 17, knn_every 17, keep_every 17: as often in {EPOCHS} epochs as in 25",
     )
@@ -61,6 +63,9 @@ def test_what_the_user_set_is_never_changed() -> None:
     assert not any(line.startswith("batch") for line in lines)
     config, _ = fit(tiny_cpu(), "photos", 200, {"epochs", "knn_every"})
     assert (config.batch_size, config.epochs, config.knn_every) == (16, 25, 5)
+    assert config.peak_lr == pytest.approx(tiny_cpu().peak_lr / math.sqrt(8), rel=0.01)
+    config, _ = fit(tiny_cpu(), "photos", 200, {"base_lr"})
+    assert (config.batch_size, config.base_lr) == (16, tiny_cpu().base_lr)
     config, _ = fit(tiny_cpu(), "photos", 200, {"warmup_epochs", "keep_every"})
     assert (config.warmup_epochs, config.keep_every) == (3, 5)
 

@@ -3,6 +3,7 @@
 A recipe is written for thousands of photos. For fewer:
 
     batch          the recipe's, halved until an epoch has `STEPS_PER_EPOCH` steps, but not below `SMALLEST_BATCH`
+    rate           of a smaller batch: falls with its square root, as AdamW's does (arXiv 2205.10287), not linearly
     epochs         the recipe's, or as many as it takes to make `STEPS` steps; warm-up and intervals keep their share
     augmentation   below `FEW_LABELLED` labelled images, light augmentation where the recipe has none
 
@@ -32,7 +33,7 @@ STEPS = {"pretrain": 1000, "finetune": 400}  # of a whole run; tiny-cpu makes 1,
 FEW_LABELLED = 1000  # images
 LIGHT = AugmentConfig(rand_augment_ops=1, rand_augment_magnitude=5.0, erase=0.1, mixup=0.1, cutmix=0.0)
 INTERVALS = ("sample_every", "knn_every", "evaluate_every", "keep_every")  # epochs between two of something
-FITTED = ("batch_size", "epochs", "warmup_epochs", "augment", *INTERVALS)
+FITTED = ("batch_size", "base_lr", "epochs", "warmup_epochs", "augment", *INTERVALS)
 
 
 def too_few(name: str, images: int) -> DataError:
@@ -53,8 +54,12 @@ def fit(
         raise too_few(source, images)
     lines: list[str] = []
     if "batch_size" not in given:
+        before = config.batch_size
         config, line = _with_fitting_batch(config, images, processes)
         lines += line
+        if "base_lr" not in given and config.batch_size < before:
+            config, line = _with_fitting_rate(config, before)
+            lines += line
     if "epochs" not in given and config.batch_size <= images:
         config, line = _with_enough_epochs(config, images, given)
         lines += line
@@ -94,6 +99,13 @@ def _with_fitting_batch(config: Config, images: int, processes: int) -> tuple[Co
         return config, []
     reason = f"{images} images would give {_steps(steps)} per epoch" if steps else f"there are only {images} images"
     return dataclasses.replace(config, batch_size=batch), [f"batch {batch} instead of {old}: {reason}"]
+
+
+def _with_fitting_rate(config: Config, before: int) -> tuple[Config, list[str]]:
+    """`base_lr` is multiplied with the batch; this takes half of that back."""
+    rate = float(f"{config.base_lr * math.sqrt(before / config.batch_size):.2g}")
+    line = f"base_lr {rate:g} instead of {config.base_lr:g}: so the rate falls with the root of the batch, as for AdamW"
+    return dataclasses.replace(config, base_lr=rate), [line]
 
 
 def _with_enough_epochs(config: Config, images: int, given: Collection[str]) -> tuple[Config, list[str]]:
