@@ -1,8 +1,8 @@
 """Planted copies found by `mixmim duplicates`: precision, and recall by kind of copy, beside a fixed threshold.
 
-    python -m benchmarks.duplicates elpv flowers5 clothing10 --copies 25
+    python -m benchmarks.duplicates elpv.tar flowers5.tar clothing10.tar --copies 25 --output duplicates.md
 
-Of each data set `--copies` images are copied in each of five ways and embedded with the rest. A link (an image and the
+Of each data set `--copies` images are copied in each of six ways and embedded with the rest. A link (an image and the
 first of its group) is right if both come from one image, or are the same bytes; real duplicates that the data set holds
 otherwise count as wrong.
 """
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from benchmarks.provenance import about, heading
 from mixmim_serve.bundle import DEFAULT_BUNDLE
 from mixmim_serve.engines import Engine, open_engine
 from mixmim_serve.explore.duplicates import THRESHOLD, duplicates
@@ -93,20 +94,29 @@ def main() -> None:
     parser.add_argument("data", nargs="+", help="folders or .tar files of images")
     parser.add_argument("--bundle", type=Path, default=DEFAULT_BUNDLE)
     parser.add_argument("--copies", type=int, default=25, help="images copied in each way")
-    parser.add_argument("--save", type=Path, help="keep the vectors here, as NAME.npz")
+    parser.add_argument("--output", type=Path, help="also write the table here, as Markdown")
     arguments = parser.parse_args()
     engine = open_engine(arguments.bundle)
-    print(f"{arguments.bundle.name} on {engine.name} {engine.precision}\n")
-    print(f"| data | images | copies | threshold | links | precision | {' | '.join(KINDS)} |")
-    print("|---|---|---|---|---|---|" + "---|" * len(KINDS))
+    lines = [
+        *heading(f"Planted copies, {arguments.bundle.name} on {engine.name} {engine.precision}", facts()),
+        "",
+        f"| data | images | copies | threshold | links | precision | {' | '.join(KINDS)} |",
+        "|---|---|---|---|---|---|" + "---|" * len(KINDS),
+    ]
+    print("\n".join(lines))
     for name in arguments.data:
         for copies in (0, arguments.copies):
             vectors, origins, kinds = plant(engine, name, copies)
-            if arguments.save:
-                arguments.save.mkdir(exist_ok=True)
-                np.savez(arguments.save / f"{Path(name).stem}-{copies}.npz", v=vectors, o=origins, k=kinds)
             for threshold in (None, THRESHOLD):
-                print(row(Path(name).stem, vectors, origins, kinds, threshold), flush=True)
+                lines.append(row(Path(name).stem, vectors, origins, kinds, threshold))
+                print(lines[-1], flush=True)
+    if arguments.output:
+        arguments.output.write_text("\n".join(lines) + "\n")
+
+
+def facts() -> dict[str, Any]:
+    """Where the table comes from."""
+    return about("duplicates", None, ("openvino", "numpy", "pillow"))
 
 
 def plant(engine: Engine, data: str, copies: int) -> tuple[np.ndarray, list[str], list[str]]:
