@@ -4,9 +4,10 @@ How alike different images are depends on the data: the nearest photo of another
 nearest other solar cell one of 0.993, and in one folder some kinds of images lie denser than others. So the threshold
 is where a neighbour is no longer expected by chance. Around each image the number of others within a distance grows
 with a power of that distance. The 4th to 20th nearest tell the power (the dimension of the data: Levina and Bickel,
-"Maximum likelihood estimation of intrinsic dimension", 2004) and how dense it is there; the three nearest, among which
-copies are, are left out. From that follows for any distance how many images have a neighbour within it by chance. At
-the threshold it is `BY_CHANCE`.
+"Maximum likelihood estimation of intrinsic dimension", 2004) and how dense it is there; from that follows how many
+images have a neighbour by chance within any distance. For each distance that is asked, images within half of it of an
+earlier one are left out first: copies, even twenty of one image, would pass for density. The threshold is the largest
+distance at which fewer than `BY_CHANCE` images have a neighbour.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from numpy.typing import NDArray
 from mixmim_serve.explore.duplicates import THRESHOLD, TILE, Group
 from mixmim_serve.extract.features import FeatureFolder, Vectors
 
-SAMPLE = 4096  # images whose nearest is looked up, evenly spaced: memory stays constant, time linear
-FEWEST = 50  # images that a distribution is fitted to; fewer take THRESHOLD
-FIRST, LAST = 4, 20  # neighbours that tell density and dimension; up to 3 copies of an image do not matter
+SAMPLE = 2048  # images that the density is taken from, evenly spaced: memory stays constant
+FEWEST = 50  # images that tell a density; fewer take THRESHOLD
+FIRST, LAST = 4, 20  # neighbours that tell density and dimension; nearer ones may be crops and mirrored images
 BY_CHANCE = 0.5  # images expected to have a neighbour above the threshold without any copy
-RANGE = 0.97, 0.99999  # of the threshold: below are crops at best, above is rounding
-IDENTICAL = 1 - 1e-5  # cosine of copies whatever the data; they are no neighbours
+COPIES_WITHIN = 0.5  # of a distance; leaving out all within it would leave out what is near by chance
+MOST_COPIES = 30  # of one image; where more are within a distance, it is a kind of image and no copies
+DISTANCES = np.geomspace(1e-5, 0.03, 24)  # 1 - threshold: below is rounding, above are crops at best
 LARGE_SHARE, LARGE_SHARE_LOOSE = 0.3, 0.15  # of the images in groups; with a looser threshold than from the data
 LARGE_GROUP = 10  # images in one group; fewer in all groups are not suspicious either
 
@@ -57,45 +59,63 @@ class Choice:
     @property
     def stricter(self) -> float:
         """A threshold to try if groups are too large: that from the data, or half the distance between vectors."""
-        return self.automatic if self.loose else min(1 - (1 - self.threshold) / 4, RANGE[1])
+        return self.automatic if self.loose else min(1 - (1 - self.threshold) / 4, 1 - float(DISTANCES[0]))
 
 
 def choose(features: FeatureFolder, progress: Callable[[int], None] = lambda rows: None) -> Choice:
     """Choose a threshold from the nearest cosines of at most SAMPLE images; see the module."""
     rows = np.unique(np.linspace(0, len(features) - 1, min(SAMPLE, len(features))).round().astype(np.int64))
-    nearest, neighbours = _nearest(features, rows, progress)
-    threshold, reason = from_neighbours(1 - neighbours.astype(np.float64), len(features))
+    vectors = features.vectors(rows.tolist())
+    nearest = _nearest(features, rows, vectors, progress)
+    threshold, reason = from_vectors(vectors, len(features))
+    reason = f"{reason}; the nearest image has a cosine of {np.median(nearest):.4f} in the median"
     return Choice(threshold, reason, nearest, len(features), threshold)
 
 
-def from_neighbours(distances: NDArray[np.float64], images: int) -> tuple[float, str]:
-    """Threshold and reason, from distances (1 - cosine) of some of `images` images to their LAST nearest, ascending."""
-    distances = np.maximum(distances[distances[:, -1] < 2], 1e-7)  # without those that are all but alone
-    if len(distances) < FEWEST:
+def from_vectors(vectors: Vectors, images: int) -> tuple[float, str]:
+    """Threshold and reason, from some (rows, D) of the unit vectors of `images` images."""
+    if len(vectors) < FEWEST:
         return THRESHOLD, f"the default, since {images:,} images are too few to choose from"
-    first = np.log(distances[:, FIRST - 1])
-    dimension = 1 / max(float(np.log(distances[:, -1:] / distances[:, FIRST - 1 : -1]).mean()), 1e-3)
-
-    def by_chance(log_distance: float) -> float:
-        """The number of all images that have a neighbour within it."""
-        expected = (FIRST - 0.5) * np.exp(np.minimum(dimension * (log_distance - first), 50))  # neighbours of each
-        return float(-np.expm1(-expected).mean() * images)
-
-    chosen = 1 - math.exp(_root(by_chance, BY_CHANCE, math.log(1e-9), 0))
-    body = f"the nearest different image has a cosine of {1 - np.median(distances[:, 0]):.4f} in the median"
-    if chosen < RANGE[0]:
-        return RANGE[0], f"the least that is used for copies; {body}"
-    if chosen > RANGE[1]:
-        return RANGE[1], f"the highest that rounding allows; {body}"
-    return chosen, f"chosen from the data: fewer than one image is expected to reach it by chance; {body}"
+    cosines = vectors @ vectors.T
+    np.fill_diagonal(cosines, -1)
+    expected = np.array([_by_chance(cosines, distance, images) for distance in DISTANCES])
+    calm = np.flatnonzero(expected <= BY_CHANCE)
+    if not len(calm):
+        return float(1 - DISTANCES[0]), "the highest that rounding allows"
+    last = int(calm[-1])
+    if last == len(DISTANCES) - 1:
+        return float(1 - DISTANCES[last]), "the least that is used for copies"
+    counts = np.log(np.maximum(expected[last : last + 2], 1e-9))
+    distance = math.exp(np.interp(math.log(BY_CHANCE), counts, np.log(DISTANCES[last : last + 2])))
+    return 1 - distance, "chosen from the data: fewer than one image is expected to reach it by chance"
 
 
-def _root(rising: Callable[[float], float], value: float, low: float, high: float) -> float:
-    """Where a rising function has this value, by bisection."""
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (low, middle) if rising(middle) > value else (middle, high)
-    return low
+def _by_chance(cosines: Vectors, distance: float, images: int) -> float:
+    """How many of `images` images have a neighbour within a distance by chance; see the module."""
+    alone = _without_copies(cosines, 1 - COPIES_WITHIN * distance)
+    if len(alone) < FEWEST:
+        return math.inf
+    near = np.partition(cosines[np.ix_(alone, alone)], len(alone) - LAST, 1)[:, -LAST:]
+    distances = np.log(np.maximum(np.sort(1 - near.astype(np.float64), 1), 1e-7))
+    dimension = 1 / max(float((distances[:, -1:] - distances[:, FIRST - 1 : -1]).mean()), 1e-3)
+    powers = np.minimum(dimension * (math.log(distance) - distances[:, FIRST - 1]), 50)
+    share = len(alone) / len(cosines)
+    neighbours = (FIRST - 0.5) * np.exp(powers) * images / len(cosines)  # of each, among all images
+    return float(-np.expm1(-neighbours).mean() * share * images)
+
+
+def _without_copies(cosines: Vectors, threshold: float) -> NDArray[np.int64]:
+    """Rows without those that are near an earlier one that stays; none if too many are near one."""
+    near = cosines >= threshold
+    stays = np.ones(len(cosines), bool)
+    for row in np.flatnonzero(near.any(1)):
+        if stays[row]:
+            copies = near[row] & stays
+            copies[: row + 1] = False
+            if copies.sum() > MOST_COPIES:
+                return np.zeros(0, np.int64)
+            stays[copies] = False
+    return np.flatnonzero(stays)
 
 
 def suspicion(groups: Sequence[Group], choice: Choice) -> str:
@@ -112,11 +132,10 @@ def suspicion(groups: Sequence[Group], choice: Choice) -> str:
 
 
 def _nearest(
-    features: FeatureFolder, rows: NDArray[np.int64], progress: Callable[[int], None]
-) -> tuple[Vectors, Vectors]:
-    """Cosines of these rows with the nearest other row (rows,) and the nearest below IDENTICAL (rows, LAST), or -1."""
-    vectors = features.vectors(rows.tolist())
-    nearest, neighbours = np.full(len(rows), -1, np.float32), np.full((len(rows), LAST), -1, np.float32)
+    features: FeatureFolder, rows: NDArray[np.int64], vectors: Vectors, progress: Callable[[int], None]
+) -> NDArray[np.float32]:
+    """Cosine of each of these rows with the nearest other row of the folder."""
+    nearest = np.full(len(rows), -1, np.float32)
     for block in features.blocks():
         for start in range(0, len(block.vectors), TILE):
             cosines = vectors @ block.vectors[start : start + TILE].T
@@ -124,8 +143,5 @@ def _nearest(
             inside = np.flatnonzero((own >= 0) & (own < cosines.shape[1]))
             cosines[inside, own[inside]] = -1
             nearest = np.maximum(nearest, cosines.max(1))
-            cosines[cosines > IDENTICAL] = -1
-            both = np.concatenate([neighbours, cosines], 1)
-            neighbours = np.partition(both, both.shape[1] - LAST)[:, -LAST:]
         progress(block.start + len(block.vectors))
-    return nearest, -np.sort(-neighbours)
+    return nearest
