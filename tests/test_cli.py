@@ -109,11 +109,46 @@ def test_embed_writes_the_same_vectors_as_npy(
     printed = mixmim("embed", exported_bundle, SHOES, photos).lines
     target = tmp_path / "new" / "vectors.npy"
     outcome = mixmim("embed", exported_bundle, SHOES, photos, "--output", target)
-    assert (outcome.code, outcome.out, outcome.err) == (0, "", "passed over 1 file: .txt (1)\n")
+    names = target.with_suffix(".json")
+    line = f"wrote {target}: 3 rows of 64 numbers; their paths are in {names}\n"
+    assert (outcome.code, outcome.out, outcome.err) == (0, line, "passed over 1 file: .txt (1)\n")
     array = np.load(target, allow_pickle=False)
     assert (array.shape, array.dtype) == ((3, 64), np.float32)
     assert np.array_equal(array, np.array([line["embedding"] for line in printed], np.float32))
-    assert [path.name for path in target.parent.iterdir()] == ["vectors.npy"]
+    assert json.loads(names.read_text()) == {
+        "fingerprint": printed[0]["fingerprint"], "paths": [line["path"] for line in printed],
+    }  # fmt: skip
+    assert sorted(path.name for path in target.parent.iterdir()) == ["vectors.json", "vectors.npy"]
+    mixmim("embed", exported_bundle, HAT, "--output", tmp_path / "hat.json")  # no .npy: the list must not replace it
+    assert np.load(tmp_path / "hat.json").shape == (1, 64)
+    assert json.loads((tmp_path / "hat.json.json").read_text())["paths"] == [str(HAT)]
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "unreadable"])
+def test_one_bad_image_is_skipped_and_named(
+    mixmim: Mixmim, exported_bundle: Path, photos: Path, tmp_path: Path, damage: str
+) -> None:
+    bad = photos / "a" / "bad file.jpg"
+    bad.write_bytes(HAT.read_bytes()[:1000] if damage == "cut" else b"")
+    if damage == "unreadable":
+        bad.unlink()
+        bad.symlink_to(bad)  # a circle, which nobody can open
+    reason = {"empty": "the image is empty", "cut": "the JPEG image is truncated", "unreadable": "cannot read"}[damage]
+    target = tmp_path / "vectors.npy"
+    good = [photos / "a" / "z.JPG", photos / "b.jpg"]
+    for command in ("embed", "classify", "embed --output"):
+        option = ("--output", target) if "--output" in command else ()
+        outcome = mixmim(command.split()[0], exported_bundle, photos, HAT, *option)
+        assert outcome.code == 1
+        named, counted = outcome.err.splitlines()
+        assert named.startswith("mixmim: ")
+        assert str(bad) in named
+        assert reason in named
+        assert counted == "mixmim: 1 of 4 images could not be read and were skipped"
+        if not option:
+            assert [line["path"] for line in outcome.lines] == [*map(str, good), str(HAT)]
+    assert np.array_equal(np.load(target), embeddings(exported_bundle, [*good, HAT]))
+    assert json.loads(target.with_suffix(".json").read_text())["paths"] == [*map(str, good), str(HAT)]
 
 
 def test_classify_prints_the_best_classes(mixmim: Mixmim, exported_bundle: Path) -> None:
@@ -243,14 +278,14 @@ finally:
 
 
 @pytest.mark.parametrize("command", ["embed", "embed to npy", "classify", "reconstruct"])
-def test_a_bad_image_ends_the_command_and_nothing_is_written(
+def test_without_a_readable_image_nothing_is_written(
     mixmim: Mixmim, exported_bundle: Path, tmp_path: Path, command: str
 ) -> None:
     cut, target = tmp_path / "cut.jpg", tmp_path / "out"
     cut.write_bytes(HAT.read_bytes()[:1000])
     arguments = {
         "embed": ("embed", exported_bundle, cut),
-        "embed to npy": ("embed", exported_bundle, HAT, cut, "--output", target),
+        "embed to npy": ("embed", exported_bundle, cut, "--output", target),
         "classify": ("classify", exported_bundle, cut),
         "reconstruct": ("reconstruct", exported_bundle, HAT, cut, "--output", target),
     }[command]
@@ -262,6 +297,12 @@ def test_a_bad_image_is_named(mixmim: Mixmim, exported_bundle: Path, tmp_path: P
     (tmp_path / "text.jpg").write_text("no image")
     for command in ("embed", "classify"):
         assert_one_sentence(mixmim(command, exported_bundle, tmp_path / "text.jpg"), f"{tmp_path}/text.jpg: ")
+    (tmp_path / "empty.jpg").touch()
+    outcome = mixmim("reconstruct", exported_bundle, tmp_path / "text.jpg", tmp_path / "empty.jpg")
+    assert (outcome.code, outcome.out) == (1, "")
+    first, second = outcome.err.splitlines()
+    assert first.startswith(f"mixmim: {tmp_path}/text.jpg: ")
+    assert second.startswith(f"mixmim: {tmp_path}/empty.jpg: ")
 
 
 USES_A_BUNDLE = (

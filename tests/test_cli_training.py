@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shlex
 import sys
 import types
 from pathlib import Path
@@ -18,9 +20,11 @@ from mixmim_serve.cli import app
 from mixmim_serve.config import architecture
 from mixmim_serve.errors import ConfigError, DataError, MixMIMError
 from mixmim_serve.model.checkpoint import load_checkpoint
+from mixmim_serve.settings import override
 from mixmim_serve.sources import open_source
 from training.pretraining import Pretraining
-from training.recipes import tiny_cpu
+from training.recipes import tiny_cpu, tiny_finetune_cpu
+from training.summary import summary
 from training.trainer import train
 
 
@@ -48,7 +52,14 @@ def test_pretrain(photos: Path, labelled: Path, tmp_path: Path) -> None:
     result = mixmim("pretrain", photos, "--out", run, *options, "--set", "seed=3", "--set", "bf16=false")
     assert result.exit_code == 0, result.output
     assert f"wrote {run / 'final.safetensors'}; next: mixmim export" in result.output
-    assert '"batch_size": 4' in result.output  # the configuration is printed
+    printed = dict(re.findall(r"^([a-z][a-z ]+?)  +(.*)$", result.output, re.MULTILINE))  # the configuration
+    assert printed["network"] == "tiny at 64 px"
+    assert printed["epochs"] == "1, with 0.12 of warm-up"
+    assert printed["batch"] == "4 images"
+    assert "float32" in printed["compute"]
+    assert "seed 3" in printed["decoding"]
+    assert "--verbose" in printed["all settings"]
+    assert "keep_last" not in result.output
     assert load_checkpoint(run / "final.safetensors")[1].arch == architecture("tiny").at(64)
     config = json.loads((run / "config.json").read_text())["config"]
     assert (config["epochs"], config["batch_size"], config["workers"]) == (1, 4, 0)
@@ -58,6 +69,52 @@ def test_pretrain(photos: Path, labelled: Path, tmp_path: Path) -> None:
     assert lines[-1]["knn20_top1"] == 100
     result = mixmim("pretrain", photos, "--out", run, *options, "--set", "seed=3", "--set", "bf16=false", "--resume")
     assert "is already finished" in " ".join(result.output.split())  # lines wrap
+
+
+def test_verbose_prints_every_setting(photos: Path, tmp_path: Path) -> None:
+    """Before anything else can stop the run."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    result = mixmim("pretrain", photos, "--out", tmp_path / "run", "--batch-size", 4, "--verbose")
+    assert isinstance(result.exception, MixMIMError)
+    expected = dataclasses.replace(tiny_cpu(), batch_size=4, compile=False)
+    assert json.loads(result.output) == json.loads(json.dumps(dataclasses.asdict(expected)))
+
+
+def test_the_summary_has_what_matters_and_what_was_changed() -> None:
+    recipe = tiny_finetune_cpu()
+    rows = dict(summary(recipe, recipe))
+    assert rows["network"] == "the checkpoint's at the checkpoint's input size"
+    assert rows["images"] == "crops of 25% of an image or more, label smoothing 0.1"
+    assert rows["layers"] == "rate times 0.85 per layer, drop path 0.05"
+    assert "also changed" not in rows
+    changed = override(recipe, ["keep_last=5", "augment.mixup=0.8", "batch_size=32", "compile=false"])
+    rows = dict(summary(changed, recipe))
+    assert rows["also changed"] == "keep_last=5, augment.mixup=0.8"
+    assert rows["batch"] == "32 images"
+    assert rows["learning rate"] == "0.0005 at most, weight decay 0.05"
+    assert rows["compute"] == "bf16, not compiled"
+    assert "mixup 0.8" in rows["images"]
+
+
+def test_next_commands_can_be_pasted(labelled: Path, photos: Path, tmp_path: Path) -> None:
+    """A folder with a space and a quote in its name."""
+    folder = tmp_path / "Anna's runs"
+    options = ("--image-size", 64, "--epochs", 1, "--batch-size", 4, "--workers", 0)
+    result = mixmim("pretrain", photos, "--out", folder / "first", *options)
+    final = folder / "first" / "final.safetensors"
+    assert f"wrote {final}; next: " in result.output
+    words = shlex.split(result.output.rpartition("next: ")[2])
+    assert words == ["mixmim", "export", str(final), "BUNDLE_DIR"]
+    probed = mixmim("probe", labelled, "--from", final, "--save", folder / "head.safetensors")
+    words = shlex.split(probed.output.rpartition("next: ")[2])
+    assert words == ["mixmim", "export", str(folder / "head.safetensors"), "BUNDLE_DIR"]
+    tuned = mixmim("finetune", labelled, "--from", final, "--out", folder / "tuned", *options[2:],
+                   "--set", "compile=false")  # fmt: skip
+    assert shlex.split(tuned.output.rpartition("next: ")[2]) == [
+        "mixmim", "evaluate", "TEST_DATA", "--from", str(folder / "tuned" / "final.safetensors"), "or",
+        "mixmim", "export", str(folder / "tuned" / "final.safetensors"), "BUNDLE_DIR",
+    ]  # fmt: skip
 
 
 def test_pretrain_refuses_what_cannot_work(photos: Path, labelled: Path, tmp_path: Path) -> None:
@@ -97,16 +154,16 @@ def test_replay_needs_a_saved_step(tmp_path: Path) -> None:
     assert "holds no saved step" in str(refusal("replay", tmp_path))
 
 
-def test_no_command_has_more_than_a_dozen_options() -> None:
+def test_no_command_has_more_than_fourteen_options() -> None:
     for command in app.registered_commands:
         assert command.callback is not None
         options = [
             hint
             for hint in command.callback.__annotations__.values()
             if "typer.Option" in hint or hint in ("Out", "Set", "Epochs", "BatchSize", "ImageSize", "Workers", "Track",
-                                                  "Resume", "Overwrite", "From", "Val", "Seed")
+                                                  "Resume", "Overwrite", "Verbose", "From", "Val", "Seed")
         ]  # fmt: skip
-        assert len(options) <= 12, command.callback.__name__
+        assert len(options) <= 14, command.callback.__name__
 
 
 class Recorder(types.ModuleType):

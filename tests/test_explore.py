@@ -176,17 +176,6 @@ def test_a_gallery_is_whole_and_escapes_names(features: FeatureFolder) -> None:
         assert np.abs(np.asarray(found, int) - np.asarray(expected[key])).mean() < 8
 
 
-def test_a_map_shows_every_picture_once(features: FeatureFolder) -> None:
-    found = layout(features)
-    page = pages.map_page("all", found, pages.thumbnails(features, found.keys, pages.ON_MAP))
-    (atlas,) = pictures_of(page)
-    spots = re.findall(r"background-position:-(\d+)px -(\d+)px", page)
-    assert len(set(spots)) == len(spots) == 27
-    assert all(int(x) < atlas.width and int(y) < atlas.height for x, y in spots)
-    assert re.findall(r"title=\"([^\"]*)\"", page) == list(found.keys)
-    assert len(re.findall(r"&#9632; (0|1|again)<", page)) == 3
-
-
 def test_pictures_that_are_gone_are_grey(engine: Engine, source: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(source, tmp_path / "photos"))
     extract(small(engine, copy, tmp_path / "out"), engine)
@@ -243,5 +232,3 @@ def test_the_commands(mixmim: Callable[..., tuple[str, str]], out: Path, source:
     assert len(printed.splitlines()) == 3
     assert "3 groups; 3 of 27 images duplicate an earlier one" in noted
     assert len(pictures_of((tmp_path / "doubles.html").read_text())) == 6
-    mixmim("map", out, "--html", tmp_path / "map.html", "--images", 9)
-    assert "9 of 27 images" in (tmp_path / "map.html").read_text()

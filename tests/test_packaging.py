@@ -39,6 +39,7 @@ def test_the_wheel_holds_the_packages_and_the_shipped_model(installed: Path) -> 
     assert {path.name for path in bundle.iterdir()} >= {"config.json", "weights.safetensors", "encoder.onnx"}
     assert len(list((installed / "export" / "photos").glob("*.jpg"))) == 4
     assert (installed / "mixmim_serve" / "py.typed").is_file()
+    assert (installed / "mixmim_serve" / "explore" / "map.html").is_file()
     sbom = json.loads((installed / "mixmim_serve" / "sbom.cdx.json").read_text())
     assert {
         f"{entry['name']}=={entry['version']}".lower().replace("_", "-") for entry in sbom["components"]

@@ -253,6 +253,7 @@ def test_the_card_says_what_it_is(exported_bundle: Path) -> None:
     assert "license" not in card
     for words in ("64 x 64 pixels", "64 numbers", bundle.fingerprint, "cat, dog, owl", "pull me/shoes bundles/shoes"):
         assert words in card
+    assert "mixmim pull '/shared/my shoes' 'bundles/my shoes'\n" in model_card(bundle, "/shared/my shoes")
 
 
 @pytest.mark.parametrize(

@@ -312,14 +312,15 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
     source = open_source(photos)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Pretraining, "inputs", watch)
-        with pytest.raises(NonFiniteError, match=r"the gradients of step 5 are not finite; .* `mixmim replay "):
-            train(Pretraining(config, source), source, tmp_path / "run", Console(quiet=True))
-    folder = tmp_path / "run" / "nonfinite"
+        with pytest.raises(NonFiniteError, match="the gradients of step 5 are not finite; ") as refusal:
+            train(Pretraining(config, source), source, tmp_path / "a run", Console(quiet=True))
+    assert f"`mixmim replay '{tmp_path}/a run'`" in str(refusal.value)  # to be pasted into a shell
+    folder = tmp_path / "a run" / "nonfinite"
     saved = read_checkpoint(folder / "weights.safetensors")[1]
     assert all(torch.equal(saved[name], weights[4][name]) for name in saved)
     report = json.loads((folder / "report.json").read_text())
     assert (report["step"], report["seed"], len(report["images"])) == (4, 0, 8)
-    lines = replay(tmp_path / "run")
+    lines = replay(tmp_path / "a run")
     assert lines[0] == "step 5, 8 images, seed 0"
     assert re.match(r"bf16, part 1: loss .*, all outputs are finite, 0 gradients not finite", lines[1])  # not poisoned
     assert re.match(r"float32, part 1: loss .*", lines[2])
@@ -332,21 +333,21 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
     with monkeypatch.context() as patch:
         patch.setattr(Pretraining, "inputs", poison)
         assert re.search(
-            r"loss nan, first in the output of model\.patch_embed\.norm, \d+ gradients", replay(tmp_path / "run")[1]
+            r"loss nan, first in the output of model\.patch_embed\.norm, \d+ gradients", replay(tmp_path / "a run")[1]
         )
 
     lower = dataclasses.replace(config, base_lr=config.base_lr / 4)
-    assert RunFolder(tmp_path / "run").steps() == [3]  # nothing from after it
+    assert RunFolder(tmp_path / "a run").steps() == [3]  # nothing from after it
     said = io.StringIO()
-    final = train(Pretraining(lower, source), source, tmp_path / "run", Console(file=said, width=500), resume=True)
+    final = train(Pretraining(lower, source), source, tmp_path / "a run", Console(file=said, width=500), resume=True)
     assert f"resumed after step 3 with base_lr {lower.base_lr} (was {config.base_lr})" in said.getvalue()
     changes = [{"step": 3, "base_lr": [config.base_lr, lower.base_lr]}]
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["changes"] == changes
+    assert json.loads((tmp_path / "a run" / "config.json").read_text())["changes"] == changes
     assert final is not None
     assert read_description(final).provenance["changes"] == changes
     rates = {
         line["step"]: line["lr"]
-        for line in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+        for line in map(json.loads, (tmp_path / "a run" / "metrics.jsonl").read_text().splitlines())
     }
     assert rates[9] == pytest.approx(learning_rate(8 / 3, lower))
 

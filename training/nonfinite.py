@@ -7,6 +7,7 @@ log line or checkpoint, they are still those from before the step; the batch is 
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,6 @@ def save_nonfinite(
     world.wait()
     return NonFiniteError(
         f"the gradients of step {step.number + 1} are not finite; the weights, batch and seed from before it are in "
-        f"{folder}: inspect the step with `mixmim replay {run}`, then resume with --resume and a lower "
-        "--set base_lr=, or with --set bf16=false."
+        f"{folder}: inspect the step with `mixmim replay {shlex.quote(str(run))}`, then resume with --resume and a "
+        "lower --set base_lr=, or with --set bf16=false."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Mapping
@@ -90,6 +91,11 @@ def bundle_path(path: Path) -> Path:
     if shipped.is_dir():
         return shipped
     return stored_path(str(path)) if is_tag(str(path)) else path
+
+
+def shell(*words: object) -> str:
+    """A command line to copy into a shell: words with spaces and other special characters are quoted."""
+    return shlex.join(map(str, words))
 
 
 def first_process() -> bool:

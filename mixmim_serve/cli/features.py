@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from mixmim_serve.extract.progress import ExtractProgress
 
 PLAIN_EVERY = 10.0  # seconds between lines of progress without a terminal
-GROUPS_SHOWN, IMAGES_SHOWN = 100, 24  # on a page: groups, and images of each
 
 FeaturesArgument = Annotated[str, typer.Argument(metavar="FEATURES", help="A folder that `mixmim extract` wrote.")]
 
@@ -154,7 +152,9 @@ def neighbours(
 @app.command()
 def duplicates(
     features: FeaturesArgument,
-    threshold: Annotated[float, typer.Option(help="Cosine similarity from which two images are duplicates.")] = 0.995,
+    threshold: Annotated[
+        float | None, typer.Option(help="Cosine from which two images are duplicates; default: chosen from the data.")
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Also write an HTML page with the largest groups.")] = None,
 ) -> None:
     """Find near-duplicates by cosine similarity, exactly: groups as JSON lines, largest first.
@@ -163,22 +163,28 @@ def duplicates(
     """
     import json
 
-    from mixmim_serve.explore import pages
+    from mixmim_serve.explore.duplicates import check_threshold
     from mixmim_serve.explore.duplicates import duplicates as find
+    from mixmim_serve.explore.duplicates_page import duplicates_page
+    from mixmim_serve.explore.threshold import choose, suspicion
     from mixmim_serve.extract.features import FeatureFolder
 
+    if threshold is not None:
+        check_threshold(threshold)
     opened = FeatureFolder(features)
+    with _progress_bar("nearest", len(opened)) as progress:
+        choice = choose(opened, progress).replaced(threshold)
     with _progress_bar("pairs", len(opened) ** 2 // 2) as progress:
-        groups = find(opened, threshold, progress)
-    if html and groups:
-        shown = [list(zip(group.keys, group.cosines, strict=True))[:IMAGES_SHOWN] for group in groups[:GROUPS_SHOWN]]
-        pictures = iter(pages.pictures(opened, [match for group in shown for match in group]))
-        sections = [(f"{len(group)} images", list(itertools.islice(pictures, len(group)))) for group in shown]
-        _write(html, pages.gallery(f"Near-duplicates in {features} ({opened.model})", sections))
+        groups = find(opened, choice.threshold, progress)
     for group in groups:
         typer.echo(json.dumps({"keys": group.keys, "cosines": [round(cosine, 6) for cosine in group.cosines]}))
     copies = sum(len(group.keys) - 1 for group in groups)
+    typer.echo(f"threshold {choice.threshold:.6g}, {choice.reason}", err=True)
     typer.echo(f"{len(groups):,} groups; {copies:,} of {len(opened):,} images duplicate an earlier one", err=True)
+    if warning := suspicion(groups, choice):
+        typer.echo(f"warning: {warning}", err=True)
+    if html:
+        _write(html, duplicates_page(f"Near-duplicates in {features} ({opened.model})", opened, groups, choice))
 
 
 @app.command("map")
@@ -186,21 +192,36 @@ def draw_map(
     features: FeaturesArgument,
     html: Annotated[Path, typer.Option(help="The HTML page to write.")] = Path("map.html"),
     images: Annotated[int, typer.Option(min=4, help="Maximum number of images, sampled evenly.")] = 3000,
+    labels: Annotated[
+        Path | None, typer.Option(metavar="CSV", help="Columns to colour by: path,label,... a row for each image.")
+    ] = None,
+    colour: Annotated[
+        str, typer.Option(metavar="COLUMN", help="Colour by this column first; the page offers all of them.")
+    ] = "",
 ) -> None:
     """Draw a t-SNE map of the images: an HTML page to zoom and pan.
 
-    Example: mixmim map features --html map.html
+    Example: mixmim map features --html map.html --labels labels.csv
     """
-    from mixmim_serve.explore import pages
-    from mixmim_serve.explore.map import layout
+    from mixmim_serve.explore import columns as known
+    from mixmim_serve.explore.map import layout, sampled_rows
+    from mixmim_serve.explore.map_page import map_page, map_pictures
     from mixmim_serve.extract.features import FeatureFolder
+    from mixmim_serve.sources import open_source
 
     opened = FeatureFolder(features)
+    rows = sampled_rows(opened, images)
+    keys = opened.keys(rows)
+    columns, labelled = known.read_csv(labels, keys) if labels else ([], 0)
+    source = open_source(opened.manifest["source"]["name"])
+    columns = known.unique_names([*columns, *known.known_columns(opened, source, rows, keys)])
+    first = known.chosen(columns, colour)
+    if labelled < len(keys) and labels:
+        typer.echo(f"{labels} names {labelled:,} of the {len(keys):,} images; the others have no value", err=True)
     with progress_console().status("t-SNE"):
         positions = layout(opened, images)
-    thumbnails = pages.thumbnails(opened, positions.keys, pages.ON_MAP)
-    title = f"{len(positions.keys):,} of {len(opened):,} images in {features} ({opened.model})"
-    _write(html, pages.map_page(title, positions, thumbnails))
+    title = f"{len(keys):,} of {len(opened):,} images in {features} ({opened.model})"
+    _write(html, map_page(title, positions, map_pictures(opened, keys), columns, first))
 
 
 @contextlib.contextmanager

@@ -1,8 +1,12 @@
-"""Commands on images: embed, classify, score, reconstruct."""
+"""Commands on images: embed, classify, score, reconstruct.
+
+An image that cannot be read is named on standard error and skipped; the others are written, and the exit code is 1.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +15,9 @@ import typer
 from mixmim_serve.cli.common import BundleArgument, EngineOption, app, bundle_path, say_passed_over
 
 if TYPE_CHECKING:
+    from mixmim_serve.config import Preprocessing
     from mixmim_serve.engines import Engine
+    from mixmim_serve.preprocess import Pixels
 
 Seed = Annotated[int, typer.Option(min=0, help="Selects the units that image B covers.")]
 
@@ -20,31 +26,31 @@ Seed = Annotated[int, typer.Option(min=0, help="Selects the units that image B c
 def embed(
     bundle: BundleArgument,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGES", help="Image files, or folders of them.")],
-    output: Annotated[Path | None, typer.Option(help="A .npy file: float32, one row per image, in order.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="A .npy file: float32, one row per image; paths in .json.")
+    ] = None,
     runtime: EngineOption = "auto",
 ) -> None:
-    """Embed images: JSON lines on standard output, or one .npy file.
+    """Embed images: JSON lines on standard output, or one .npy file with the paths in a .json file beside it.
 
     Example: mixmim embed tiny examples/hat.jpg --output hat.npy
     """
     import json
 
-    import numpy as np
-
     from mixmim_serve.engines import identity, open_engine
-    from mixmim_serve.files import atomic_path
 
-    vectors = []
+    paths, vectors = [], []
     engine = open_engine(bundle_path(bundle), runtime)
-    for path, vector in _each_image(engine, images, "embedding"):
-        if output is None:
-            line = {"path": str(path), "embedding": vector.tolist()} | identity(engine)
-            typer.echo(json.dumps(line))
-        else:
-            vectors.append(vector)
-    if output is not None:
-        with atomic_path(output) as temporary, temporary.open("wb") as file:
-            np.save(file, np.stack(vectors))
+    with _skipping() as skipped:
+        for path, vector in _each_image(engine, images, "embedding", skipped):
+            if output is None:
+                line = {"path": str(path), "embedding": vector.tolist()} | identity(engine)
+                typer.echo(json.dumps(line))
+            else:
+                paths.append(str(path))
+                vectors.append(vector)
+        if output is not None and vectors:
+            _write_vectors(output, paths, vectors, identity(engine))
 
 
 @app.command()
@@ -66,9 +72,10 @@ def classify(
 
     engine = open_engine(bundle_path(bundle), runtime)
     require_head(engine.bundle)
-    for path, logits in _each_image(engine, images, "logits"):
-        guesses = [dataclasses.asdict(guess) for guess in top_classes(engine.bundle, logits, top)]
-        typer.echo(json.dumps({"path": str(path), "classes": guesses}))
+    with _skipping() as skipped:
+        for path, logits in _each_image(engine, images, "logits", skipped):
+            guesses = [dataclasses.asdict(guess) for guess in top_classes(engine.bundle, logits, top)]
+            typer.echo(json.dumps({"path": str(path), "classes": guesses}))
 
 
 @app.command()
@@ -100,19 +107,19 @@ def score(
     engine = open_engine(bundle_path(bundle), runtime)
     require_decoder(engine.bundle)
     partner = partner_of(load_file(engine.bundle.path / GOLDEN))
-    failed = 0
-    for path in expand(images):
-        try:
-            pixels = preprocess(read_limited(path), engine.bundle.description.preprocessing)
-        except ImageError as error:
-            failed += 1
-            typer.echo(f"could not read {path}: {error}", err=True)
-            continue
-        errors = score_image(engine, pixels, partner, masks)
-        line = {"path": str(path), "score": _short(errors.mean()), **({"map": _short(errors)} if map_ else {})}
-        typer.echo(json.dumps(line | identity(engine)))
-    if failed:
-        raise typer.Exit(1)
+    files, passed_over = expand(images)
+    say_passed_over(passed_over)
+    with _skipping() as skipped:
+        for path in files:
+            try:
+                pixels = preprocess(read_limited(path), engine.bundle.description.preprocessing)
+            except ImageError as error:
+                skipped.append(path)
+                _name(path, error)
+                continue
+            errors = score_image(engine, pixels, partner, masks)
+            line = {"path": str(path), "score": _short(errors.mean()), **({"map": _short(errors)} if map_ else {})}
+            typer.echo(json.dumps(line | identity(engine)))
 
 
 def _short(values: Any) -> Any:
@@ -137,20 +144,19 @@ def reconstruct(
     from mixmim_serve.engines import open_engine
     from mixmim_serve.files import atomic_path
     from mixmim_serve.panel import draw_panel, png
-    from mixmim_serve.preprocess import preprocess, read_limited
     from mixmim_serve.tasks import reconstruct_pair
 
     engine = open_engine(bundle_path(bundle), runtime)
     preprocessing = engine.bundle.description.preprocessing
-    a, b = (preprocess(read_limited(path), preprocessing) for path in (image_a, image_b))
+    a, b = _read_all([image_a, image_b], preprocessing)
     panel = draw_panel(reconstruct_pair(engine, a, b, ratio, seed), preprocessing)
     with atomic_path(output) as temporary:
         temporary.write_bytes(png(panel))
     typer.echo(f"wrote {output}")
 
 
-def _each_image(engine: Engine, images: list[Path], output: str) -> Iterator[tuple[Path, Any]]:
-    """One encoder output per image, in order; raises the error of the first unreadable image."""
+def _each_image(engine: Engine, images: list[Path], output: str, skipped: list[Path]) -> Iterator[tuple[Path, Any]]:
+    """One encoder output per image, in order; unreadable ones are named and added to `skipped`."""
     from mixmim_serve.extract.pipeline import run_files
     from mixmim_serve.sources.names import expand
 
@@ -158,5 +164,56 @@ def _each_image(engine: Engine, images: list[Path], output: str) -> Iterator[tup
     say_passed_over(passed_over)
     for result in run_files(engine, files, [output]):
         if result.error:
-            raise type(result.error)(f"{result.path}: {result.error}")
-        yield result.path, result.outputs[output]
+            skipped.append(result.path)
+            _name(result.path, result.error)
+        else:
+            yield result.path, result.outputs[output]
+    if skipped and len(files) > 1:
+        typer.echo(f"mixmim: {len(skipped):,} of {len(files):,} images could not be read and were skipped", err=True)
+
+
+@contextlib.contextmanager
+def _skipping() -> Iterator[list[Path]]:
+    """Collects the images that are skipped, and ends the command with exit code 1 if there are any."""
+    skipped: list[Path] = []
+    yield skipped
+    if skipped:
+        raise typer.Exit(1)
+
+
+def _name(path: Path, error: Exception) -> None:
+    """Say on standard error which image cannot be read, and why."""
+    reason = str(error)
+    typer.echo(f"mixmim: {reason}" if str(path) in reason else f"mixmim: {path}: {reason}", err=True)
+
+
+def _read_all(paths: Sequence[Path], preprocessing: Preprocessing) -> list[Pixels]:
+    """The pixels of all these images; if any cannot be read, each such one is named and the command ends."""
+    from mixmim_serve.errors import ImageError
+    from mixmim_serve.preprocess import preprocess, read_limited
+
+    pixels = []
+    with _skipping() as skipped:
+        for path in paths:
+            try:
+                pixels.append(preprocess(read_limited(path), preprocessing))
+            except ImageError as error:
+                skipped.append(path)
+                _name(path, error)
+    return pixels
+
+
+def _write_vectors(output: Path, paths: Sequence[str], vectors: Sequence[Any], origin: dict[str, str]) -> None:
+    """Write the vectors, and beside them the path of each row and the model and fingerprints of what made them."""
+    import json
+
+    import numpy as np
+
+    from mixmim_serve.files import atomic_path
+
+    names = output.with_suffix(".json") if output.suffix == ".npy" else output.with_name(f"{output.name}.json")
+    with atomic_path(output) as array, atomic_path(names) as listed:
+        with array.open("wb") as file:
+            np.save(file, np.stack(vectors))
+        listed.write_text(json.dumps(origin | {"paths": paths}, indent=1) + "\n")
+    typer.echo(f"wrote {output}: {len(vectors):,} rows of {len(vectors[0])} numbers; their paths are in {names}")

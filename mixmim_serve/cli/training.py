@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mixmim_serve.cli.common import app, bundle_path, first_process, progress_console, say_passed_over
+from mixmim_serve.cli.common import app, bundle_path, first_process, progress_console, say_passed_over, shell
 
 DATA = "a folder of any depth, tar shards, Parquet files, or a list of paths; local or a URL"
 Out = Annotated[Path, typer.Option(metavar="RUN", help="The run folder; must be new or empty.")]
@@ -23,6 +23,7 @@ Workers = Annotated[int | None, typer.Option(help="Processes that decode images.
 Track = Annotated[list[str] | None, typer.Option(help="Also log to mlflow or wandb, besides TensorBoard.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in RUN.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in RUN.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Print every setting of the run, as JSON.")]
 From = Annotated[Path, typer.Option("--from", metavar="CHECKPOINT", help="A checkpoint, a bundle, or tiny.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the full report as JSON.")]
 Val = Annotated[str, typer.Option(help="Validation images; default: DATA/val if DATA/train exists.")]
@@ -43,6 +44,7 @@ def pretrain(
     track: Track = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    verbose: Verbose = False,
 ) -> None:
     """Pretrain a backbone on your own photos.
 
@@ -66,11 +68,11 @@ def pretrain(
         if val_part is None:
             raise DataError(f"{knn} has no folders train and val: k-NN needs reference images and queries.")
         labelled = train_part, val_part
-    _print_config(config)
+    _print_config(config, named_recipe(recipe, PRETRAIN), verbose)
     task = Pretraining(config, source, labelled)
     final = train(task, source, out, progress_console(), resume=resume, overwrite=overwrite, trackers=track or ())
     if final is not None and first_process():
-        typer.echo(f"wrote {final}; next: mixmim export {final} BUNDLE_DIR")
+        typer.echo(f"wrote {final}; next: {shell('mixmim', 'export', final, 'BUNDLE_DIR')}")
 
 
 @app.command()
@@ -90,6 +92,7 @@ def finetune(
     track: Track = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    verbose: Verbose = False,
 ) -> None:
     """Fine-tune a pretrained backbone as a classifier; folder names are the classes.
 
@@ -107,13 +110,14 @@ def finetune(
     images, validation = open_labelled(data, val)
     config = _follow_data(config, images.source, options | {"epochs": epochs}, settings, out if resume else None)
     checkpoint = None if start == SCRATCH else read_start(bundle_path(Path(start)))
-    _print_config(config)
+    _print_config(config, named_recipe(recipe, FINETUNE), verbose)
     task = Finetuning(config, images.classes, checkpoint, validation)
     final = train(
         task, images.source, out, progress_console(), resume=resume, overwrite=overwrite, trackers=track or ()
     )
     if final is not None and first_process():
-        typer.echo(f"wrote {final}; next: mixmim evaluate TEST_DATA --from {final} or mixmim export {final} BUNDLE_DIR")
+        evaluating = shell("mixmim", "evaluate", "TEST_DATA", "--from", final)
+        typer.echo(f"wrote {final}; next: {evaluating} or {shell('mixmim', 'export', final, 'BUNDLE_DIR')}")
 
 
 @app.command()
@@ -166,7 +170,7 @@ def probe(
         typer.echo(note, err=True)
     if save:
         save_with_head(save, checkpoint, images, result)
-        typer.echo(f"wrote {save}; next: mixmim export {save} BUNDLE_DIR", err=True)
+        typer.echo(f"wrote {save}; next: {shell('mixmim', 'export', save, 'BUNDLE_DIR')}", err=True)
 
 
 @app.command()
@@ -306,8 +310,18 @@ def _follow_data(
     return config
 
 
-def _print_config(config: Any) -> None:
+def _print_config(config: Any, recipe: Any, verbose: bool) -> None:
+    """Print the settings that matter as a table; with `verbose` all of them as JSON."""
     import dataclasses
     import json
 
-    progress_console().print_json(json.dumps(dataclasses.asdict(config)), indent=None)
+    from training.summary import summary
+
+    console = progress_console()
+    if verbose:
+        console.print_json(json.dumps(dataclasses.asdict(config)), indent=None)
+        return
+    rows = [*summary(config, recipe), ("all settings", "--verbose prints them; RUN/config.json keeps them")]
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        console.print(f"{name:<{width}}  {value}", markup=False, highlight=False, soft_wrap=True)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from mixmim_serve.errors import ConfigError
 from mixmim_serve.extract.features import FeatureFolder, Vectors
 
-THRESHOLD = 0.995  # docs/extract.md shows what it finds with the shipped model
+THRESHOLD = 0.995  # unless threshold.py chooses one from the data
 TILE = 4096  # rows on each side of a tile of cosines: 64 MiB
 
 
@@ -34,8 +34,7 @@ def duplicates(
     Raises:
         ConfigError: for a threshold outside (0, 1].
     """
-    if not 0 < threshold <= 1:
-        raise ConfigError(f"threshold must be a cosine above 0 and at most 1, got {threshold}.")
+    check_threshold(threshold)
     nearest = threshold - 1e-6  # rounding may leave the cosine of equal rows just below 1
     firsts = np.arange(len(features))  # the row that each row joins, or itself
     compared = 0
@@ -49,6 +48,16 @@ def duplicates(
                         compared += len(vectors) * len(later)
                 progress(compared)
     return _groups(features, firsts)
+
+
+def check_threshold(threshold: float) -> None:
+    """Check that it is a cosine.
+
+    Raises:
+        ConfigError: for a threshold outside (0, 1].
+    """
+    if not 0 < threshold <= 1:
+        raise ConfigError(f"threshold must be a cosine above 0 and at most 1, got {threshold}.")
 
 
 def _tiles(features: FeatureFolder, shard: int) -> Iterator[tuple[int, Vectors]]:

@@ -23,6 +23,19 @@ class MapLayout:
     places: NDArray[np.float64]  # (rows, 2), both coordinates from 0 to 1
 
 
+def sampled_rows(features: FeatureFolder, images: int = IMAGES) -> list[int]:
+    """The rows that a map of at most `images` images shows.
+
+    Raises:
+        OutputError: there are too few rows.
+    """
+    count = min(images, len(features))
+    if count < MIN_IMAGES:
+        raise OutputError(f"a map needs at least {MIN_IMAGES} images, {features.folder.place} has {len(features)}.")
+    rows: list[int] = np.unique(np.linspace(0, len(features) - 1, count).round().astype(np.int64)).tolist()
+    return rows
+
+
 def layout(features: FeatureFolder, images: int = IMAGES) -> MapLayout:
     """Lay out at most `images` evenly spaced rows. The same features give the same layout.
 
@@ -35,10 +48,7 @@ def layout(features: FeatureFolder, images: int = IMAGES) -> MapLayout:
     except ImportError as error:
         raise DataError("scikit-learn is not installed: run pip install 'mixmim-serve[explore]'.") from error
 
-    count = min(images, len(features))
-    if count < MIN_IMAGES:
-        raise OutputError(f"a map needs at least {MIN_IMAGES} images, {features.folder.place} has {len(features)}.")
-    rows = np.unique(np.linspace(0, len(features) - 1, count).round().astype(np.int64)).tolist()
+    rows = sampled_rows(features, images)
     vectors = features.vectors(rows)
     perplexity = min(PERPLEXITY, (len(rows) - 1) / 3)
     places = TSNE(init="pca", perplexity=perplexity, random_state=0, n_jobs=-1).fit_transform(vectors)

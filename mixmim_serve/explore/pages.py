@@ -4,64 +4,41 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
+from typing import TypeVar
 
 from PIL import Image
 
 from mixmim_serve.cores import usable_cores
 from mixmim_serve.errors import DataError, ImageError
-from mixmim_serve.explore.map import MapLayout
 from mixmim_serve.extract.features import FeatureFolder
 from mixmim_serve.preprocess import decode, jpeg_reduction
 from mixmim_serve.sources import open_source
 
 THUMBNAIL = 160  # pixels on the longer side
-ON_MAP = 48  # pixels on both sides
-COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")  # Paul Tol's bright scheme
+
+Made = TypeVar("Made")
 
 _PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"/><title>{title}</title>
+<html lang="en"><head><meta charset="utf-8"/><meta name="viewport" content="width=device-width, initial-scale=1"/>
+<title>{title}</title>
 <style>
-body {{ font: 14px/1.4 system-ui, sans-serif; margin: 2rem; color: #222; }}
-h1 {{ font-size: 1.3rem; }} h2 {{ font-size: 1rem; margin: 1.5rem 0 .5rem; }}
+body {{ font: 14px/1.4 system-ui, sans-serif; margin: clamp(.75rem, 3vw, 2rem); color: #222; background: #fff; }}
+h1 {{ font-size: 1.3rem; }} h2 {{ font-size: 1rem; margin: 1.5rem 0 .5rem; }} p {{ max-width: 70ch; }}
 section {{ display: flex; flex-wrap: wrap; gap: .8rem; }}
 figure {{ margin: 0; width: {width}px; }} figure img {{ display: block; max-width: 100%; }}
 figcaption {{ font-size: .75rem; overflow-wrap: anywhere; color: #555; }}
-{style}
+.warning {{ border-left: 4px solid #b35900; padding: .4rem .8rem; background: #fff4e5; }}
+.histogram {{ display: block; width: 100%; max-width: 640px; font-size: 12px; fill: #444; }}
+.histogram .below {{ fill: #999; }} .histogram .above {{ fill: #b35900; }}
+.histogram .axis {{ stroke: #444; }} .histogram line.threshold {{ stroke: #222; stroke-dasharray: 4 3; }}
 </style></head><body><h1>{title}</h1>
 {body}
 </body></html>
 """
-
-_MAP_STYLE = """
-#map {{ position: relative; width: min(88vw, 1400px); aspect-ratio: 1; overflow: hidden; border: 1px solid #ccc; }}
-#map i {{ position: absolute; width: {side}px; height: {side}px; margin: -{half}px; border-radius: 3px;
-  background-image: url({atlas}); }}
-#map i:hover {{ transform: scale(2.5); z-index: 2; }}
-"""
-
-# Positions are left and top in per cent; zooming moves the pictures but keeps their size.
-_MAP_SCRIPT = """<script>
-const map = document.getElementById("map"), dots = [...map.children].map(dot =>
-  [dot, parseFloat(dot.style.left), parseFloat(dot.style.top)]);
-let zoom = 1, x = 0, y = 0, held = null;
-const draw = () => { for (const [dot, left, top] of dots) {
-  dot.style.left = (left - x) * zoom + "%"; dot.style.top = (top - y) * zoom + "%"; } };
-map.addEventListener("wheel", event => { event.preventDefault();
-  const box = map.getBoundingClientRect(), factor = Math.exp(-event.deltaY / 500);
-  const at = [(event.clientX - box.left) / box.width * 100, (event.clientY - box.top) / box.height * 100];
-  const before = zoom; zoom = Math.min(40, Math.max(1, zoom * factor));
-  x += at[0] / before - at[0] / zoom; y += at[1] / before - at[1] / zoom; draw(); }, { passive: false });
-map.addEventListener("pointerdown", event => { held = [event.clientX, event.clientY]; });
-addEventListener("pointerup", () => { held = null; });
-addEventListener("pointermove", event => { if (!held) return;
-  const box = map.getBoundingClientRect();
-  x -= (event.clientX - held[0]) / box.width * 100 / zoom; y -= (event.clientY - held[1]) / box.height * 100 / zoom;
-  held = [event.clientX, event.clientY]; draw(); });
-</script>"""
 
 
 @dataclass(frozen=True)
@@ -78,10 +55,17 @@ def pictures(features: FeatureFolder, matches: Sequence[tuple[str, float]]) -> l
     return [Picture(data_uri(images[key]), f"{cosine:.4f} {key}") for key, cosine in matches]
 
 
-def thumbnails(features: FeatureFolder, keys: Iterable[str], square: int = 0) -> dict[str, Image.Image]:
-    """Thumbnails of these images by key, read from the source; those that cannot be read are grey.
+def thumbnails(features: FeatureFolder, keys: Iterable[str]) -> dict[str, Image.Image]:
+    """Thumbnails of these images by key; see `from_images`."""
+    return from_images(features, keys, shrink)
 
-    They are at most `THUMBNAIL` pixels wide and high, or cropped to a square of `square` pixels.
+
+def from_images(
+    features: FeatureFolder, keys: Iterable[str], make: Callable[[Image.Image], Made], side: int = THUMBNAIL
+) -> dict[str, Made]:
+    """What `make` makes of each of these images, by key; they are read from the source, grey if they cannot be.
+
+    Large JPEGs are decoded at a fraction of their size, with at least `side` pixels on the shorter side.
 
     Raises:
         DataError: the source of the features is gone.
@@ -92,38 +76,46 @@ def thumbnails(features: FeatureFolder, keys: Iterable[str], square: int = 0) ->
     if not indices:
         raise DataError(f"{source.name} has none of these images: restore the source of the features.")
 
-    def thumbnail(index: int) -> Image.Image:
+    def read(index: int) -> Made:
         try:
-            image = decode(source.read(index), reduction=lambda *size: jpeg_reduction(min(size), 2 * THUMBNAIL))
+            image = decode(source.read(index), reduction=lambda *size: jpeg_reduction(min(size), 2 * side))
         except ImageError:
-            return _missing(square)
-        return shrink(image, square)
+            image = _missing()
+        return make(image)
 
     with ThreadPoolExecutor(usable_cores()) as pool:
-        images = dict(zip((source.keys[index] for index in indices), pool.map(thumbnail, indices), strict=True))
-    return {key: images.get(key) or _missing(square) for key in wanted}
+        made = dict(zip((source.keys[index] for index in indices), pool.map(read, indices), strict=True))
+    return {key: made[key] if key in made else make(_missing()) for key in wanted}
 
 
-def shrink(image: Image.Image, square: int = 0) -> Image.Image:
-    """Shrink to at most `THUMBNAIL` wide and high, or crop the centre to a square of `square` pixels."""
-    if not square:
-        image.thumbnail((THUMBNAIL, THUMBNAIL))
-        return image
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.resize((square, square), box=(left, top, left + side, top + side))
+def shrink(image: Image.Image, side: int = THUMBNAIL) -> Image.Image:
+    """Shrink to at most `side` pixels wide and high."""
+    image.thumbnail((side, side))
+    return image
+
+
+def crop_square(image: Image.Image, side: int) -> Image.Image:
+    """The centre of an image, as a square of `side` pixels."""
+    least = min(image.size)
+    left, top = (image.width - least) // 2, (image.height - least) // 2
+    return image.resize((side, side), box=(left, top, left + least, top + least))
 
 
 def data_uri(image: Image.Image) -> str:
     """The image as a JPEG data URI."""
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg(image)).decode()
+
+
+def jpeg(image: Image.Image) -> bytes:
+    """The image as a JPEG."""
     buffer = BytesIO()
     image.save(buffer, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
 
 
-def gallery(title: str, sections: Sequence[tuple[str, Sequence[Picture]]]) -> str:
-    """A page of sections, each a heading with pictures."""
-    body = []
+def gallery(title: str, sections: Sequence[tuple[str, Sequence[Picture]]], intro: str = "") -> str:
+    """A page of sections, each a heading with pictures, below an introduction in HTML."""
+    body = [intro] if intro else []
     for heading, pictures in sections:
         figures = "\n".join(
             f'<figure><img src="{picture.data}" alt="{html.escape(picture.caption)}"/>'
@@ -131,36 +123,8 @@ def gallery(title: str, sections: Sequence[tuple[str, Sequence[Picture]]]) -> st
             for picture in pictures
         )
         body.append(f"<h2>{html.escape(heading)}</h2>\n<section>{figures}</section>")
-    return _PAGE.format(title=html.escape(title), width=THUMBNAIL, style="", body="\n".join(body))
+    return _PAGE.format(title=html.escape(title), width=THUMBNAIL, body="\n".join(body))
 
 
-def map_page(title: str, layout: MapLayout, images: Mapping[str, Image.Image]) -> str:
-    """A page with every image at its position; the wheel zooms, dragging pans, hovering shows the key.
-
-    Frames are coloured by the first folder of the keys, if there are no more folders than colours.
-    """
-    columns = max(1, int(len(layout.keys) ** 0.5))
-    atlas = Image.new("RGB", (columns * ON_MAP, -(-len(layout.keys) // columns) * ON_MAP))
-    folders = sorted({_folder(key) for key in layout.keys})
-    colours = dict(zip(folders, COLOURS, strict=False)) if 1 < len(folders) <= len(COLOURS) else {}
-    dots = []
-    for number, (key, (x, y)) in enumerate(zip(layout.keys, layout.places, strict=True)):
-        left, top = number % columns * ON_MAP, number // columns * ON_MAP
-        atlas.paste(images[key], (left, top))
-        frame = f"outline:2px solid {colours[_folder(key)]};" if colours else ""
-        place = f"left:{2 + 96 * x:.2f}%;top:{2 + 96 * y:.2f}%"
-        dots.append(f'<i style="{place};{frame}background-position:-{left}px -{top}px" title="{html.escape(key)}"></i>')
-    legend = " ".join(
-        f'<span style="color:{colour}">&#9632; {html.escape(name)}</span>' for name, colour in colours.items()
-    )
-    body = f'<p>{legend}</p>\n<div id="map">{"".join(dots)}</div>\n{_MAP_SCRIPT}'
-    style = _MAP_STYLE.format(side=ON_MAP, half=ON_MAP // 2, atlas=data_uri(atlas))
-    return _PAGE.format(title=html.escape(title), width=THUMBNAIL, style=style, body=body)
-
-
-def _folder(key: str) -> str:
-    return key.partition("/")[0] if "/" in key else ""
-
-
-def _missing(square: int) -> Image.Image:
-    return Image.new("RGB", (square or THUMBNAIL,) * 2, "#cccccc")
+def _missing() -> Image.Image:
+    return Image.new("RGB", (THUMBNAIL, THUMBNAIL), "#cccccc")

@@ -21,6 +21,7 @@ from mixmim_serve.extract.table import engine_metadata, matrix
 from mixmim_serve.preprocess import preprocess
 
 Vectors = NDArray[np.float32]
+VALUES = ("class", "probability", "width", "height")  # columns of single values for people; see table.py
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,16 @@ class FeatureFolder:
             keys |= {row: column[row - start].as_py() for row in group}
         return [keys[row] for row in rows]
 
+    def columns(self, rows: Sequence[int]) -> dict[str, list[Any]]:
+        """What these rows hold of single values besides key and sha256: class, width, ...; None where it is missing."""
+        found: dict[str, dict[int, Any]] = {}
+        for number, group in itertools.groupby(sorted(rows), lambda row: bisect.bisect(self.ends, row)):
+            start = self.ends[number] - self.shards[number]["rows"]
+            places = list(group)
+            for name, column in self._values(self.shards[number]).items():
+                found.setdefault(name, {}).update((row, column[row - start].as_py()) for row in places)
+        return {name: [values.get(row) for row in rows] for name, values in found.items()}
+
     def vectors(self, rows: Sequence[int]) -> Vectors:
         """The vectors of these rows, (rows, D), each of length 1."""
         vectors: dict[int, Vectors] = {}
@@ -104,8 +115,16 @@ class FeatureFolder:
         files = sorted(shard["files"])
         if files[0].startswith(DATASET):
             return self._lance(files, "key")
-        (name,) = (name for name in files if name.endswith(".parquet"))
-        return read_parquet(self.folder.path(name), ["key"])["key"]
+        return read_parquet(self.folder.path(_parquet(files)), ["key"])["key"]
+
+    def _values(self, shard: dict[str, Any]) -> dict[str, Any]:
+        files = sorted(shard["files"])
+        if files[0].startswith(DATASET):
+            from mixmim_serve.extract.lance import column_names
+
+            return {name: self._lance(files, name) for name in column_names(self.folder, files[0]) if name in VALUES}
+        table = read_parquet(self.folder.path(_parquet(files)), list(VALUES))
+        return {name: table[name] for name in table.column_names}
 
     def _lance(self, files: Sequence[str], column: str) -> Any:
         import pyarrow as pa
@@ -113,6 +132,12 @@ class FeatureFolder:
         from mixmim_serve.extract.lance import read
 
         return pa.concat_tables(read(self.folder, name, [column]) for name in files)[column]
+
+
+def _parquet(files: Sequence[str]) -> str:
+    """The one Parquet file of a shard."""
+    (name,) = (name for name in files if name.endswith(".parquet"))
+    return name
 
 
 def embed_query(manifest: Mapping[str, Any], data: bytes, bundle: Path | None = None) -> Vectors:

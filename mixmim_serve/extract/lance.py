@@ -63,6 +63,11 @@ def read(folder: Folder, name: str, columns: list[str] | None = None) -> pa.Tabl
     return LanceFileReader(folder.path(name), columns=columns).read_all().to_table()
 
 
+def column_names(folder: Folder, name: str) -> list[str]:
+    """The columns of one file."""
+    return list(LanceFileReader(folder.path(name)).metadata().schema.names)
+
+
 def commit(folder: Folder, shards: Mapping[str, ShardResult]) -> None:
     """Write a version of the data set with exactly these shards, in order, and delete all other files."""
     files = {name: entry for _, result in sorted(shards.items()) for name, entry in result.files.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 
 from mixmim_serve.bundle import Bundle
 from mixmim_serve.config import size_name
@@ -43,8 +44,8 @@ def model_card(bundle: Bundle, repo: str) -> str:
         front=_front_matter(bundle),
         title=f"MixMIM {size}",
         table="\n".join(f"| {name} | {value.replace('|', '/')} |" for name, value in _facts(bundle).items()),
-        repo=repo,
-        folder=f"bundles/{repo.rstrip('/').rpartition('/')[2]}",
+        repo=shlex.quote(repo),
+        folder=shlex.quote(f"bundles/{repo.rstrip('/').rpartition('/')[2]}"),
         provenance=_indented(json.dumps(dict(bundle.description.provenance), indent=2, ensure_ascii=False)),
     )
 
