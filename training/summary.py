@@ -24,7 +24,7 @@ def summary(config: RunConfig, recipe: RunConfig) -> list[tuple[str, str]]:
             "compute",
             ", ".join(("bf16" if config.bf16 else "float32", "compiled" if config.compile else "not compiled")),
         ),
-        ("decoding", f"{config.workers} processes, seed {config.seed}"),
+        ("decoding", f"{config.workers or 'no'} processes of its own, seed {config.seed}"),
     ]
     if changed := _changed(dataclasses.asdict(config), dataclasses.asdict(recipe)):
         rows.append(("also changed", ", ".join(changed)))
