@@ -116,7 +116,8 @@ def test_embed_writes_the_same_vectors_as_npy(
     assert (array.shape, array.dtype) == ((3, 64), np.float32)
     assert np.array_equal(array, np.array([line["embedding"] for line in printed], np.float32))
     assert json.loads(names.read_text()) == {
-        "fingerprint": printed[0]["fingerprint"], "paths": [line["path"] for line in printed],
+        **{name: printed[0][name] for name in ("model", "fingerprint", "model_fingerprint")},
+        "paths": [line["path"] for line in printed],
     }  # fmt: skip
     assert sorted(path.name for path in target.parent.iterdir()) == ["vectors.json", "vectors.npy"]
     mixmim("embed", exported_bundle, HAT, "--output", tmp_path / "hat.json")  # no .npy: the list must not replace it
@@ -140,7 +141,8 @@ def test_one_bad_image_is_skipped_and_named(
         option = ("--output", target) if "--output" in command else ()
         outcome = mixmim(command.split()[0], exported_bundle, photos, HAT, *option)
         assert outcome.code == 1
-        named, counted = outcome.err.splitlines()
+        passed_over, named, counted = outcome.err.splitlines()
+        assert passed_over == "passed over 1 file: .txt (1)"
         assert named.startswith("mixmim: ")
         assert str(bad) in named
         assert reason in named

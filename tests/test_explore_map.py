@@ -215,7 +215,7 @@ def test_the_command(features: FeatureFolder, keys: list[str], tmp_path: Path) -
     assert result.exit_code == 0, result.output
     parsed = Page(target.read_text())
     (heading,) = ("".join(text).strip() for tag, _, text in parsed.elements if tag == "h1")
-    assert heading == f"9 of 24 images in {out}"
+    assert heading == f"9 of 24 images in {out} ({features.model})"
     data = parsed.json("data")
     assert data["keys"] == [keys[row] for row in np.linspace(0, 23, 9).round().astype(int)]
     assert data["first"] == "label"

@@ -120,6 +120,7 @@ def score(
             errors = score_image(engine, pixels, partner, masks)
             line = {"path": str(path), "score": _short(errors.mean()), **({"map": _short(errors)} if map_ else {})}
             typer.echo(json.dumps(line | identity(engine)))
+        _count(skipped, files)
 
 
 def _short(values: Any) -> Any:
@@ -168,8 +169,7 @@ def _each_image(engine: Engine, images: list[Path], output: str, skipped: list[P
             _name(result.path, result.error)
         else:
             yield result.path, result.outputs[output]
-    if skipped and len(files) > 1:
-        typer.echo(f"mixmim: {len(skipped):,} of {len(files):,} images could not be read and were skipped", err=True)
+    _count(skipped, files)
 
 
 @contextlib.contextmanager
@@ -179,6 +179,12 @@ def _skipping() -> Iterator[list[Path]]:
     yield skipped
     if skipped:
         raise typer.Exit(1)
+
+
+def _count(skipped: Sequence[Path], files: Sequence[Path]) -> None:
+    """Say how many images were skipped, if it is one of several."""
+    if skipped and len(files) > 1:
+        typer.echo(f"mixmim: {len(skipped):,} of {len(files):,} images could not be read and were skipped", err=True)
 
 
 def _name(path: Path, error: Exception) -> None:
