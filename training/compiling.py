@@ -27,8 +27,7 @@ from training.distributed import World
 from training.meter import Meter, can_compile
 
 TIMED = 3  # eager steps that are timed, after a first one, which is slower
-# Measured on two cores with `tiny` (docs/training.md): 100 s to compile, 1.2 times as fast afterwards. Both are set
-# to what a less favourable machine would give.
+# docs/training.md says where both come from.
 SAVED = 0.1  # share of an eager step's time that a compiled step saves
 EXPECTED = 120.0  # seconds that compiling takes
 BEAT = 10.0  # seconds between two signs of life
