@@ -18,6 +18,7 @@ from mixmim_serve.errors import MAX_QUOTED, ConfigError, quoted
 Config = TypeVar("Config")
 
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+UNIONS = (typing.Union, types.UnionType)  # of a type and words: bool | Literal["auto"]
 DESCRIPTIONS = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -78,12 +79,12 @@ def field_types(cls: Any) -> dict[str, Any]:
 
 
 def parse(key: str, text: str, kind: Any) -> Any:
-    """The text as a value of type `kind`: str, Path, bool, int, float, one of them or None, or a tuple between commas.
+    """The text as a value of type `kind`: str, Path, bool, int, float, one of them or a word or None, or a tuple.
 
     Raises:
         ConfigError: when the text is not one.
     """
-    if isinstance(kind, types.UnionType):  # `bool | None`: what is set is not None
+    if types.NoneType in typing.get_args(kind):  # `bool | None`: what is set is not None
         (kind,) = (each for each in typing.get_args(kind) if each is not types.NoneType)
     try:
         return _parse_tuple(text, kind) if typing.get_origin(kind) is tuple else _parse_one(text, kind)
@@ -101,6 +102,9 @@ def _parse_tuple(text: str, kind: types.GenericAlias) -> tuple[Any, ...]:
 
 
 def _parse_one(text: str, kind: Any) -> Any:
+    if typing.get_origin(kind) in UNIONS:
+        plain, words = _split(kind)
+        return text.lower() if text.lower() in words else _parse_one(text, plain)
     if kind is bool:
         return (TRUE + FALSE).index(text.lower()) < len(TRUE)
     value = kind(text)
@@ -109,9 +113,18 @@ def _parse_one(text: str, kind: Any) -> Any:
     return value
 
 
+def _split(kind: Any) -> tuple[Any, tuple[str, ...]]:
+    """`bool | Literal["auto"]` as bool and the words."""
+    plain, literal = typing.get_args(kind)
+    return plain, typing.get_args(literal)
+
+
 def _describe(kind: Any) -> str:
     """A type in words."""
     kinds = typing.get_args(kind)
+    if typing.get_origin(kind) in UNIONS:
+        plain, words = _split(kind)
+        return ", ".join([_describe(plain).replace(" or ", ", "), *words[:-1]]) + f" or {words[-1]}"
     if kinds:
         return "values between commas" if kinds[-1] is Ellipsis else f"{len(kinds)} numbers, such as 0.9,0.95"
     return DESCRIPTIONS[kind]

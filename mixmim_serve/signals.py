@@ -16,14 +16,29 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl
 PARENT_SECONDS = 0.5  # between two looks at the parent, where the kernel does not tell
 
 
+class Stop(threading.Event):
+    """Set by a signal; the work that it stops looks at it when it can, unless it is within `at_once`."""
+
+    urgent = False
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """A block in which the first signal raises KeyboardInterrupt."""
+        self.urgent = True
+        try:
+            yield
+        finally:
+            self.urgent = False
+
+
 @contextlib.contextmanager
-def stop_signals(*numbers: signal.Signals) -> Iterator[threading.Event]:
+def stop_signals(*numbers: signal.Signals) -> Iterator[Stop]:
     """An event that these signals set instead of ending the process; outside the main thread it is never set.
 
     A second Ctrl-C, at least a second later, raises KeyboardInterrupt. (`torchrun` forwards the first, which then
     arrives twice.)
     """
-    stopping = threading.Event()
+    stopping = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stopping
         return
@@ -31,6 +46,11 @@ def stop_signals(*numbers: signal.Signals) -> Iterator[threading.Event]:
 
     def stop(number: int, _frame: object) -> None:
         nonlocal first
+        if stopping.urgent:
+            stopping.urgent = False  # what cleans up is not interrupted again
+            stopping.set()
+            first = time.monotonic()
+            raise KeyboardInterrupt
         if number == signal.SIGINT and stopping.is_set() and time.monotonic() - first > 1:
             raise KeyboardInterrupt
         first = first or time.monotonic()

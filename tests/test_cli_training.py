@@ -31,8 +31,9 @@ from training.trainer import train
 @pytest.fixture(autouse=True)
 def without_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip torch.compile, which takes a minute."""
-    recipe = dataclasses.replace(tiny_cpu(), compile=False)
-    monkeypatch.setitem(training.recipes.PRETRAIN, "tiny-cpu", lambda: recipe)
+    for name in ("tiny-cpu", "tiny-continue-cpu"):
+        recipe = dataclasses.replace(training.recipes.PRETRAIN[name](), compile=False)
+        monkeypatch.setitem(training.recipes.PRETRAIN, name, lambda recipe=recipe: recipe)
 
 
 def mixmim(*arguments: object) -> Result:

@@ -35,7 +35,8 @@ def losses(trainer: Trainer, steps: int) -> list[float]:
         trainer.sampler.epoch = len(found) // trainer.sampler.steps
         for batch in trainer.loader:
             trainer.set_learning_rate(len(found) / trainer.sampler.steps)
-            found.append(trainer.train_step([batch])[0])
+            with trainer.compiler.step(trainer.step, trainer.meter):
+                found.append(trainer.train_step([batch])[0])
             trainer.step += 1
     return [float(loss) for loss in found[:steps]]
 

@@ -23,7 +23,7 @@ import training_data
 from conftest import REPOSITORY
 from rich.console import Console
 from safetensors.torch import load_file
-from training_data import MEASURED, NARROW
+from training_data import MEASURED, NARROW, Killed, killed_in
 
 from mixmim_serve.description import read_description
 from mixmim_serve.errors import CheckpointError, ConfigError, DataError, ResourceError
@@ -88,24 +88,10 @@ def assert_same(path: Path, whole: Path) -> None:
     assert one_said.arch == other_said.arch
 
 
-class Killed(BaseException):
-    """Raised like SIGKILL: no code catches it."""
-
-
 @pytest.mark.parametrize("step", range(STEPS))
 def test_killed_in_any_step(photos: Path, tmp_path: Path, whole: Path, step: int) -> None:
-    steps: Iterator[int] = iter(range(STEPS))
-    train_step = Trainer.train_step
-
-    def step_until(trainer: Trainer, parts: Iterable[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
-        if next(steps) == step:
-            raise Killed
-        return train_step(trainer, parts)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "train_step", step_until)
-        with pytest.raises(Killed):
-            run(photos, tmp_path / "run")
+    with killed_in(step):
+        run(photos, tmp_path / "run")
     assert run(photos, tmp_path / "run", resume=True) is not None
     assert_same(tmp_path / "run", whole)
 
@@ -306,6 +292,52 @@ def test_a_log_line_that_was_cut_is_written_again(photos: Path, tmp_path: Path, 
     assert_same(tmp_path / "run", whole)
 
 
+class Cut:
+    """Lets a run go on until it has changed so many files in `checkpoints`, then kills it."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, changes: int) -> None:
+        self.left = changes
+        for name in ("replace", "unlink"):
+            patch.setattr(Path, name, self.counted(getattr(Path, name)))
+
+    def counted(self, change: Callable[..., object]) -> Callable[..., object]:
+        def counted(path: Path, *arguments: object, **options: bool) -> object:
+            if path.parent.name == "checkpoints" and (path.exists() or not options):
+                if not self.left:
+                    raise Killed
+                self.left -= 1
+            return change(path, *arguments, **options)
+
+        return counted
+
+
+@pytest.mark.parametrize("changes", range(2, 10))
+def test_killed_between_any_two_files_of_a_checkpoint(photos: Path, tmp_path: Path, whole: Path, changes: int) -> None:
+    """Two files are written for each of three checkpoints, then the state before is deleted, later old weights too."""
+    config = dataclasses.replace(SMALL, keep_last=1, keep_every=1000)
+    with pytest.MonkeyPatch.context() as patch:
+        Cut(patch, changes)
+        with pytest.raises(Killed):
+            run(photos, tmp_path / "run", config=config)
+    left = {path.suffix: 0 for path in (tmp_path / "run" / "checkpoints").iterdir() if not path.name.startswith(".")}
+    assert left.keys() == {".safetensors", ".pt"}  # weights and a state at any moment
+    assert run(photos, tmp_path / "run", config=config, resume=True) is not None
+    assert metrics(tmp_path / "run") == metrics(whole)
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if not path.name.startswith("."))
+    assert kept == ["step-00000009.safetensors", "step-00000009.state.pt"]
+
+
+def test_a_folder_of_an_earlier_version_is_resumed_and_tidied(photos: Path, tmp_path: Path, whole: Path) -> None:
+    """It has a state for each checkpoint that is kept."""
+    with killed_in(7):
+        run(photos, tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    shutil.copy(checkpoints / "step-00000006.state.pt", checkpoints / "step-00000003.state.pt")
+    assert run(photos, tmp_path / "run", resume=True) is not None
+    assert_same(tmp_path / "run", whole)
+    assert [path.name for path in checkpoints.glob("*.state.pt")] == ["step-00000009.state.pt"]
+
+
 def test_a_finished_run_stays_as_it_is(photos: Path, whole_copy: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in whole_copy.rglob("*")}
     assert run(photos, whole_copy, resume=True) == whole_copy / "final.safetensors"
@@ -323,7 +355,12 @@ def test_what_cannot_be_resumed_is_refused(photos: Path, tmp_path: Path, whole_c
         (tmp_path / "others" / path.name).write_bytes(path.read_bytes())
     with pytest.raises(DataError, match="was started with other images than those in"):
         run(tmp_path / "others", whole_copy, resume=True)
-    (whole_copy / "checkpoints" / "step-00000009.state.pt").write_bytes(b"cut")
+    last = whole_copy / "checkpoints" / "step-00000009.state.pt"
+    whole_state = last.read_bytes()
+    last.write_bytes(b"cut")
+    with pytest.raises(CheckpointError, match=r"step-00000009 is damaged: start .* go on from the weights of step 6"):
+        run(photos, whole_copy, resume=True)
+    (whole_copy / "checkpoints" / "step-00000006.state.pt").write_bytes(whole_state)  # as earlier versions kept it
     with pytest.raises(CheckpointError, match=r"step-00000009 is damaged: delete its two files to resume from the one"):
         run(photos, whole_copy, resume=True)
     assert not (whole_copy / "final.safetensors").exists()

@@ -19,7 +19,7 @@ from conftest import REPOSITORY
 from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_data import NARROW, SMALL, STEPS_PER_EPOCH, Run, run_pretraining
+from training_data import NARROW, SMALL, STEPS_PER_EPOCH, Run, killed_in, run_pretraining
 
 from mixmim_serve.config import Preprocessing, architecture
 from mixmim_serve.description import read_description
@@ -33,6 +33,7 @@ from training.data import Batch
 from training.distributed import World
 from training.optim import learning_rate
 from training.pretraining import Pretraining
+from training.recipes import tiny_cpu
 from training.replay import replay
 from training.run_folder import RunFolder
 from training.trainer import Trainer, train
@@ -72,7 +73,8 @@ def test_a_run_leaves_the_documented_files(run: Run) -> None:
     assert len(events) == 1
     assert files - {*events, ".lock"} == {
         "config.json", "metrics.jsonl", "final.safetensors", "samples/reconstructions-epoch-0002.png",
-        *(f"checkpoints/step-0000000{step}.{kind}" for step in (3, 6) for kind in ("safetensors", "state.pt")),
+        "checkpoints/step-00000003.safetensors", "checkpoints/step-00000006.safetensors",
+        "checkpoints/step-00000006.state.pt",
     }  # fmt: skip
     assert run.final == run.path / "final.safetensors"
     about = json.loads((run.path / "config.json").read_text())
@@ -155,7 +157,31 @@ def test_the_last_checkpoints_and_those_of_every_so_many_epochs_stay(photos: Pat
     run = run_pretraining(config, photos, tmp_path / "run")
     kept = sorted(int(path.name[5:13]) for path in (run.path / "checkpoints").glob("*.safetensors"))
     assert kept == [9, 18, 20, 21]  # epochs 3 and 6, and the last two
-    assert len(list((run.path / "checkpoints").iterdir())) == 2 * len(kept)
+    assert [path.name for path in (run.path / "checkpoints").glob("*.state.pt")] == ["step-00000021.state.pt"]
+    assert len(list((run.path / "checkpoints").iterdir())) == len(kept) + 1
+
+
+@pytest.mark.usefixtures("narrow_network")
+def test_a_run_says_what_it_takes_on_disk(photos: Path, tmp_path: Path) -> None:
+    run = run_pretraining(SMALL, photos, tmp_path / "run")
+    files = [path for path in run.path.rglob("*") if path.is_file() and path != run.final]
+    assert run.final.samefile(run.path / "checkpoints" / "step-00000006.safetensors")  # takes no space of its own
+    megabytes = sum(path.stat().st_size for path in files) / 1e6
+    assert f"{run.path} takes {megabytes:.0f} MB: 2 checkpoints and one state to resume" in " ".join(
+        run.printed.split()
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "hardlink_to", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
+        copied = run_pretraining(SMALL, photos, tmp_path / "copied")
+    assert not copied.final.samefile(copied.path / "checkpoints" / "step-00000006.safetensors")
+    one, two = (read_checkpoint(path)[1] for path in (copied.final, run.final))
+    assert all(torch.equal(one[name], two[name]) for name in two)
+
+
+def test_a_longer_run_keeps_no_more_checkpoints() -> None:
+    config = tiny_cpu()
+    assert config.with_epochs(200).keep_every == 8 * config.keep_every
+    assert config.with_epochs(5).keep_every == config.keep_every
 
 
 def test_gradient_accumulation_equals_the_large_batch(run: Run, photos: Path, tmp_path: Path) -> None:
@@ -193,7 +219,7 @@ def test_activation_checkpointing_keeps_less(photos: Path, tmp_path: Path) -> No
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            trainer.forward(*trainer.task.inputs(first_batch(trainer), 0, 0))
+            trainer.compiler.forward(*trainer.task.inputs(first_batch(trainer), 0, 0))
         saved.append(kept)
     assert saved[1] < saved[0] / 3
 
@@ -425,11 +451,8 @@ except MixMIMError as error:
 
 def test_a_full_disk_loses_nothing(run: Run, photos: Path, tmp_path: Path) -> None:
     """Files may grow to 30 MB: the weights of a checkpoint fit (25 MB), its optimiser (50 MB) does not."""
-    import shutil
-
-    shutil.copytree(run.path, tmp_path / "run")
-    for name in ("final.safetensors", *(f"checkpoints/step-00000006.{kind}" for kind in ("safetensors", "state.pt"))):
-        (tmp_path / "run" / name).unlink()
+    with killed_in(3):
+        run_pretraining(SMALL, photos, tmp_path / "run")
     before = (tmp_path / "run" / "checkpoints" / "step-00000003.state.pt").read_bytes()
     limited = FULL_DISK.replace("try:", "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000_000, 30_000_000))\ntry:")
     command = [sys.executable, "-c", limited, str(photos), str(tmp_path / "run")]
@@ -475,17 +498,3 @@ def test_an_unknown_tracker_is_refused_first(photos: Path, tmp_path: Path) -> No
     with pytest.raises(ConfigError, match="unknown tracker 'comet': choose mlflow or wandb"):
         train(Pretraining(SMALL, source), source, tmp_path / "run", Console(quiet=True), trackers=["comet"])
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("compiler", "sentence"), [("/bin/c++", "torch.compile takes"), (None, "no C.. compiler found")]
-)
-def test_the_plan_says_whether_the_network_is_compiled(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: str | None, sentence: str
-) -> None:
-    monkeypatch.setattr("training.meter.shutil.which", lambda _: compiler)
-    monkeypatch.setattr("training.trainer.torch.compile", lambda module: module)
-    trainer = trainer_of(dataclasses.replace(SMALL, compile=True), photos, tmp_path / "run")
-    assert trainer.plan().startswith("pretrain: 6.3 M parameters at 64 px on cpu; 24 images, 2 epochs of 3 steps; ")
-    assert re.search(sentence, trainer.plan())
-    assert trainer.compiled == bool(compiler)

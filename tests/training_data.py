@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import pytest
 from rich.console import Console
+from torch import Tensor
 
 from mixmim_serve.config import Architecture, DecoderConfig
 from mixmim_serve.sources import open_source
 from training.config import PretrainConfig
+from training.data import Batch
 from training.pretraining import Pretraining
-from training.trainer import train
+from training.trainer import Trainer, train
 
 # Two epochs of three steps; the peak learning rate is 1e-3.
 SMALL = PretrainConfig(
@@ -58,3 +63,22 @@ def run_pretraining(config: PretrainConfig, images: Path, path: Path, **options:
     assert final is not None
     assert isinstance(console.file, io.StringIO)
     return Run(path, final, console.file.getvalue())
+
+
+class Killed(BaseException):
+    """Raised like SIGKILL: no code catches it."""
+
+
+@contextlib.contextmanager
+def killed_in(step: int) -> Iterator[None]:
+    """A block whose run ends in this step, counted from 0, as if by SIGKILL; fails if it does not."""
+    train_step = Trainer.train_step
+
+    def until(trainer: Trainer, parts: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+        if trainer.step == step:
+            raise Killed
+        return train_step(trainer, parts)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):  # noqa: PT012
+        patch.setattr(Trainer, "train_step", until)
+        yield

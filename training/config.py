@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Literal, Self
 
 from mixmim_serve.config import Architecture, architecture, units_from_partner, unknown
 from mixmim_serve.errors import ConfigError
 
+MORE_UNITS = "enlarge image_size, or choose a ratio nearer to 0.5"
+AUTO: Literal["auto"] = "auto"  # of `compile`
 LAYER_DECAY_RULES = ("official", "mae", "mmpretrain")
 
 
@@ -16,7 +18,7 @@ LAYER_DECAY_RULES = ("official", "mae", "mmpretrain")
 class RunConfig:
     """Fields common to pretraining and fine-tuning."""
 
-    size: str = "base"  # named size of the network
+    size: str = "base"  # named size of the network; empty: that of the checkpoint that the run starts from
     image_size: int = 0  # pixels; 0 keeps the network's own
     epochs: int = 600
     warmup_epochs: float = 40.0
@@ -35,7 +37,7 @@ class RunConfig:
     keep_last: int = 2  # latest checkpoints to keep; older ones are deleted,
     keep_every: int = 20  # except one per this many epochs
     bf16: bool = True  # autocast; bf16 needs no gradient scaler
-    compile: bool = False  # torch.compile: compiles for a minute or two, then steps are faster
+    compile: bool | Literal["auto"] = False  # torch.compile; auto: when enough steps are ahead to win its time back
     checkpoint_activations: bool = False  # recompute blocks in the backward pass to save memory: for huge
     shard: bool = False  # FSDP2: shard weights and optimiser state over the processes
 
@@ -46,6 +48,8 @@ class RunConfig:
         for name in ("workers", "save_steps", "seed", "base_lr", "min_lr", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}.")
+        if self.compile not in (True, False, AUTO):
+            raise ConfigError(f"compile must be true, false or auto, got {self.compile!r}.")
         if not 0 < self.min_crop <= 1 or not 0 <= self.max_unreadable <= 1:
             raise ConfigError("min_crop and max_unreadable must be shares between 0 and 1.")
         if not 0 <= self.warmup_epochs < self.epochs:
@@ -59,8 +63,13 @@ class RunConfig:
         return self.base_lr * self.batch_size / 256
 
     def with_epochs(self, epochs: int) -> Self:
-        """The same run with another number of epochs and the same share of warm-up."""
-        return dataclasses.replace(self, epochs=epochs, warmup_epochs=self.warmup_epochs * epochs / self.epochs)
+        """The same run with another number of epochs and the same share of warm-up; a longer one keeps no more."""
+        return dataclasses.replace(
+            self,
+            epochs=epochs,
+            warmup_epochs=self.warmup_epochs * epochs / self.epochs,
+            keep_every=max(self.keep_every, self.keep_every * epochs // self.epochs),
+        )
 
     def due(self, epochs: int, every: int) -> bool:
         """Whether an action of every `every` epochs is due after this many; always after the last."""
@@ -97,12 +106,19 @@ class PretrainConfig(RunConfig):
         if not 0 < self.mask_ratio < 1:
             raise ConfigError("mask_ratio must be a share between 0 and 1.")
         self.part_size(processes=1)
-        # `arch` also rejects an unknown size and an invalid image size.
-        units_from_partner(self.arch.units, self.mask_ratio, "enlarge image_size, or choose a ratio nearer to 0.5")
+        if self.size:  # empty: that of the checkpoint which training starts from
+            # `arch` also rejects an unknown size and an invalid image size.
+            units_from_partner(self.arch.units, self.mask_ratio, MORE_UNITS)
 
     @property
     def arch(self) -> Architecture:
-        """The network to train, with its decoder."""
+        """The network to train, with its decoder, unless the run starts from a checkpoint.
+
+        Raises:
+            ConfigError: for an unknown size, or an impossible input size.
+        """
+        if not self.size:
+            raise ConfigError("training from scratch needs a size: add --set size=tiny, or another size.")
         arch = architecture(self.size)
         return arch.at(self.image_size) if self.image_size else arch
 

@@ -16,7 +16,6 @@ from mixmim_serve.description import Description
 from mixmim_serve.errors import ConfigError
 from mixmim_serve.model import Encoder
 from mixmim_serve.model.encoder import Block
-from mixmim_serve.model.released import resize_weights
 from training.config import FinetuneConfig
 from training.data import Batch
 from training.device_augment import DeviceAugment
@@ -45,6 +44,7 @@ class Finetuning:
 
     Raises:
         ConfigError: when `start` has another size than requested, or neither a start nor a size is given.
+        CheckpointError: when `start` lacks weights.
     """
 
     name = "finetune"
@@ -54,6 +54,7 @@ class Finetuning:
     ) -> None:
         self.config, self.classes, self.val = config, classes, val
         self.start = start.identity if start else SCRATCH
+        self.origin: Mapping[str, Any] = start.origin() if start else {}
         torch.manual_seed(config.seed)
         self.arch = classifier(config, len(classes), start)
         self.objective: Objective = FinetuneObjective(build_classifier(self.arch, config, start))
@@ -118,8 +119,7 @@ def build_classifier(arch: Architecture, config: FinetuneConfig, start: Start | 
     """A pretrained encoder, resized to the input size if needed, or an untrained one; new head, stochastic depth."""
     model = Encoder(arch)
     if start:
-        encoder = dataclasses.replace(arch, num_classes=0)
-        model.load_state_dict(resize_weights(start.weights, start.description.arch, encoder), strict=False)
+        model.load_state_dict(start.weights_for(dataclasses.replace(arch, num_classes=0)), strict=False)
         # A near-zero head spares the pretrained encoder the noise of random weights. An untrained encoder needs that
         # noise: without it `tiny` predicts the class frequencies for its first 470 steps (docs/results.md).
         nn.init.trunc_normal_(model.head.weight, std=config.head_std)

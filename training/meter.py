@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import os
 import resource
 import shutil
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from training.distributed import World
@@ -26,7 +29,7 @@ class Metrics:
     loss: float
     lr: float
     grad_norm: float  # over all parameters
-    rate: float  # images/s, over all processes
+    rate: float  # images/s, over all processes; 0 when no step was counted
     waiting: float  # share of the time that this process waited for data
     memory: float  # GB, peak so far: of the device, or of this process on a CPU
 
@@ -47,6 +50,14 @@ class Meter:
         self.norms.append(norm)
         self.images += images
 
+    @contextlib.contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """A block whose time and images do not count in the rate: a step in which the network is compiled."""
+        images, waited, began = self.images, self.waited, time.perf_counter()
+        yield
+        self.images, self.waited = images, waited
+        self.since += time.perf_counter() - began
+
     def nonfinite(self) -> int | None:
         """Steps since the first non-finite gradient (1: the last step), or None; waits for the device."""
         if not self.norms:
@@ -58,7 +69,7 @@ class Meter:
         """The means; waits for the device and the other processes."""
         loss = float(world.mean(torch.stack(self.losses).mean()))
         norm = float(torch.stack(self.norms).mean())
-        seconds = time.perf_counter() - self.since
+        seconds = max(time.perf_counter() - self.since, 1e-9)  # nothing may have been counted
         return Metrics(
             step,
             round(epoch, 4),
@@ -98,15 +109,30 @@ def peak_memory(device: torch.device) -> int:
 
 def in_words(metrics: Metrics) -> str:
     """The metrics as one line for a progress bar."""
-    return (
-        f"loss {metrics.loss:.4f}  {metrics.rate:.0f} images/s  {metrics.waiting:.0%} waiting  {metrics.memory:.1f} GB"
-    )
+    rate = f"{metrics.rate:.0f} images/s  {metrics.waiting:.0%} waiting  " if metrics.rate else ""
+    return f"loss {metrics.loss:.4f}  {rate}{metrics.memory:.1f} GB"
+
+
+def left_in_words(images: int, rate: float) -> str:
+    """The time that this many images take, as hours, minutes and seconds; empty when the rate is not known yet."""
+    return str(datetime.timedelta(seconds=round(images / rate))) if rate else ""
 
 
 def can_compile(device: torch.device) -> bool:
     """Whether torch.compile can run; on a CPU it needs a C++ compiler."""
     compilers = (os.environ.get("CXX"), "g++", "clang++", "c++")
     return device.type != "cpu" or any(name and shutil.which(name) for name in compilers)
+
+
+def announcer(progress: Progress, bar: TaskID, console: Console) -> Callable[[str, bool], None]:
+    """What shows a line in the bar, and prints it if it is worth keeping or nobody sees the bar."""
+
+    def say(text: str, lasting: bool) -> None:
+        progress.update(bar, text=text)
+        if lasting or not console.is_terminal:
+            console.log(text)
+
+    return say
 
 
 def progress_bar(console: Console) -> Progress:
@@ -117,6 +143,6 @@ def progress_bar(console: Console) -> Progress:
         MofNCompleteColumn(),
         TextColumn("{task.fields[text]}"),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[left]}", style="progress.remaining"),  # rich's own would count compiling as steps
         console=console,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,21 +11,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mixmim_serve.config import Preprocessing, units_from_partner
+from mixmim_serve.config import Architecture, DecoderConfig, Preprocessing, architecture, size_name, units_from_partner
 from mixmim_serve.description import Description
-from mixmim_serve.errors import ImageError
+from mixmim_serve.errors import ConfigError, ImageError
 from mixmim_serve.model import MixMIM
 from mixmim_serve.model.mixmim import random_units
 from mixmim_serve.model.normalize import Normalize
 from mixmim_serve.panel import draw_panel
 from mixmim_serve.preprocess import normalize, preprocess
 from mixmim_serve.sources import Source
-from training.config import PretrainConfig
+from training.config import MORE_UNITS, PretrainConfig
 from training.data import Batch
 from training.distributed import World
 from training.evaluation.labelled import Labelled, evaluate_knn
 from training.optim import parameter_groups
-from training.start import SCRATCH
+from training.start import SCRATCH, Start
 from training.task import Objective
 
 PAIRS = 4  # image pairs in a picture of reconstructions
@@ -44,11 +45,15 @@ class PretrainObjective(Objective):
 
 
 class Pretraining:
-    """The task; `model` can be a variant of MixMIM (benchmarks/ablation.py)."""
+    """The task, from random weights or from `start`; `model` can be a variant of MixMIM (benchmarks/ablation.py).
+
+    Raises:
+        ConfigError: when `start` does not fit the configuration, or neither a start nor a size is given.
+        CheckpointError: when `start` lacks weights.
+    """
 
     name = "pretrain"
     classes: tuple[str, ...] = ()
-    start = SCRATCH
 
     def __init__(
         self,
@@ -56,13 +61,48 @@ class Pretraining:
         samples: Source | None,
         labelled: tuple[Labelled, Labelled] | None = None,
         model: type[MixMIM] = MixMIM,
+        *,
+        start: Start | None = None,
+        new_decoder: bool = False,
     ) -> None:
         self.config, self.samples, self.labelled = config, samples, labelled
         torch.manual_seed(config.seed)
-        self.model = model(config.arch)
+        self.arch = continued(config, start) if start else config.arch
+        self.model = model(self.arch)
+        self.preprocessing = Preprocessing.evaluation(self.arch.image_size)
+        self.start: str = SCRATCH
+        self.origin: Mapping[str, Any] = {}
+        if start:
+            self.load(start, new_decoder)
         self.objective: Objective = PretrainObjective(self.model, config.mask_ratio)
-        self.preprocessing = Preprocessing.evaluation(config.arch.image_size)
         self.to(torch.device("cpu"))
+
+    def load(self, start: Start, new_decoder: bool) -> None:
+        """Take the checkpoint's encoder, its decoder if it has one that is wanted, and its scale of pixels.
+
+        Raises:
+            CheckpointError: when it lacks weights.
+        """
+        whole = start.description.arch.decoder is not None and not new_decoder
+        taken = dataclasses.replace(self.arch, decoder=self.arch.decoder if whole else None)
+        self.model.load_state_dict(start.weights_for(taken), strict=whole)
+        original = start.description.preprocessing
+        self.preprocessing = dataclasses.replace(self.preprocessing, mean=original.mean, std=original.std)
+        parts = "encoder and decoder" if whole else "encoder"
+        self.start = start.identity if whole else f"{start.identity} (encoder)"
+        self.origin = start.origin() | {"taken": parts, "image_size": start.description.arch.image_size}
+
+    @property
+    def loaded(self) -> str:
+        """In words: what was taken from the checkpoint that the run starts from; empty without one."""
+        if not self.origin:
+            return ""
+        line = f"starts from {self.origin['name']}: {self.origin['taken']}"
+        if self.origin["taken"] == "encoder":
+            line += ", with a new decoder"
+        if self.origin["image_size"] != self.arch.image_size:
+            line += f", resized from {self.origin['image_size']} to {self.arch.image_size} px"
+        return line
 
     def to(self, device: torch.device) -> None:
         """See `Task`."""
@@ -77,12 +117,12 @@ class Pretraining:
     def inputs(self, batch: Batch, mask_seed: int, seed: int) -> tuple[Tensor, ...]:
         """Normalised pixels, and one mask per step and process (as in the official code)."""
         generator = torch.Generator().manual_seed(mask_seed)
-        mask = random_units(self.config.arch.units, self.config.mask_ratio, generator)
+        mask = random_units(self.arch.units, self.config.mask_ratio, generator)
         return self.normalize(batch.pixels_on(self.device)), mask.to(self.device, non_blocking=True)
 
     def describe(self, provenance: Mapping[str, Any]) -> Description:
         """See `Task`."""
-        return Description(self.config.arch, self.preprocessing, provenance=provenance)
+        return Description(self.arch, self.preprocessing, provenance=provenance)
 
     def evaluate(self, epochs: int, world: World) -> dict[str, float]:
         """k-NN accuracy on the labelled set, if one was given."""
@@ -98,7 +138,7 @@ class Pretraining:
         if len(pixels) < 2:
             return {}
         a, b = (torch.from_numpy(np.stack(half)).to(self.device) for half in (pixels[::2], pixels[1::2]))
-        mask = random_units(self.config.arch.units, self.config.mask_ratio, torch.Generator().manual_seed(0))
+        mask = random_units(self.arch.units, self.config.mask_ratio, torch.Generator().manual_seed(0))
         with torch.inference_mode():
             output = self.model.reconstruct(a, b, mask.to(self.device))
         arrays = {
@@ -116,6 +156,27 @@ class Pretraining:
         for number, row in enumerate(rows):
             picture.paste(row, (0, number * row.height))
         return {"reconstructions": picture}
+
+
+def continued(config: PretrainConfig, start: Start) -> Architecture:
+    """The checkpoint's network without its head, at the run's input size, with its own decoder or a new one.
+
+    Raises:
+        ConfigError: when the checkpoint has another size than requested, or too few units for the mask.
+    """
+    arch = start.description.arch
+    name = size_name(arch).partition("@")[0]
+    if config.size and config.size != size_name(arch) and config.size != name:
+        raise ConfigError(
+            f"{start.name} has size {size_name(arch)}, not {config.size}: omit size to use the checkpoint's own."
+        )
+    if config.image_size and config.image_size != arch.image_size:
+        arch = arch.at(config.image_size)
+    decoder = arch.decoder
+    if decoder is None:
+        decoder = DecoderConfig() if name == "custom" else architecture(name).decoder
+    units_from_partner(arch.units, config.mask_ratio, MORE_UNITS)
+    return dataclasses.replace(arch, decoder=decoder, num_classes=0)
 
 
 def sample_pixels(source: Source, preprocessing: Preprocessing) -> list[np.ndarray]:

@@ -51,10 +51,11 @@ def rebuild(run: Path, saved: Start) -> Task:
     saved_run = json.loads((run / "config.json").read_text())
     task: Task
     if saved_run["task"] == Pretraining.name:
-        task = Pretraining(from_dict(PretrainConfig, saved_run["config"]), None)
+        config = dataclasses.replace(from_dict(PretrainConfig, saved_run["config"]), size="")
+        task = Pretraining(config, None, start=saved)
     else:
-        config = dataclasses.replace(from_dict(FinetuneConfig, saved_run["config"]), size="")
-        task = Finetuning(config, saved.description.labels, saved, None)
+        tuning = dataclasses.replace(from_dict(FinetuneConfig, saved_run["config"]), size="")
+        task = Finetuning(tuning, saved.description.labels, saved, None)
     task.objective.train().model.load_state_dict(saved.weights)
     return task
 

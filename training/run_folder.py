@@ -4,7 +4,7 @@ RUN/config.json          the resolved configuration, data and command
 RUN/metrics.jsonl        one line every `log_every` steps, and one per evaluation
 RUN/events.out.tfevents* the same for TensorBoard
 RUN/unreadable.txt       unreadable images, with the reason
-RUN/checkpoints/         step-N.safetensors (weights) and step-N.state.pt (everything else that --resume needs)
+RUN/checkpoints/         step-N.safetensors (weights), and of the last one step-N.state.pt (what else --resume needs)
 RUN/samples/             pictures of reconstructions
 RUN/nonfinite/           the step that gave a non-finite gradient (replay.py)
 RUN/final.safetensors    the weights after the last epoch
@@ -19,6 +19,7 @@ import pickle
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from mixmim_serve.files import atomic_path
 from mixmim_serve.locks import LOCK, lock_folder
 from mixmim_serve.model.checkpoint import read_checkpoint, save_checkpoint
 from mixmim_serve.strict_json import read_json
-from training.config import RunConfig
+from training.config import AUTO, RunConfig
 
 MAY_CHANGE = {"workers", "max_unreadable", "save_steps", "keep_last", "keep_every"}  # these change no number
 MAY_HELP = {"base_lr", "bf16", "compile"}  # to rescue a run; changes are recorded in config.json
@@ -76,19 +77,29 @@ class RunFolder:
         with atomic_path(self.path / "config.json") as path:
             path.write_text(as_json(config, metadata) + "\n")
 
+    def about(self) -> Any:
+        """The content of config.json; {} when there is none.
+
+        Raises:
+            ConfigError: when it is damaged.
+        """
+        path = self.path / "config.json"
+        if not path.is_file():
+            return {}
+        try:
+            return read_json(path)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path} is damaged ({error}): start the run anew in another folder.") from error
+
     def check(self, config: RunConfig, metadata: Mapping[str, Any]) -> None:
         """Compare with the configuration of the run to resume; `record_changes` then records allowed differences.
 
         Raises:
             ConfigError: when there is no run, or naming the fields that must not differ.
         """
-        path = self.path / "config.json"
-        if not path.is_file():
+        saved = self.about()
+        if not saved:
             raise ConfigError(f"{self.path} holds no run to resume (no config.json): start it without --resume.")
-        try:
-            saved = read_json(path)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path} is damaged ({error}): start the run anew in another folder.") from error
         before, now = (
             values.get("config", {}) | {"task": values.get("task"), "start": values.get("start")}
             for values in (saved, json.loads(as_json(config, metadata)))
@@ -101,6 +112,8 @@ class RunFolder:
         if not differing.keys() <= MAY_HELP:
             listed = ", ".join(f"{name} {old} (now {new})" for name, (old, new) in differing.items())
             raise ConfigError(f"{self.path} was started with {listed}: resume it with its original options.")
+        if now["compile"] == AUTO:  # does what the run has done so far
+            differing.pop("compile", None)
         self.changes = saved.get("changes", [])
         self.pending = differing
 
@@ -156,16 +169,45 @@ class RunFolder:
         with atomic_path(self.path / "samples" / f"{name}-epoch-{epochs:04d}.png") as temporary:
             picture.save(temporary, "PNG")
 
+    def finish(self) -> None:
+        """Make the last checkpoint the final one; it takes no space where the file system has hard links.
+
+        Raises:
+            CheckpointError: when it cannot be written.
+        """
+        last = self.checkpoints / f"step-{self.steps()[-1]:08d}.safetensors"
+        with writing(self.final.with_suffix("")), atomic_path(self.final) as temporary:
+            temporary.unlink()
+            try:
+                temporary.hardlink_to(last)
+            except OSError:
+                shutil.copyfile(last, temporary)
+
+    def size(self) -> int:
+        """Bytes on disk; a file with two names counts once."""
+        files = {(about.st_dev, about.st_ino): about.st_size for path in self.path.rglob("*")
+                 if S_ISREG((about := path.lstat()).st_mode)}  # fmt: skip
+        return sum(files.values())
+
+    def in_words(self) -> str:
+        """What the run takes on disk."""
+        return f"{self.path} takes {self.size() / 1e6:.0f} MB: {len(self.saved())} checkpoints and one state to resume"
+
     def prune(self, config: RunConfig, epoch: int) -> None:
-        """Delete all checkpoints except the last few and every `keep_every` epochs of `epoch` steps each."""
-        for step in self.steps()[: -config.keep_last]:
+        """Keep the last state, and weights of the last few and of every `keep_every` epochs of `epoch` steps each."""
+        *earlier, last = self.steps()
+        for step in earlier:
+            (self.checkpoints / f"step-{step:08d}.state.pt").unlink()
+        for step in [step for step in self.saved() if step <= last][: -config.keep_last]:
             if step % (config.keep_every * epoch):
-                stem = self.checkpoints / f"step-{step:08d}"
-                stem.with_suffix(".state.pt").unlink()
-                stem.with_suffix(".safetensors").unlink()
+                (self.checkpoints / f"step-{step:08d}.safetensors").unlink()
+
+    def saved(self) -> list[int]:
+        """Steps whose weights are kept, oldest first."""
+        return sorted(int(path.name[5:13]) for path in self.checkpoints.glob("step-????????.safetensors"))
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, oldest first."""
+        """Steps that a run can resume from, oldest first: the last one, or more in folders of earlier versions."""
         return sorted(int(path.name[5:13]) for path in self.checkpoints.glob("step-????????.state.pt"))
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -182,11 +224,21 @@ class RunFolder:
             state: dict[str, Any] = torch.load(stem.with_suffix(".state.pt"), map_location="cpu", weights_only=True)
             return read_checkpoint(stem.with_suffix(".safetensors"))[1], state
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, CheckpointError) as error:
-            advice = "delete its two files to resume from the one before" if len(steps) > 1 else "start the run again"
+            kept = [step for step in self.saved() if step < steps[-1]]
+            advice = "start the run again"
+            if len(steps) > 1:
+                advice = "delete its two files to resume from the one before"
+            elif kept:
+                advice += f", or go on from the weights of step {kept[-1]} with --from"
             raise CheckpointError(f"the checkpoint {stem} is damaged: {advice}.") from error
 
     def rewind(self, step: int) -> None:
-        """Drop log lines after `step`, and a truncated last line: the resumed run writes them again."""
+        """Drop what the resumed run writes again: log lines and weights after `step`, and what was cut in writing."""
+        for cut in self.checkpoints.glob(".step-*.tmp"):
+            cut.unlink()
+        for later in self.saved():
+            if later > step > 0:
+                (self.checkpoints / f"step-{later:08d}.safetensors").unlink()
         path = self.path / "metrics.jsonl"
         kept = []
         for line in path.read_text().splitlines() if path.exists() else ():

@@ -29,6 +29,7 @@ class Task(Protocol):
     objective: Objective
     classes: tuple[str, ...]  # label i is classes[i]; () without labels
     start: str  # identity of the initial weights, for checks and provenance
+    origin: Mapping[str, Any]  # where they come from, for provenance; {} for random ones
 
     @property
     def config(self) -> RunConfig:

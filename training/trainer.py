@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,11 +17,12 @@ from rich.console import Console
 from torch import Tensor
 
 from mixmim_serve.errors import DataError
-from mixmim_serve.model.checkpoint import save_checkpoint
 from mixmim_serve.signals import stop_signals
 from mixmim_serve.sources import Source, fingerprint
-from mixmim_serve.version import __version__
+from training import about
 from training.augment import step_seed
+from training.compiling import NO_COMPILER, CompilationStoppedError, Compiler, Decision
+from training.config import AUTO
 from training.data import Batch, TrainingImages, build_loader, load_step
 from training.distributed import (
     World,
@@ -34,7 +34,7 @@ from training.distributed import (
     synchronized,
     wrap,
 )
-from training.meter import Meter, Metrics, can_compile, in_words, progress_bar
+from training.meter import Meter, Metrics, announcer, in_words, left_in_words, progress_bar
 from training.nonfinite import BadStep, save_nonfinite
 from training.optim import build_optimizer, learning_rate
 from training.resources import explain_shortage
@@ -96,8 +96,7 @@ class Trainer:
         self.dataset = TrainingImages(source, self.model.arch.image_size, self.config, task.classes)
         self.loader, self.sampler = build_loader(self.dataset, self.config, world.rank, world.size)
         self.module = wrap(task.objective.train(), world, self.config)
-        self.compiled = self.config.compile and can_compile(world.device)
-        self.forward: Any = torch.compile(self.module) if self.compiled else self.module
+        self.compiler = Compiler(self.module, self.config.compile, world)
         self.optimizer = build_optimizer(task.parameter_groups(), self.config)
         # Set by the first non-finite gradient and never reset: fused AdamW then leaves the weights unchanged.
         self.optimizer.found_inf = torch.zeros((), device=world.device)  # type: ignore[attr-defined]
@@ -110,14 +109,7 @@ class Trainer:
 
     def metadata(self) -> dict[str, Any]:
         """The content of config.json besides the configuration."""
-        metadata = {
-            "task": self.task.name,
-            "start": self.task.start,
-            "images": {"source": self.source.name, "count": len(self.source.keys), "fingerprint": self.images},
-            "processes": self.world.size,
-            "command": sys.argv,
-            "versions": {"mixmim-serve": __version__, "torch": torch.__version__},
-        }
+        metadata = about.metadata(self.task, self.source, self.images, self.world) | self.compiler.about()
         return metadata | ({"changes": self.folder.changes} if self.folder.changes else {})
 
     def resume(self) -> None:
@@ -127,6 +119,8 @@ class Trainer:
             DataError: when the images differ from those at the start of the run.
             CheckpointError: when the checkpoint is damaged.
         """
+        if self.config.compile == AUTO:
+            self.compiler.decision = Decision.of_run(self.folder.about())
         saved = self.folder.load()
         if saved is not None:
             weights, state = saved
@@ -137,6 +131,7 @@ class Trainer:
             self.step = state["step"]
             self.last = Metrics(**state["last"]) if state["last"] else None
             self.meter = Meter.from_state(state["meter"], self.world.device)
+            self.compiler.seconds = state.get("seconds", [])
         if self.world.main:
             self.folder.rewind(self.step)
             self.changed = self.folder.record_changes(self.step)
@@ -153,22 +148,35 @@ class Trainer:
         with progress_bar(console) as progress, stop as stopping, contextlib.ExitStack() as closing:
             for tracker in self.trackers:
                 closing.callback(tracker.close)
-            task = progress.add_task(self.task.name, total=self.steps, completed=self.step, text="")
-            for epoch in range(self.step // self.sampler.steps, self.config.epochs):
-                for metrics in self.train_epoch(epoch, stopping):
-                    progress.update(task, completed=self.step, text=in_words(metrics))
-                if self.step == (epoch + 1) * self.sampler.steps:
-                    self.evaluate(epoch + 1, console)
-                self.save_checkpoint()  # after the evaluation: a run killed before this repeats both
-                if self.world.any(stopping.is_set()) and self.step < self.steps:
-                    console.log(f"stopped after step {self.step}; continue with the same command and --resume")
-                    return None
-                console.log(self.summary(epoch))
-        weights = gather_weights(self.model)
+            bar = progress.add_task(self.task.name, total=self.steps, completed=self.step, text="", left="")
+            self.compiler.stop, self.compiler.say = stopping, announcer(progress, bar, console)
+            try:
+                for metrics in self.epochs(stopping, console):
+                    left = left_in_words((self.steps - self.step) * self.config.batch_size, metrics.rate)
+                    progress.update(bar, completed=self.step, text=in_words(metrics), left=left)
+            except CompilationStoppedError:
+                console.log("stopped while compiling; the same command and --resume continue from the last checkpoint")
+                return None
+            if self.step < self.steps:
+                console.log(f"stopped after step {self.step}; continue with the same command and --resume")
+                return None
         if self.world.main:
-            save_checkpoint(self.folder.final, weights, self.task.describe(self.provenance()))
+            self.folder.prune(self.config, self.sampler.steps)  # what a kill during the last checkpoint has left
+            self.folder.finish()
+            console.log(self.folder.in_words())
         self.world.wait()
         return self.folder.final
+
+    def epochs(self, stopping: threading.Event, console: Console) -> Iterator[Metrics]:
+        """The remaining epochs, each with its evaluation and checkpoint, until `stopping` is set; yields as logged."""
+        for epoch in range(self.step // self.sampler.steps, self.config.epochs):
+            yield from self.train_epoch(epoch, stopping)
+            if self.step == (epoch + 1) * self.sampler.steps:
+                self.evaluate(epoch + 1, console)
+            self.save_checkpoint()  # after the evaluation: a run killed before this repeats both
+            if self.world.any(stopping.is_set()) and self.step < self.steps:
+                return
+            console.log(about.summary(epoch, self.config.epochs, self.last, len(self.folder.unreadable)))
 
     def train_epoch(self, epoch: int, stopping: threading.Event | None = None) -> Iterator[Metrics]:
         """The rest of one pass over the images; yields the metrics as they are logged.
@@ -179,9 +187,11 @@ class Trainer:
         batches = iter(self.loader)
         for index in range(self.sampler.start, self.sampler.steps):
             self.set_learning_rate(epoch + index / self.sampler.steps)
-            loss, norm = self.train_step(self.next_batch(batches) for _ in range(self.config.accumulate))
+            self.decide_compilation()
+            with self.compiler.step(self.step, self.meter):
+                loss, norm = self.train_step(self.next_batch(batches) for _ in range(self.config.accumulate))
+                self.meter.add(loss, norm, self.config.batch_size // self.world.size)
             self.step += 1
-            self.meter.add(loss, norm, self.config.batch_size // self.world.size)
             logged = self.step % self.config.log_every == 0 or self.step == self.steps
             if logged:
                 yield self.log()
@@ -189,6 +199,14 @@ class Trainer:
                 self.save_checkpoint()
             if stopping and (self.world.size == 1 or logged) and self.world.any(stopping.is_set()):
                 return
+
+    def decide_compilation(self) -> None:
+        """Decide once whether the network is compiled from this step on, and record it before that happens."""
+        decision = self.compiler.decide(self.step, self.steps)
+        if decision and self.world.main:
+            self.folder.write_config(self.config, self.metadata())
+            if decision.from_step is None:
+                self.compiler.say(f"not compiling: {decision.why}", True)
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch:
         """The next part of a batch; the time it took counts as waiting.
@@ -229,7 +247,7 @@ class Trainer:
     def backward(self, inputs: tuple[Tensor, ...]) -> Tensor:
         """Accumulate a part's gradients; returns its share of the loss."""
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.bf16):
-            loss: Tensor = self.forward(*inputs) / self.config.accumulate
+            loss: Tensor = self.compiler.forward(*inputs) / self.config.accumulate
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
@@ -308,6 +326,7 @@ class Trainer:
             "step": self.step,
             "last": dataclasses.asdict(self.last) if self.last else None,
             "meter": self.meter.state(),
+            "seconds": self.compiler.seconds,
         }
 
     def provenance(self) -> dict[str, Any]:
@@ -319,27 +338,12 @@ class Trainer:
         }
 
     def plan(self) -> str:
-        """One line about the run ahead, and why its first step may be slow."""
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        processes = f"{self.world.size} x " if self.world.size > 1 else ""
-        line = (
-            f"{self.task.name}: {parameters / 1e6:.1f} M parameters at {self.model.arch.image_size} px on "
-            f"{processes}{self.world.device.type}; {len(self.source.keys)} images, {self.config.epochs} epochs of "
-            f"{self.sampler.steps} steps"
-        )
+        """One line about the run ahead, and whether its first step compiles."""
+        line = about.plan(self.task, len(self.source.keys), self.sampler.steps, self.world)
         if self.step:
             line += f", resumed after step {self.step}"
         if self.changed:
             line += f" with {self.changed}"
-        if self.compiled:
-            return f"{line}; torch.compile takes a minute or two first"
-        if self.config.compile:
-            return f"{line}; no C++ compiler found, so torch.compile is off, which is slower"
+        if self.config.compile is True and not self.compiler.possible:
+            line += f"; {NO_COMPILER}"
         return line
-
-    def summary(self, epoch: int) -> str:
-        """One line per epoch, for terminals and log files."""
-        line = f"epoch {epoch + 1}/{self.config.epochs}"
-        if self.last:
-            line += f"  {in_words(self.last)}"
-        return line + (f"  {len(self.folder.unreadable)} unreadable" if self.folder.unreadable else "")

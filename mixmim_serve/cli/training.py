@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from mixmim_serve.cli.common import app, bundle_path, first_process, progress_console, say_passed_over, shell
+from mixmim_serve.cli.environment import prepare_training
 
 DATA = "a folder of any depth, tar shards, Parquet files, or a list of paths; local or a URL"
 Out = Annotated[Path, typer.Option(metavar="RUN", help="The run folder; must be new or empty.")]
@@ -24,7 +25,7 @@ Track = Annotated[list[str] | None, typer.Option(help="Also log to mlflow or wan
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in RUN.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in RUN.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Print every setting of the run, as JSON.")]
-From = Annotated[Path, typer.Option("--from", metavar="CHECKPOINT", help="A checkpoint, a bundle, or tiny.")]
+From = Annotated[Path, typer.Option("--from", metavar="CHECKPOINT", help="A checkpoint, a bundle, a RUN, or tiny.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the full report as JSON.")]
 Val = Annotated[str, typer.Option(help="Validation images; default: DATA/val if DATA/train exists.")]
 
@@ -33,7 +34,11 @@ Val = Annotated[str, typer.Option(help="Validation images; default: DATA/val if 
 def pretrain(
     data: Annotated[str, typer.Argument(metavar="DATA", help=f"Photos, without labels: {DATA}.")],
     out: Out,
-    recipe: Annotated[str, typer.Option(help="tiny-cpu or base-600ep.")] = "tiny-cpu",
+    start: Annotated[
+        str, typer.Option("--from", metavar="CHECKPOINT", help="Go on from a checkpoint, a bundle, a RUN, or tiny.")
+    ] = "",
+    new_decoder: Annotated[bool, typer.Option("--new-decoder", help="Take only the encoder of --from.")] = False,
+    recipe: Annotated[str, typer.Option(help="tiny-cpu, tiny-continue-cpu (default with --from) or base-600ep.")] = "",
     size: Annotated[str | None, typer.Option(help="tiny, base, base-384, large, large-384 or huge.")] = None,
     image_size: ImageSize = None,
     epochs: Epochs = None,
@@ -48,19 +53,27 @@ def pretrain(
 ) -> None:
     """Pretrain a backbone on your own photos.
 
-    Example: mixmim pretrain photos --out runs/tiny
+    Example: mixmim pretrain photos --from tiny --out runs/mine
     """
-    from mixmim_serve.errors import DataError
+    prepare_training()
+    from mixmim_serve.errors import ConfigError, DataError
     from mixmim_serve.sources import open_source
     from training.evaluation.labelled import open_labelled
     from training.pretraining import Pretraining
     from training.recipes import PRETRAIN
     from training.recipes import recipe as named_recipe
+    from training.start import SCRATCH, read_start
     from training.trainer import train
 
+    start = "" if start == SCRATCH else start
+    if new_decoder and not start:
+        raise ConfigError("--new-decoder needs --from: without it encoder and decoder are both new.")
+    if start and size is None:
+        size = ""  # the checkpoint's own, whatever the recipe says
     options = {"size": size, "image_size": image_size, "batch_size": batch_size, "workers": workers}
-    config = _with_options(named_recipe(recipe, PRETRAIN), options, epochs, settings)
-    source = open_source(data)
+    chosen = recipe or ("tiny-continue-cpu" if start else "tiny-cpu")
+    config = _with_options(named_recipe(chosen, PRETRAIN), options, epochs, settings)
+    source, checkpoint = open_source(data), read_start(bundle_path(Path(start))) if start else None
     config = _follow_data(config, source, options | {"epochs": epochs}, settings, out if resume else None)
     labelled = None
     if knn:
@@ -68,8 +81,10 @@ def pretrain(
         if val_part is None:
             raise DataError(f"{knn} has no folders train and val: k-NN needs reference images and queries.")
         labelled = train_part, val_part
-    _print_config(config, named_recipe(recipe, PRETRAIN), verbose)
-    task = Pretraining(config, source, labelled)
+    _print_config(config, named_recipe(chosen, PRETRAIN), verbose)
+    task = Pretraining(config, source, labelled, start=checkpoint, new_decoder=new_decoder)
+    if task.loaded and not resume:
+        progress_console().print(task.loaded, soft_wrap=True, highlight=False, markup=False)
     final = train(task, source, out, progress_console(), resume=resume, overwrite=overwrite, trackers=track or ())
     if final is not None and first_process():
         typer.echo(f"wrote {final}; next: {shell('mixmim', 'export', final, 'BUNDLE_DIR')}")
@@ -79,7 +94,7 @@ def pretrain(
 def finetune(
     data: Annotated[str, typer.Argument(metavar="DATA", help=f"Photos in one folder per class: {DATA}.")],
     start: Annotated[
-        str, typer.Option("--from", metavar="CHECKPOINT", help="A checkpoint, a bundle, tiny, or scratch.")
+        str, typer.Option("--from", metavar="CHECKPOINT", help="A checkpoint, a bundle, a RUN, tiny, or scratch.")
     ],
     out: Out,
     val: Val = "",
@@ -98,6 +113,7 @@ def finetune(
 
     Example: mixmim finetune clothing10 --from tiny --out runs/clothing
     """
+    prepare_training()
     from training.evaluation.labelled import open_labelled
     from training.finetuning import Finetuning
     from training.recipes import FINETUNE
@@ -136,6 +152,7 @@ def probe(
 
     Example: mixmim probe clothing10 --from runs/tiny/final.safetensors
     """
+    prepare_training()
     import json
 
     from rich.console import Console
@@ -190,6 +207,7 @@ def evaluate(
 
     Example: mixmim evaluate clothing10/test --from runs/clothing/final.safetensors --out report
     """
+    prepare_training()
     import json
 
     from rich.console import Console
@@ -273,6 +291,7 @@ def replay(
 
     Example: mixmim replay runs/tiny
     """
+    prepare_training()
     from training.replay import replay as replay_run
 
     for line in replay_run(run):
