@@ -10,6 +10,7 @@ from training.config import FinetuneConfig, PretrainConfig, RunConfig
 # Fields that a row of the summary holds already.
 _SHOWN = {"size", "image_size", "epochs", "warmup_epochs", "batch_size", "accumulate", "base_lr", "weight_decay"}
 _SHOWN |= {"bf16", "compile", "workers", "seed", "min_crop", "mask_ratio", "layer_decay", "drop_path"}
+COMPILE = {True: "compiled", False: "not compiled", "auto": "compiled once that pays"}
 
 
 def summary(config: RunConfig, recipe: RunConfig) -> list[tuple[str, str]]:
@@ -22,7 +23,7 @@ def summary(config: RunConfig, recipe: RunConfig) -> list[tuple[str, str]]:
         *_objective(config),
         (
             "compute",
-            ", ".join(("bf16" if config.bf16 else "float32", "compiled" if config.compile else "not compiled")),
+            ", ".join(("bf16" if config.bf16 else "float32", COMPILE[config.compile])),
         ),
         ("decoding", f"{config.workers or 'no'} processes of its own, seed {config.seed}"),
     ]
@@ -33,7 +34,7 @@ def summary(config: RunConfig, recipe: RunConfig) -> list[tuple[str, str]]:
 
 def _network(config: RunConfig) -> str:
     size = config.size or "the checkpoint's"
-    pixels = config.arch.image_size if isinstance(config, PretrainConfig) else config.image_size
+    pixels = config.arch.image_size if isinstance(config, PretrainConfig) and config.size else config.image_size
     return f"{size} at {pixels} px" if pixels else f"{size} at the checkpoint's input size"
 
 
