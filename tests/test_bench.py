@@ -31,6 +31,7 @@ def test_the_arithmetic_is_counted_as_torch_does(name: str, size: int) -> None:
     assert encoder_flops(arch) == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_report_has_a_row_for_each_engine_precision_and_batch(
     exported_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,7 +45,7 @@ EXAMPLES = sorted((REPOSITORY / "examples").glob("*.jpg"))
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Exported]:
-    """A checkpoint, and its bundle with fp16 weights."""
+    """A checkpoint, and its bundle with fp16 weights. What needs it is slow: its graphs take ten seconds."""
     folder = tmp_path_factory.mktemp("half")
     checkpoint = write_checkpoint(folder / "checkpoint.safetensors", WITH_DECODER)
     return checkpoint, export_bundle(checkpoint, folder / "bundle", Options(half_weights=True))
@@ -214,6 +214,7 @@ def assert_points_at_weights(bundle: Path, tensor: onnx.TensorProto, weights: Ma
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.slow
 def test_weights_are_stored_once(exported_bundle: Path, half: tuple[Path, Exported], precision: str) -> None:
     bundle = exported_bundle if precision == "float32" else half[1].bundle.path
     weights = in_graph(load_file(bundle / "weights.safetensors"))
@@ -247,6 +248,7 @@ def test_nothing_of_this_machine_is_in_the_bundle(
             assert text.encode() not in content, f"{text} in {path.name}"
 
 
+@pytest.mark.slow
 def test_half_weights_halve_the_file(half: tuple[Path, Exported]) -> None:
     checkpoint, exported = half
     bundle = exported.bundle
@@ -259,6 +261,7 @@ def test_half_weights_halve_the_file(half: tuple[Path, Exported]) -> None:
 
 
 @pytest.mark.parametrize("graph", ["encoder", "reconstruct"])
+@pytest.mark.slow
 def test_half_weights_compute_what_torch_does_with_them(half: tuple[Path, Exported], graph: str) -> None:
     checkpoint, exported = half
     bundle = exported.bundle
@@ -332,6 +335,7 @@ def sealed(folder: Path, weights: Mapping[str, torch.Tensor], description: Descr
     return seal(folder, description, graphs, Options(half_weights=half_weights)).fingerprint
 
 
+@pytest.mark.slow
 def test_the_fingerprint_is_of_all_that_changes_the_numbers(
     exported_bundle: Path, small_checkpoint: Path, half: tuple[Path, Exported], tmp_path: Path
 ) -> None:

@@ -134,6 +134,7 @@ def test_a_server_that_ends_under_load_and_another_in_its_place_lose_nothing(
     assert (load.right, load.wrong) == (load.sent, 0)  # nothing lost, nothing mixed up
 
 
+@pytest.mark.slow
 def test_a_storm_of_deadlines_passes(exported_bundle: Path, tmp_path: Path) -> None:
     """Hundreds who wait a few milliseconds, behind photos that take longer than that to decode."""
     settings = ("decode_threads=1", "max_connections_per_client=500")

@@ -320,11 +320,13 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return exported.bundle
 
 
+@pytest.mark.slow
 def test_a_real_engine_is_described_and_stored(real: Bundle) -> None:
     assert [(each.graph, each.precision) for each in real.built] == [("encoder", "fp16")]
     assert_engines_are_whole(real, "sm80+sm89", (1, 2, 4))
 
 
+@pytest.mark.slow
 def test_an_engine_with_a_changed_byte_is_refused(real: Bundle, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(real.path, tmp_path / "copy"))
     path = copy / real.built[0].file
@@ -336,6 +338,7 @@ def test_an_engine_with_a_changed_byte_is_refused(real: Bundle, tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("cuda")
+@pytest.mark.slow
 def test_a_real_plan_that_is_damaged_is_refused_in_tensorrts_words(real: Bundle, tmp_path: Path) -> None:
     (plan,) = real.built
     (tmp_path / plan.file).write_bytes((real.path / plan.file).read_bytes()[:-100])
@@ -344,6 +347,7 @@ def test_a_real_plan_that_is_damaged_is_refused_in_tensorrts_words(real: Bundle,
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_real_bundle_is_refused_on_another_gpu(real: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mixmim_serve.engines.hardware.gpu", lambda: "sm90")
     with pytest.raises(EngineError, match=r"was compiled for sm80 and sm89, but this GPU is sm90: .*capability 9\.0"):

@@ -449,6 +449,7 @@ except MixMIMError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing(run: Run, photos: Path, tmp_path: Path) -> None:
     """Files may grow to 30 MB: the weights of a checkpoint fit (25 MB), its optimiser (50 MB) does not."""
     with killed_in(3):
