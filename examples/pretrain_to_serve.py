@@ -44,7 +44,7 @@ def main() -> None:
     mixmim("pretrain", options.photos, "--out", out / "run", *size, *quick, "--overwrite")
 
     step(2, "probe the frozen features with labels, and keep the linear probe as a head")
-    report = json.loads(mixmim("probe", labelled, "--from", pretrained, "--save", with_head, capture=True))
+    report = json.loads(mixmim("probe", labelled, "--from", pretrained, "--save", with_head, "--json", capture=True))
     for name, result in {**report["knn"], "linear probe": report["linear"]}.items():
         print(f"  {name}: {result['top1']:.0f} % of {result['images']} photos right")
 
