@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from io import BytesIO
 from typing import Any
@@ -173,7 +174,10 @@ def test_a_process_gives_the_memory_of_an_image_back(decoder: Decoder) -> None:
         finish(decoder.decode(image, context()))
     (process,) = decoder.idle
     assert process._process is not None
-    assert psutil.Process(process._process.pid).memory_info().rss < 80e6
+    deadline = time.monotonic() + PATIENCE
+    while (kept := psutil.Process(process._process.pid).memory_info().rss) > 1.1 * decode_process.KEPT_BYTES:
+        assert time.monotonic() < deadline, kept  # it gives memory back after its answer
+        time.sleep(0.01)
 
 
 def test_an_image_that_takes_too_long_ends_its_process_and_nothing_else() -> None:
