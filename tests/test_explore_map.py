@@ -176,6 +176,8 @@ def test_every_format_holds_the_columns(engine: Engine, source: Path, features: 
 
 
 def test_a_csv_file_gives_columns(tmp_path: Path) -> None:
+    if kind == "lance":
+        pytest.importorskip("lance")
     keys = ["mono/a.jpg", "mono/b.jpg", "poly/a.jpg"]
     (tmp_path / "named.csv").write_text("cell,file,score\nx,mono/a.jpg,0.5\ny,/data/elpv/poly/a.jpg,1\nz,none.jpg,2\n")
     columns, found = read_csv(tmp_path / "named.csv", keys)
