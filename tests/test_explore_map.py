@@ -167,6 +167,8 @@ def test_columns_are_labels_folders_and_what_the_features_hold(
 @pytest.mark.parametrize("kind", ["npy", "lance"])
 def test_every_format_holds_the_columns(engine: Engine, source: Path, features: FeatureFolder, tmp_path: Path,
                                         kind: str) -> None:  # fmt: skip
+    if kind == "lance":
+        pytest.importorskip("lance")
     extract(small(engine, source, tmp_path / "out", images=10, options=ExtractOptions(format=kind)), engine)
     rows = [23, 0, 12]
     found, expected = FeatureFolder(tmp_path / "out").columns(rows), features.columns(rows)
@@ -176,8 +178,6 @@ def test_every_format_holds_the_columns(engine: Engine, source: Path, features: 
 
 
 def test_a_csv_file_gives_columns(tmp_path: Path) -> None:
-    if kind == "lance":
-        pytest.importorskip("lance")
     keys = ["mono/a.jpg", "mono/b.jpg", "poly/a.jpg"]
     (tmp_path / "named.csv").write_text("cell,file,score\nx,mono/a.jpg,0.5\ny,/data/elpv/poly/a.jpg,1\nz,none.jpg,2\n")
     columns, found = read_csv(tmp_path / "named.csv", keys)
