@@ -35,7 +35,7 @@ from mixmim_serve.config import STAGES, Architecture
 from mixmim_serve.description import Description
 from mixmim_serve.errors import BundleError, ConfigError, quoted
 from mixmim_serve.files import atomic_path, open_regular, sha256
-from mixmim_serve.runs import export_advice, is_run, is_run_config
+from mixmim_serve.runs import MAX_CONFIG_BYTES, export_advice, is_run, is_run_config
 from mixmim_serve.strict_json import read_json
 
 CONFIG = "config.json"
@@ -43,7 +43,6 @@ WEIGHTS = "weights.safetensors"
 GOLDEN = "golden.safetensors"
 CACHE = "cache"  # folder for what runtimes compile when they open the bundle
 FORMAT = 2  # increased when an older reader would misread the folder
-MAX_CONFIG_BYTES = 16_000_000
 MAX_NAME = 100  # characters of a bundle's name
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")  # of a file in the folder, or of a graph
 

@@ -22,6 +22,7 @@ from mixmim_serve.errors import ImageError
 from mixmim_serve.preprocess import decode
 from mixmim_serve.sources import Source, fingerprint
 from training.check_report import Report, ShorterSide, SourceReport
+from training.evaluation.overlap import equal_contents, shared
 from training.recipes import tiny_cpu
 
 AHEAD = 4  # images queued per thread; bounds memory
@@ -56,7 +57,8 @@ def check(
     reports = [_summarise(part, scan, image_size) for part, scan in zip(sources, scans, strict=True)]
     if val is None:
         return Report(image_size, reports[0], None, ())
-    return Report(image_size, reports[0], reports[1], _in_both(source, val, [scan.hashes for scan in scans]))
+    in_both = shared(val.keys, scans[1].hashes, source.keys, scans[0].hashes)
+    return Report(image_size, reports[0], reports[1], in_both)
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def _inspect(source: Source, index: int) -> _Facts | str:
 
 def _summarise(source: Source, scan: _Scan, image_size: int) -> SourceReport:
     labels = source.labels
-    duplicates = _equal(scan.hashes)
+    duplicates = equal_contents(scan.hashes)
     conflicts = [group for group in duplicates if labels is not None and len({labels[index] for index in group}) > 1]
     return SourceReport(
         name=source.name,
@@ -142,21 +144,3 @@ def _side(sides: NDArray[np.int32], image_size: int) -> ShorterSide | None:
     if not len(sides):
         return None
     return ShorterSide(int(sides.min()), int(np.median(sides)), int(sides.max()), int((sides < image_size).sum()))
-
-
-def _equal(hashes: NDArray[np.bytes_]) -> list[list[int]]:
-    """Indices of images with equal content, one list per content that occurs more than once, in source order."""
-    order = np.argsort(hashes, kind="stable")
-    edges = np.flatnonzero(hashes[order[1:]] != hashes[order[:-1]]) + 1
-    starts, ends = np.append(0, edges), np.append(edges, len(hashes))
-    repeated = (ends - starts > 1) & (hashes[order[starts]] != b"")
-    spans = zip(starts[repeated].tolist(), ends[repeated].tolist(), strict=True)
-    return sorted(order[start:end].tolist() for start, end in spans)
-
-
-def _in_both(train: Source, val: Source, hashes: Sequence[NDArray[np.bytes_]]) -> tuple[tuple[str, str], ...]:
-    """Keys (val, train) of images with equal content in both; `hashes` of train, then of val."""
-    count = len(train.keys)
-    groups = [group for group in _equal(np.concatenate(hashes)) if group[0] < count]
-    pairs = [(index - count, group[0]) for group in groups for index in group if index >= count]
-    return tuple((val.keys[index], train.keys[first]) for index, first in sorted(pairs))

@@ -32,6 +32,7 @@ from mixmim_serve.errors import CheckpointError, ConfigError, InUseError
 from mixmim_serve.files import atomic_path
 from mixmim_serve.locks import LOCK, lock_folder
 from mixmim_serve.model.checkpoint import read_checkpoint, save_checkpoint
+from mixmim_serve.runs import FINAL
 from mixmim_serve.strict_json import read_json
 from training.config import AUTO, RunConfig
 
@@ -44,7 +45,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.final = path / "final.safetensors"
+        self.final = path / FINAL
         self.checkpoints = path / "checkpoints"
         self.unreadable: dict[str, None] = {}  # an ordered set
         self.pending: dict[str, list[Any]] = {}  # changed fields of MAY_HELP: {name: [before, now]}

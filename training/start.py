@@ -17,10 +17,10 @@ from mixmim_serve.files import sha256
 from mixmim_serve.model import Encoder, build_model
 from mixmim_serve.model.checkpoint import build_from_weights, check_weights, read_checkpoint
 from mixmim_serve.model.released import resize_weights
+from mixmim_serve.runs import FINAL
 from mixmim_serve.strict_json import read_json
 
 SCRATCH = "scratch"  # in place of a checkpoint: random weights
-FINAL = "final.safetensors"  # the checkpoint of a finished run, in its folder
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from training.config import FinetuneConfig, PretrainConfig, RunConfig
+from training.config import AUTO, FinetuneConfig, PretrainConfig, RunConfig
 
 # Fields that a row of the summary holds already.
 _SHOWN = {"size", "image_size", "epochs", "warmup_epochs", "batch_size", "accumulate", "base_lr", "weight_decay"}
 _SHOWN |= {"bf16", "compile", "workers", "seed", "min_crop", "mask_ratio", "layer_decay", "drop_path"}
-COMPILE = {True: "compiled", False: "not compiled", "auto": "compiled once that pays"}
+COMPILE = {True: "compiled", False: "not compiled", AUTO: "compiled once that pays"}
 
 
 def summary(config: RunConfig, recipe: RunConfig) -> list[tuple[str, str]]:

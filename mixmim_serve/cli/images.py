@@ -99,8 +99,6 @@ def score(
 
     from mixmim_serve.bundle import GOLDEN
     from mixmim_serve.engines import identity, open_engine
-    from mixmim_serve.errors import ImageError
-    from mixmim_serve.preprocess import preprocess, read_limited
     from mixmim_serve.sources.names import expand
     from mixmim_serve.tasks import partner_of, require_decoder, score_image
 
@@ -110,13 +108,7 @@ def score(
     files, passed_over = expand(images)
     say_passed_over(passed_over)
     with _skipping() as skipped:
-        for path in files:
-            try:
-                pixels = preprocess(read_limited(path), engine.bundle.description.preprocessing)
-            except ImageError as error:
-                skipped.append(path)
-                _name(path, error)
-                continue
+        for path, pixels in _readable(files, engine.bundle.description.preprocessing, skipped):
             errors = score_image(engine, pixels, partner, masks)
             line = {"path": str(path), "score": _short(errors.mean()), **({"map": _short(errors)} if map_ else {})}
             typer.echo(json.dumps(line | identity(engine)))
@@ -149,7 +141,9 @@ def reconstruct(
 
     engine = open_engine(bundle_path(bundle), runtime)
     preprocessing = engine.bundle.description.preprocessing
-    a, b = _read_all([image_a, image_b], preprocessing)
+    with _skipping() as skipped:  # both are read, so that both are named if neither can be
+        pixels = [pixels for _, pixels in _readable([image_a, image_b], preprocessing, skipped)]
+    a, b = pixels
     panel = draw_panel(reconstruct_pair(engine, a, b, ratio, seed), preprocessing)
     with atomic_path(output) as temporary:
         temporary.write_bytes(png(panel))
@@ -193,20 +187,21 @@ def _name(path: Path, error: Exception) -> None:
     typer.echo(f"mixmim: {reason}" if str(path) in reason else f"mixmim: {path}: {reason}", err=True)
 
 
-def _read_all(paths: Sequence[Path], preprocessing: Preprocessing) -> list[Pixels]:
-    """The pixels of all these images; if any cannot be read, each such one is named and the command ends."""
+def _readable(
+    paths: Sequence[Path], preprocessing: Preprocessing, skipped: list[Path]
+) -> Iterator[tuple[Path, Pixels]]:
+    """The pixels of each image, in order; unreadable ones are named and added to `skipped`."""
     from mixmim_serve.errors import ImageError
     from mixmim_serve.preprocess import preprocess, read_limited
 
-    pixels = []
-    with _skipping() as skipped:
-        for path in paths:
-            try:
-                pixels.append(preprocess(read_limited(path), preprocessing))
-            except ImageError as error:
-                skipped.append(path)
-                _name(path, error)
-    return pixels
+    for path in paths:
+        try:
+            pixels = preprocess(read_limited(path), preprocessing)
+        except ImageError as error:
+            skipped.append(path)
+            _name(path, error)
+        else:
+            yield path, pixels
 
 
 def _write_vectors(output: Path, paths: Sequence[str], vectors: Sequence[Any], origin: dict[str, str]) -> None:

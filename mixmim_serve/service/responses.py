@@ -174,13 +174,14 @@ def _is_large(value: Any) -> bool:
 
 def _in_pieces(value: Any) -> bytes:
     """The JSON of a value, of an array as many rows at a time as make about `PIECE` numbers."""
-    if not _is_large(value) or value.ndim < 1:
+    if not _is_large(value):
         return json_bytes(value)
-    rows = max(1, PIECE * len(value) // value.size)
-    pieces = (value[begin : begin + rows] for begin in range(0, len(value), rows))
-    if rows == 1 and value[0].size > PIECE:
-        return b"[" + b",".join(_in_pieces(row) for row in value) + b"]"
-    return b"[" + b",".join(orjson.dumps(piece, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1] for piece in pieces) + b"]"
+    rows = PIECE * len(value) // value.size
+    if not rows:  # one alone is large
+        return b"[" + b",".join(map(_in_pieces, value)) + b"]"
+    return (
+        b"[" + b",".join(json_bytes(value[begin : begin + rows])[1:-1] for begin in range(0, len(value), rows)) + b"]"
+    )
 
 
 def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

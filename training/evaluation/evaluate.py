@@ -14,7 +14,7 @@ from training.distributed import World
 from training.evaluation.confusion import confusions, draw_confusion, per_class
 from training.evaluation.embed import OnImages
 from training.evaluation.labelled import ClassifierResult, Labelled, evaluate_classifier
-from training.evaluation.overlap import keys_by_hash, read_hashes, shared, training_images
+from training.evaluation.overlap import hash_array, read_hashes, shared, training_images
 from training.start import Start
 
 
@@ -44,8 +44,8 @@ def evaluate(
     train = train or training_images(start.description.provenance)
     if train is None or not world.main:
         return result
-    known = keys_by_hash(train.keys, read_hashes(train))
-    in_training = shared(tuple(result.hashes), tuple(result.hashes.values()), known)
+    hashes = hash_array(list(result.hashes.values()))
+    in_training = shared(list(result.hashes), hashes, train.keys, read_hashes(train))
     return dataclasses.replace(result, in_training=in_training)
 
 

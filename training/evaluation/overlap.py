@@ -8,34 +8,46 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mixmim_serve.cores import usable_cores
 from mixmim_serve.errors import ImageError, MixMIMError
 from mixmim_serve.sources import Source, fingerprint, open_source
 
+Hashes = NDArray[np.bytes_]
 Pairs = tuple[tuple[str, str], ...]  # keys (val, train) of images with equal content
 
 MAX_READ = 20_000  # images of a training set that are read again to compare them
 
 
-def shared(val_keys: Sequence[str], val_hashes: Sequence[bytes], train: Mapping[bytes, str]) -> Pairs:
-    """The images of val whose hash is also one of train, in val's order; `train` has keys by hash."""
-    pairs = zip(val_keys, val_hashes, strict=True)
-    return tuple((key, train[digest]) for key, digest in pairs if digest and digest in train)
+def hash_array(hashes: Sequence[bytes]) -> Hashes:
+    """SHA-256 digests, empty for unreadable images, in 32 bytes each."""
+    return np.array(hashes, "S32")
 
 
-def keys_by_hash(keys: Sequence[str], hashes: Sequence[bytes]) -> dict[bytes, str]:
-    """The first key of each content; unreadable images, whose hash is empty, are left out."""
-    found: dict[bytes, str] = {}
-    for key, digest in zip(keys, hashes, strict=True):
-        if digest:
-            found.setdefault(digest, key)
-    return found
+def equal_contents(hashes: Hashes) -> list[list[int]]:
+    """Indices of images with equal content, one list per content that occurs more than once, in source order."""
+    order = np.argsort(hashes, kind="stable")
+    edges = np.flatnonzero(hashes[order[1:]] != hashes[order[:-1]]) + 1
+    starts, ends = np.append(0, edges), np.append(edges, len(hashes))
+    repeated = (ends - starts > 1) & (hashes[order[starts]] != b"")
+    spans = zip(starts[repeated].tolist(), ends[repeated].tolist(), strict=True)
+    return sorted(order[start:end].tolist() for start, end in spans)
 
 
-def read_hashes(source: Source) -> tuple[bytes, ...]:
+def shared(val_keys: Sequence[str], val_hashes: Hashes, train_keys: Sequence[str], train_hashes: Hashes) -> Pairs:
+    """The images of val whose content is also in train, in val's order, each with the first such image of train."""
+    count = len(train_keys)
+    groups = [group for group in equal_contents(np.concatenate([train_hashes, val_hashes])) if group[0] < count]
+    pairs = sorted((index - count, group[0]) for group in groups for index in group if index >= count)
+    return tuple((val_keys[index], train_keys[first]) for index, first in pairs)
+
+
+def read_hashes(source: Source) -> Hashes:
     """SHA-256 of every image's file, without decoding it; empty for one that cannot be read."""
     with ThreadPoolExecutor(usable_cores()) as pool:
-        return tuple(pool.map(lambda index: _hash(source, index), range(len(source.keys))))
+        return hash_array(list(pool.map(lambda index: _hash(source, index), range(len(source.keys)))))
 
 
 def training_images(provenance: Mapping[str, Any]) -> Source | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +30,7 @@ from training.evaluation.embed import OnImages, Outputs, run_network
 from training.evaluation.knn import knn_accuracy, neighbour_counts
 from training.evaluation.labelled import Labelled
 from training.evaluation.linear import FOLDS, LinearProbe, ProbeConfig, linear_probe, smallest_class, stratified_parts
-from training.evaluation.overlap import Pairs, keys_by_hash, shared
+from training.evaluation.overlap import Pairs, hash_array, shared
 from training.start import Start
 
 REPEATED = 2  # times that a cross-validation of up to `MANY` images is run, each with other parts
@@ -111,7 +112,7 @@ def probe(
     queries = embed(val)
     neighbours, head, linear = judge(known, Embedded(queries.values_NX, val.labels_of(queries)), classes, config)
     train_keys, val_keys = _keys(train, reference), _keys(val, queries)
-    in_both = shared(val_keys, queries.hashes, keys_by_hash(train_keys, reference.hashes))
+    in_both = shared(val_keys, hash_array(queries.hashes), train_keys, hash_array(reference.hashes))
     scores = {k: Score(**dataclasses.asdict(each)) for k, each in neighbours.items()}
     unreadable = reference.unreadable + queries.unreadable
     judged_on = f"{len(val_keys):,} validation images"
@@ -130,8 +131,8 @@ def judge(
 
 def _by_cross_validation(train: Labelled, outputs: Outputs, known: Embedded, config: ProbeConfig) -> ProbeResult:
     """Judge each image by the others; of images with equal content one takes part, or it would judge itself."""
-    first = keys_by_hash([str(row) for row in range(len(outputs.hashes))], outputs.hashes)
-    distinct = known[torch.tensor(sorted(int(row) for row in first.values()))]
+    _, first_rows = np.unique(hash_array(outputs.hashes), return_index=True)
+    distinct = known[torch.from_numpy(np.sort(first_rows))]
     smallest = smallest_class(distinct.labels_N)
     if smallest < 2:
         alone = train.classes[int((distinct.labels_N.bincount(minlength=len(train.classes)) == 1).nonzero()[0])]
