@@ -209,4 +209,8 @@ def test_pretrain_refuses_what_does_not_fit(photos: Path, tmp_path: Path) -> Non
         mixmim(*run, "--from", "tiny", "--set", "size=huge")
     with pytest.raises(CheckpointError, match="no such file"):
         mixmim(*run, "--from", tmp_path / "nothing.safetensors")
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "config.json").write_text('{"config": {}, "task": "pretrain"}')
+    with pytest.raises(CheckpointError, match="unfinished is a run that has not finished: finish it with --resume"):
+        mixmim(*run, "--from", tmp_path / "unfinished")
     assert not (tmp_path / "run").exists()

@@ -13,11 +13,12 @@ from torch import Tensor
 from mixmim_serve.bundle import CONFIG, WEIGHTS
 from mixmim_serve.config import Architecture
 from mixmim_serve.description import Description
+from mixmim_serve.errors import CheckpointError
 from mixmim_serve.files import sha256
 from mixmim_serve.model import Encoder, build_model
 from mixmim_serve.model.checkpoint import build_from_weights, check_weights, read_checkpoint
 from mixmim_serve.model.released import resize_weights
-from mixmim_serve.runs import FINAL
+from mixmim_serve.runs import FINAL, is_run
 from mixmim_serve.strict_json import read_json
 
 SCRATCH = "scratch"  # in place of a checkpoint: random weights
@@ -78,8 +79,12 @@ def read_start(path: Path) -> Start:
     """Read a checkpoint file, or the one in a bundle or in the folder of a finished run; weights become float32.
 
     Raises:
-        CheckpointError: when the file is missing, damaged or not ours.
+        CheckpointError: when the file is missing, damaged or not ours, or the run has not finished.
     """
+    if is_run(path) and not (path / FINAL).is_file():
+        raise CheckpointError(
+            f"{path} is a run that has not finished: finish it with --resume, or give a file of {path / 'checkpoints'}."
+        )
     if path.is_dir():
         path = path / (FINAL if (path / FINAL).is_file() else WEIGHTS)
     description, weights = read_checkpoint(path)
