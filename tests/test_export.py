@@ -359,6 +359,7 @@ def test_the_fingerprint_is_of_all_that_changes_the_numbers(
     assert sealed(tmp_path / "half", half_weights, half_description, True) == half[1].bundle.fingerprint
 
 
+@pytest.mark.slow
 def test_exporting_again_gives_the_same_bundle(encoder_only: tuple[Path, Exported], tmp_path: Path) -> None:
     checkpoint, first = encoder_only
     again = export_bundle(checkpoint, tmp_path / "again").bundle

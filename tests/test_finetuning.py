@@ -264,6 +264,7 @@ def invoke(*arguments: object) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_finetune_evaluate_export_and_classify(labelled: Path, pretrained: Path, tmp_path: Path) -> None:
     """The whole way from a backbone to answers, as a user goes it."""
     settings = ["compile=false", "base_lr=0.1", "layer_decay=0.9", "bf16=false", "augment.mixup=0"]

@@ -272,6 +272,7 @@ def test_pretraining_is_judged_by_its_neighbours(photos: Path, labelled: Path, t
     assert [line["loss"] for line in lines if "loss" in line] == plain.losses
 
 
+@pytest.mark.slow
 def test_the_loss_falls(tmp_path: Path) -> None:
     """30 steps on ramps in four directions, the same ramp in each unit of an image; one epoch, so one checkpoint.
 
