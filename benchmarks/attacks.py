@@ -9,6 +9,8 @@ turns without and with the attack, so that both meet the same machine. The traff
 where both are told apart by their API keys; there without the attacks that use up the connections of an address. Ten
 seconds after the last turn memory is compared with that before the attack, then the attack begins again and the server
 gets a SIGTERM. `--sources same` is the hard case without keys: there both are one client, which shares its limits.
+`--control` also sends each attack's traffic to a process that only reads it, as often as the server has answered, next
+to good clients of the server: what sender, kernel and reading take from them on a machine that all of them share.
 """
 
 from __future__ import annotations
@@ -190,14 +192,19 @@ def good_clients(server: Server, photos: Sequence[bytes], seconds: float, count:
     return turn
 
 
-@contextlib.contextmanager
-def attack(name: str, files: Path, server: Server, source: str, seconds: float) -> Iterator[Counter[str]]:
-    """An attack that goes on within the block; afterwards the statuses of its answers."""
+def traffic_of(name: str, source: str) -> list[str]:
+    """The attacks that a name stands for."""
     names = [other for other in ATTACKS if name in (other, ALL)]
     if source == GOOD_ADDRESS and name == ALL:
         names = [other for other in names if other not in MANY_CONNECTIONS]
-    key = BAD_KEY if server.key else ""
-    command = ["benchmarks.attack_traffic", str(files), str(server.port), source, key, str(seconds), *names]
+    return names
+
+
+@contextlib.contextmanager
+def attack(name: str, files: Path, port: int, source: str, seconds: float, key: str) -> Iterator[Counter[str]]:
+    """An attack that goes on within the block; afterwards the statuses of its answers."""
+    names = traffic_of(name, source)
+    command = ["benchmarks.attack_traffic", str(files), str(port), source, key, str(seconds), *names]
     process = subprocess.Popen(
         [sys.executable, "-m", *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=EXAMPLES.parent, text=True
     )
@@ -214,34 +221,62 @@ def attack(name: str, files: Path, server: Server, source: str, seconds: float) 
         answers.update(json.loads(output or "{}"))
 
 
+@contextlib.contextmanager
+def sink(seconds: float) -> Iterator[int]:
+    """The port of a process that reads requests, and answers each after so many seconds."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.attack_sink", str(seconds)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=EXAMPLES.parent, text=True,
+    )  # fmt: skip
+    assert process.stdout
+    try:
+        yield int(process.stdout.readline())
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def measure(
-    name: str, source: str, files: Path, photos: Sequence[bytes], seconds: float, rounds: int
+    name: str, source: str, files: Path, photos: Sequence[bytes], seconds: float, rounds: int, *, control: bool
 ) -> dict[str, Any]:
     """One attack on a server of its own."""
     address, keyed = SOURCES[source]
-    alone, beside = ({count: Turn() for count in PARALLEL} for _ in range(2))
+    alone, beside, dropped = ({count: Turn() for count in PARALLEL} for _ in range(3))
     answers: Counter[str] = Counter()
     longest = 60 + 10 * seconds  # of the attack, should this process die
+    key = BAD_KEY if keyed else ""
+    threads = sum(ATTACKS[other][0] for other in traffic_of(name, address))
     with tempfile.TemporaryDirectory() as home, started(Path(home), keyed=keyed) as server:
         warm_up(server, files, photos)
         before, server.peak = server.memory(), 0
         for _ in range(rounds):
             for count in PARALLEL:
                 alone[count].add(good_clients(server, photos, seconds, count))
-            with attack(name, files, server, address, longest) as seen:
+            began = time.monotonic()
+            with attack(name, files, server.port, address, longest, key) as seen:
                 time.sleep(1)
                 for count in PARALLEL:
                     beside[count].add(good_clients(server, photos, seconds, count))
             answers += seen
+            pace = threads * (time.monotonic() - began) / max(1, seen.total())
             time.sleep(2)  # what the attack has left behind belongs to no turn without it
+            if control:
+                with sink(pace) as port, attack(name, files, port, address, longest, key):
+                    time.sleep(1)
+                    for count in PARALLEL:
+                        dropped[count].add(good_clients(server, photos, seconds, count))
         time.sleep(RECOVERY - 2)
         after, peak = server.memory(), server.peak
-        with attack(name, files, server, address, longest):
+        with attack(name, files, server.port, address, longest, key):
             time.sleep(2)
             stopped = server.terminate()
     row: dict[str, Any] = {"attack": name, "source": source, "answers": answers, "stopped": stopped}
     row |= {"before": before, "peak": max(peak, server.peak), "after": after}
-    return row | {"clients": [compared(count, alone[count], beside[count]) for count in PARALLEL]}
+    clients = [compared(count, alone[count], beside[count]) for count in PARALLEL]
+    if control:
+        for client in clients:
+            client["control_99"] = dropped[client["count"]].percentile(99)
+    return row | {"clients": clients}
 
 
 def warm_up(server: Server, files: Path, photos: Sequence[bytes]) -> None:
@@ -281,6 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sources", nargs="+", default=["other", "keys"], choices=SOURCES)
     parser.add_argument("--seconds", type=float, default=5.0, help="of each turn of the good clients")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--control", action="store_true", help="also send the traffic to a process that only reads it")
     parser.add_argument("--output", type=Path, help="a Markdown file; the numbers go into a .json next to it")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no server is left behind
@@ -294,7 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for name in options.attacks:
                 if SOURCES[source][0] == GOOD_ADDRESS and name in MANY_CONNECTIONS:
                     continue
-                row = measure(name, source, files, photos, options.seconds, options.rounds)
+                row = measure(name, source, files, photos, options.seconds, options.rounds, control=options.control)
                 report["rows"].append(row)
                 print(json.dumps(row), file=sys.stderr, flush=True)
     text = markdown(report)

@@ -15,6 +15,11 @@ STOP_MARGIN = 1.0  # seconds beyond the grace time, for the process itself to en
 
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as Markdown: hardware, command, the bar, a table."""
+    control = any("control_99" in client for row in report["rows"] for client in row["clients"])
+    explained = (
+        ["Control: p99 while the same traffic, as dense, went to a process that only reads it; the second ratio is that "
+         "of beside and control.", ""] if control else []
+    )  # fmt: skip
     lines = [
         *heading("A good client next to attacks", report),
         f"{report['rounds']} rounds of {report['seconds']:g} s without and with each attack. The bar: p99 below "
@@ -23,21 +28,23 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"obeyed within {report['grace']} s. p50 and p99 in ms, memory of the server and its children in MB. "
         "The attack comes from another address, or from that of the good clients with another API key.",
         "",
-        "| attack | from | clients | p50 alone, beside | p99 alone, beside | ratio | 429 | failed "
-        "| before, peak, after | SIGTERM | missed |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        *explained,
+        "| attack | from | clients | p50 alone, beside | p99 alone, beside | ratio | "
+        f"{'control, ratio | ' if control else ''}429 | failed | before, peak, after | SIGTERM | missed |",
+        "|---" * (12 if control else 11) + "|",
     ]
     for row in report["rows"]:
         for client in row["clients"]:
-            lines.append(f"| {' | '.join(cells(row, client, report['grace']))} |")
+            lines.append(f"| {' | '.join(cells(row, client, report['grace'], control=control))} |")
     return "\n".join(lines) + "\n"
 
 
-def cells(row: Mapping[str, Any], client: Mapping[str, Any], grace: float) -> list[str]:
+def cells(row: Mapping[str, Any], client: Mapping[str, Any], grace: float, *, control: bool) -> list[str]:
     """One line of the table; what belongs to the server stands in the first of an attack."""
     first = client is row["clients"][0]
     memory = ", ".join(f"{row[name] / 1e6:.0f}" for name in ("before", "peak", "after"))
     failures = missed(row, client, grace)
+    dropped = client.get("control_99", float("nan"))
     return [
         row["attack"] if first else "",
         row["source"] if first else "",
@@ -45,6 +52,7 @@ def cells(row: Mapping[str, Any], client: Mapping[str, Any], grace: float) -> li
         f"{client['alone_50']:.1f}, {client['beside_50']:.1f}",
         f"{client['alone_99']:.1f}, {client['beside_99']:.1f}",
         f"{client['ratio']:.1f}",
+        *([f"{dropped:.1f}, {client['beside_99'] / dropped:.1f}"] if control else []),
         str(client["429"]),
         str(client["failed"]),
         memory if first else "",

@@ -341,6 +341,8 @@ def test_a_job_writes_what_the_command_writes(
     served: Served, undisturbed: Callable[..., dict[str, bytes]], tmp_path: Path
 ) -> None:
     shutil.copy(BAD / "gen__trunc_50_a.tif", served.jobs.roots.folders[0] / "photos" / "bad.tif")
+    for name in ("clip.mov", "notes.txt", "more.txt"):
+        (served.jobs.roots.folders[0] / "photos" / name).write_text("no image")
     id_ = served.begin("photos", features=["stage4"], images=10)
     job = served.ended(id_)
     conforms("Job", job)
@@ -348,6 +350,7 @@ def test_a_job_writes_what_the_command_writes(
     assert (job["state"], job["error"], job["rows"]) == ("done", None, 24)
     assert job["progress"] | {"images_per_second": 0, "waiting": 0} == {
         "images": 25, "done": 25, "errors": 1, "images_per_second": 0, "waiting": 0, "seconds_left": 0,
+        "passed_over": {".mov": 1, ".txt": 2},
     }  # fmt: skip
     assert job["created"] <= job["started"] <= job["ended"]
     found = {each["name"]: served.client.get(each["url"]).content for each in job["files"]}

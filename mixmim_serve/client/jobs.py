@@ -35,7 +35,7 @@ class Job:
     state: str  # queued, running, cancelling, done, failed, cancelled
     source: str
     error: str | None  # of a failed job
-    progress: Mapping[str, Any] | None  # images, done, errors, images_per_second, waiting, seconds_left
+    progress: Mapping[str, Any] | None  # images, done, errors, images_per_second, waiting, seconds_left, passed_over
     files: tuple[JobFile, ...]  # of a job that has ended
     about: Mapping[str, Any]  # the complete response
 

@@ -58,8 +58,7 @@ def main() -> None:
         print(json.dumps(message), file=out, flush=True)
 
     try:
-        summary = run_task(task, lambda progress: send(progress=dataclasses.asdict(progress)), stop)
-        send(progress=dataclasses.asdict(summary.progress))
+        summary = run_task(task, send, stop)
         send(complete=summary.complete)
     except MixMIMError as error:
         send(failed=without_paths(str(error), task))
@@ -70,8 +69,8 @@ def main() -> None:
         send(failed=CRASHED)
 
 
-def run_task(task: Mapping[str, Any], report: Callable[[ExtractProgress], None], stop: threading.Event) -> Summary:
-    """Extract as `mixmim extract` does, confined to the roots.
+def run_task(task: Mapping[str, Any], send: Callable[..., None], stop: threading.Event) -> Summary:
+    """Extract as `mixmim extract` does, confined to the roots, and send the progress.
 
     The current folder is the root of the source, so that messages name nothing above it.
 
@@ -86,15 +85,21 @@ def run_task(task: Mapping[str, Any], report: Callable[[ExtractProgress], None],
     effort = Resources(options.pop("max_failures"))
     job = ExtractJob(Path(task["bundle"]), source, task["out"], options=ExtractOptions(**options), effort=effort)
     engine = open_engine(job.bundle, task["engine"])
+    passed_over: dict[str, int] = {}
+
+    def report(progress: ExtractProgress) -> None:
+        send(progress=dataclasses.asdict(progress) | {"passed_over": passed_over})
 
     def executor(job: ExtractJob, opened: Source) -> Executor:
         roots.check(opened, root)
+        passed_over.update(opened.passed_over)
         return LocalExecutor(job, opened, engine)
 
     run = partial(lead.run, executor=executor, progress=_throttled(report), cancelled=stop.is_set)
     summary = _when_unlocked(partial(run, job))
     if task["retry_failed"] and summary.complete:
         summary = run(dataclasses.replace(job, retry_failed=True))
+    report(summary.progress)
     return summary
 
 

@@ -69,8 +69,9 @@ def schemas() -> Json:
     """The bodies and answers of the job routes."""
     maybe_number, maybe_text = {"type": ["number", "null"]}, {"type": ["string", "null"]}
     number = {"type": "number"}
+    counts = {"type": "object", "additionalProperties": INTEGER}
     progress = {"images": INTEGER, "done": INTEGER, "errors": INTEGER, "images_per_second": number, "waiting": number,
-                "seconds_left": maybe_number}  # fmt: skip
+                "seconds_left": maybe_number, "passed_over": counts}  # fmt: skip
     job = {
         "id": STRING, "state": {"enum": list(STATES)}, "source": STRING, "options": {"type": "object"},
         "created": STRING, "started": maybe_text, "ended": maybe_text,
@@ -79,7 +80,6 @@ def schemas() -> Json:
     file = object_schema({"name": STRING, "bytes": INTEGER, "url": STRING})
     optional = {"ahead": INTEGER, "rows": INTEGER, "files": {"type": "array", "items": file}}
     data = {"type": "array", "items": ref("Job")}
-    counts = {"type": "object", "additionalProperties": INTEGER}
     request = {"source": STRING, "options": object_schema(options_schema(), required=()) | CLOSED}
     return {
         "JobRequest": object_schema(request, required=("source",)) | CLOSED,

@@ -226,6 +226,7 @@ def _progress(values: dict[str, Any]) -> dict[str, Any] | None:
         "images_per_second": values["rate"],
         "waiting": values["waiting"],
         "seconds_left": values["left"],
+        "passed_over": values.get("passed_over", {}),  # absent in what earlier versions stored
     }
 
 
