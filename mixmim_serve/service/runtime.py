@@ -52,7 +52,8 @@ class Runtime:
         # No two of these share threads, so that none of them waits for another kind of work.
         self.engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self.stack_thread = ThreadPoolExecutor(1, thread_name_prefix="stack")
-        self.encode_threads = ThreadPoolExecutor(self.settings.decoders, thread_name_prefix="encode")
+        # One: what writes JSON holds the interpreter, so two would only take it from the event loop.
+        self.encode_thread = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self.pending_decodes = PendingDecodes(*DECODE_WAIT) if engine.name.endswith("-cpu") else PendingDecodes()
         self.decoder = Decoder(self.settings, engine.bundle.description.preprocessing, self.pending_decodes)
         self.recent_clients = RecentClients()
@@ -204,7 +205,7 @@ class Runtime:
     def close(self) -> None:
         """End the threads after the work in progress."""
         self.decoder.close()
-        for pool in (self.encode_threads, self.stack_thread, self.engine_thread):
+        for pool in (self.encode_thread, self.stack_thread, self.engine_thread):
             pool.shutdown(cancel_futures=True)
 
 

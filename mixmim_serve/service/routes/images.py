@@ -221,7 +221,7 @@ async def _respond(
 
 
 async def _off_loop(runtime: Runtime, work: Callable[[], Result]) -> Result:
-    return await asyncio.get_running_loop().run_in_executor(runtime.encode_threads, work)
+    return await asyncio.get_running_loop().run_in_executor(runtime.encode_thread, work)
 
 
 async def _unit_errors(runtime: Runtime, image: bytes, count: int, context: RequestContext) -> NDArray[np.float32]:
