@@ -22,11 +22,12 @@ from mixmim_serve.sources import open_source
 from training.config import PretrainConfig
 from training.data import TrainingImages
 from training.evaluation.probe import Embedded
+from training.recipes import tiny_cpu, tiny_finetune_cpu
 from training.task import Task
 
 sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks import ablation, bet, cost, neighbours, runs, search
+from benchmarks import ablation, bet, cost, learning, neighbours, runs, search
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +37,8 @@ def narrow_network(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = dataclasses.replace(SMALL, epochs=1, warmup_epochs=0, batch_size=4, keep_every=1000)
     for module in (ablation, bet, neighbours, search):
         monkeypatch.setattr(module, "tiny_cpu", lambda: recipe)
+    tuning = dataclasses.replace(tiny_finetune_cpu(), batch_size=4, workers=0)
+    monkeypatch.setattr(learning, "tiny_finetune_cpu", lambda: tuning)
 
 
 @pytest.fixture(scope="module")
@@ -198,8 +201,6 @@ def test_a_variant_of_the_ablation_is_fine_tuned(data: Path, tmp_path: Path, mon
 
 @pytest.mark.parametrize("name", search.VARIANTS)
 def test_a_search_changes_one_thing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from training.recipes import tiny_cpu
-
     monkeypatch.setattr(search, "tiny_cpu", tiny_cpu)
     monkeypatch.setattr("training.config.architecture", architecture)
     config, plain = (search.configuration(each, 5, 0) for each in (name, "as it is"))
