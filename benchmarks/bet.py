@@ -3,9 +3,9 @@
     python -m benchmarks.bet photos data --out runs/bet --epochs 25 --seeds 0 1 2
 
 `tiny-cpu` with and without predicted features and matched embeddings (`training/feature_targets.py`), the same photos,
-order and masks. They cost time, so pixels alone also get as many epochs as cost what all three cost: seconds of all
-cores per image are measured once, taking turns, and kept in OUT/cost.json. Frozen features are judged by 10 nearest
-neighbours on the val and test parts of clothing10 and on caltech99's val, with their train parts as neighbours. Where
+order and masks. They cost time, so pixels alone also get as many epochs as cost what pixels and features cost: seconds
+of all cores per image are measured once, taking turns, and kept in OUT/cost.json. Frozen features are judged by 10
+nearest neighbours on the val and test parts of clothing10 and on caltech99's val, with their train parts as neighbours. Where
 there is an average of weights, it is judged beside the trained ones. `--set` changes the variants beyond pixels,
 `--only` takes some of the variants. Finished runs are skipped, interrupted ones resume; OUT/results.md and
 OUT/results.json are rewritten after each.
@@ -36,11 +36,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pixels": {},
     LONGER: {},
     "pixels and features": {"feature_weight": 1.0},
-    "pixels and embeddings": {"embedding_weight": 1.0},
-    "all three": {"feature_weight": 1.0, "embedding_weight": 1.0},
+    "pixels and features by batch": {"feature_weight": 1.0, "feature_norm": "batch"},
     "features": {"feature_weight": 1.0, "pixel_weight": 0.0},
+    "pixels and embeddings": {"embedding_weight": 1.0},
+    "pixels and embeddings of one crop": {"embedding_weight": 1.0, "embedding_crops": 1},
+    "all three": {"feature_weight": 1.0, "embedding_weight": 1.0, "embedding_crops": 1},
 }
-OVER = "all three"  # the variant at whose cost pixels alone get more epochs
+OVER = "pixels and features"  # the variant at whose cost pixels alone get more epochs
 
 
 def main() -> None:
@@ -68,7 +70,7 @@ def configuration(name: str, epochs: int, seed: int, settings: Sequence[str] = (
 
 def longer(out: Path, source: Source, epochs: int) -> int:
     """Epochs of pixels alone at the cost of so many of `OVER`."""
-    measured = ("pixels", "pixels and features", "pixels and embeddings", OVER)
+    measured = ("pixels", OVER, "pixels and embeddings", "all three")
     tasks = {name: functools.partial(task_to_measure, name) for name in measured}
     return epochs_at_equal_cost(out / "cost.json", tasks, dict.fromkeys(tasks, source), OVER, epochs)["pixels"]
 

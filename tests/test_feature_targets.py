@@ -75,12 +75,12 @@ def test_targets_are_the_normalised_last_blocks_of_whole_images() -> None:
     assert found.shape == (4, 4, 64)
     torch.testing.assert_close(channels.mean(dim=0), torch.zeros(64), rtol=0, atol=1e-5)
     torch.testing.assert_close(channels.std(dim=0, correction=0), torch.ones(64), rtol=0, atol=1e-2)
-    assert float(objective(feature_norm="batch").targets(pixels)[0].mean(dim=(0, 1)).abs().max()) < 1e-5
+    assert float(objective(feature_norm="batch").targets(pixels, batch()[1])[0].mean(dim=(0, 1)).abs().max()) < 1e-5
 
 
 def test_targets_carry_no_gradient_and_belong_to_no_optimiser() -> None:
     learning, (pixels, mask) = objective(), batch()
-    assert not learning.targets(pixels)[0].requires_grad
+    assert not learning.targets(pixels, batch()[1])[0].requires_grad
     learning(pixels, mask).backward()
     assert all(parameter.grad is None for parameter in learning.average.parameters())
     assert all(parameter.grad is not None for parameter in learning.model.parameters())
@@ -98,7 +98,7 @@ def test_targets_do_not_see_the_mixture() -> None:
     predicted = learning.feature_pred(decoded)
     errors = []
     for image in range(4):
-        ((target,), _) = learning.targets(pixels[image : image + 1])  # the image alone
+        ((target,), _) = learning.targets(pixels[image : image + 1], mask)  # the image alone
         for unit in range(4):
             row = image if mask[0, unit] else 4 + 3 - image  # hidden in its own mixture, or in the partner's
             errors.append(F.smooth_l1_loss(predicted[row, unit], target[unit]))
@@ -135,43 +135,49 @@ def test_without_momentum_the_targets_are_the_networks_own_features() -> None:
         for parameter in learning.model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
         own = normalised(mean_of_blocks(last_blocks(learning.model.eval(), pixels, 4)), "token")
-    assert not torch.allclose(learning.targets(pixels)[0], own)
+    assert not torch.allclose(learning.targets(pixels, batch()[1])[0], own)
     learning.after_step(0.5)
-    assert torch.equal(learning.targets(pixels)[0], own)
+    assert torch.equal(learning.targets(pixels, batch()[1])[0], own)
 
 
-def test_a_visible_half_is_matched_with_its_photo() -> None:
-    """The loss, written out: each mixture asks for both of its photos, by the mean of their visible units."""
-    learning, (first, mask) = objective(embedding_weight=1.0, feature_weight=0.0, pixel_weight=0.0), batch()
+@pytest.mark.parametrize("crops", [1, 2])
+def test_two_halves_of_a_photo_find_each_other(crops: int) -> None:
+    """The loss, written out: the mean of a photo's visible units in its own mixture, and in its partner's."""
+    learning = objective(embedding_weight=1.0, feature_weight=0.0, pixel_weight=0.0, embedding_crops=crops)
+    first, mask = batch()
     second = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(2))
-    heads = learning.matching
+    others = (second,) if crops == 2 else ()
+    assert learning.crops == crops
     with torch.no_grad():
-        for parameter in heads.average.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-        encoded = learning.model.pretrain(first, mask, 2).encoded_BUD
-        photos = F.normalize(heads.average(learning.average(second).embedding_BD))
-        losses = []
-        for mixture in range(4):
-            for photo, visible in ((mixture, ~mask[0]), (3 - mixture, mask[0])):
-                seen = encoded[mixture, visible].mean(dim=0)
-                similarity = F.normalize(heads.predictor(heads.projector(seen)), dim=0) @ photos.T / 0.2
-                losses.append(-similarity.log_softmax(dim=0)[photo])
-        found = learning(torch.cat([first, second], dim=2), mask)
+        encoded = learning.model.pretrain(first, mask, 2, *others).encoded_BUD
+        own = [encoded[photo, ~mask[0]].mean(dim=0) for photo in range(4)]
+        partner = [encoded[3 - photo, mask[0]].mean(dim=0) for photo in range(4)]
+        unit = F.normalize(learning.projector(torch.stack(own + partner)))
+        weights = (unit @ unit.T / 0.2).exp()
+        losses = [-(weights[row, (row + 4) % 8] / (weights[row].sum() - weights[row, row])).log() for row in range(8)]
+        found = learning(torch.cat([first, *others], dim=2), mask)
     torch.testing.assert_close(found, torch.stack(losses).mean())
 
 
-def test_embeddings_of_whole_photos_carry_no_gradient() -> None:
-    learning, (pixels, mask) = objective(embedding_weight=1.0), batch()
-    assert learning.crops == 2
-    learning(torch.cat([pixels, pixels.flip(3)], dim=2), mask).backward()
-    averages = (learning.average, learning.matching.average)
-    assert all(parameter.grad is None for average in averages for parameter in average.parameters())
+def test_two_crops_are_each_predicted_where_they_are_hidden() -> None:
+    """As two ordinary batches would: photo i as itself and in its partner's place need not be the same pixels."""
+    learning, (first, mask) = objective(feature_weight=1.0, embedding_weight=1.0), batch()
+    second = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    model = learning.model
+    output = model.pretrain(first, mask, 2, second)
+    tokens = model.encode_mixed(model.patch_embed(first), model.patch_embed(second).flip(0), mask, 2)
+    torch.testing.assert_close(output.encoded_BUD, tokens)
+    own, partner = model.decode(tokens, mask).reshape(2, 4, 4, -1).unbind(0)
+    hidden = mask[0]
+    errors = [(own - model.targets(to_units(first))).square()[:, hidden]]
+    errors.append((partner - model.targets(to_units(second)).flip(0)).square()[:, ~hidden])
+    torch.testing.assert_close(output.loss, torch.cat([each.flatten() for each in errors]).mean())
+    targets, _ = learning.targets(first, mask, second)
+    (of_first, _), (of_second, _) = (learning.targets(crop, mask) for crop in (first, second))
+    assert torch.equal(targets[:, hidden], of_first[:, hidden])
+    assert torch.equal(targets[:, ~hidden], of_second[:, ~hidden])
+    learning(torch.cat([first, second], dim=2), mask).backward()
     assert all(parameter.grad is not None for parameter in learning.parameters() if parameter.requires_grad)
-    before = learning.matching.average[0].weight.clone()
-    with torch.no_grad():
-        learning.matching.projector[0].weight.add_(1)
-    learning.after_step(0.0)
-    torch.testing.assert_close(learning.matching.average[0].weight, before + 0.1)
 
 
 def test_equal_tokens_have_no_spread() -> None:
@@ -374,6 +380,7 @@ def test_the_switch_is_part_of_the_provenance(photos: Path, tmp_path: Path) -> N
         ({"pixel_weight": 2.0, "feature_weight": 0.0}, "are for runs with other losses: set feature_weight too"),
         ({"final_weights": "average", "feature_weight": 0.0}, "are for runs with other losses: set feature_weight too"),
         ({"final_weights": "both"}, "unknown final_weights 'both': choose one of trained, average"),
+        ({"embedding_crops": 3}, "embedding_crops must be 1 or 2, got 3"),
         ({"feature_norm": "layer"}, "unknown feature_norm 'layer': choose one of token, batch"),
         ({"ema_momentum": 1.5}, "must be shares, the second not below the first, got 1.5 and 1.0"),
         ({"ema_final_momentum": 0.5}, "must be shares, the second not below the first, got 0.9 and 0.5"),

@@ -101,7 +101,8 @@ class PretrainConfig(RunConfig):
     attention: str = "masked"  # masked: tokens attend within their own image, as in the paper; across: within both
     pixel_weight: float = 1.0  # of the reconstruction loss, when there are others (feature_targets.py):
     feature_weight: float = 0.0  # of the features of hidden units; 0: none, as in the paper
-    embedding_weight: float = 0.0  # of a photo's embedding among those of the batch; 0: none, as in the paper
+    embedding_weight: float = 0.0  # of telling a photo from the batch's others; 0: none, as in the paper
+    embedding_crops: int = 2  # crops of a photo for its places in two mixtures: 2, or 1 for the same
     feature_blocks: int = 4  # last blocks of the last stage whose outputs are averaged as targets
     feature_norm: str = "token"  # last norm of the targets: of each token, or of each channel over the batch
     ema_momentum: float = 0.996  # of the average of weights that gives the targets: first value,
@@ -130,6 +131,8 @@ class PretrainConfig(RunConfig):
             raise unknown("final_weights", self.final_weights, FINAL_WEIGHTS)
         if self.feature_norm not in FEATURE_NORMS:
             raise unknown("feature_norm", self.feature_norm, FEATURE_NORMS)
+        if self.embedding_crops not in (1, 2):
+            raise ConfigError(f"embedding_crops must be 1 or 2, got {self.embedding_crops}.")
         weights = (self.pixel_weight, self.feature_weight, self.embedding_weight)
         if min(weights) < 0 or not any(weights):
             raise ConfigError(

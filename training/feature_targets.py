@@ -1,13 +1,13 @@
-"""Beyond the paper: the network also predicts features, those of an average of itself on whole, unmixed photos.
+"""Beyond the paper: the network also predicts features of whole photos, and recognises a photo by its other half.
 
-Two losses beside the reconstruction, each with a weight of its own. Both take their targets from an exponential moving
-average of the network's weights; input, masked attention and the two reconstructions stay MixMIM's.
+Two losses beside the reconstruction, each with a weight of its own. Input, masked attention and the two
+reconstructions stay MixMIM's.
 
 features     the decoder predicts each hidden unit's features. Targets are data2vec's (arXiv 2202.03555, section 3.3):
-             outputs of the top blocks, each normalised per token, averaged, and normalised.
-embeddings   what is visible of a photo in a mixture is to be told from the batch's other photos by the embedding of
-             another crop, whole: MoCo v3's loss and heads (arXiv 2104.02057), where iBOT (2111.07832) matches its
-             [CLS] tokens.
+             outputs of the top blocks, each normalised per token, averaged, and normalised, of an exponential moving
+             average of the network's weights on the whole photo.
+embeddings   a photo is visible in two mixtures, its own and its partner's. These two halves, of two crops, are to be
+             told from all others of the batch: SimCLR's loss (arXiv 2002.05709) without another pass of the network.
 
 Shape suffixes as in `mixmim_serve/model/mixmim.py`.
 """
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from mixmim_serve.config import units_from_partner
 from mixmim_serve.errors import ConfigError
-from mixmim_serve.model import Encoder, EncoderOutput, MixMIM
+from mixmim_serve.model import Encoder, MixMIM
 from mixmim_serve.model.encoder import Stage, initialize
 from mixmim_serve.model.mixmim import where_hidden
 from training.config import PretrainConfig
@@ -61,8 +61,8 @@ class FeatureObjective(Objective):
             self.feature_pred.apply(initialize)
         if config.embedding_weight:
             self.names += ["embedding_loss"]
-            self.matching = PhotoMatching(model.arch.embedding_size)
-            self.crops = 2
+            self.projector = two_layers(model.arch.embedding_size, model.arch.embedding_size, PROJECTED)
+            self.crops = config.embedding_crops
         # Of what the log reads since its last line, and of the steps. One tensor, so that a compiled step can add.
         self.register_buffer("sums", torch.zeros(len(self.names) + 1), persistent=False)
 
@@ -78,42 +78,40 @@ class FeatureObjective(Objective):
         return self
 
     def forward(self, pixels_BCHW: Tensor, from_partner_MU: Tensor) -> Tensor:
-        """The loss, a scalar; of two crops, one below the other, the first is mixed."""
-        mixed_BCHW, *others = pixels_BCHW.chunk(self.crops, dim=2)
-        output = self.model.pretrain(mixed_BCHW, from_partner_MU, self.partner_units)
+        """The loss, a scalar; two crops of a photo are one below the other, the second for its place as partner."""
+        own_BCHW, *others = pixels_BCHW.chunk(self.crops, dim=2)
+        output = self.model.pretrain(own_BCHW, from_partner_MU, self.partner_units, *others)
         loss, read = self.config.pixel_weight * output.loss, [output.loss]
         if self.config.feature_weight:
-            targets_BUD, target_std = self.targets(mixed_BCHW)
+            targets_BUD, target_std = self.targets(own_BCHW, from_partner_MU, *others)
             predicted_BUD = where_hidden(self.feature_pred(output.decoded_2BUD).float(), from_partner_MU)
             feature_loss = F.smooth_l1_loss(predicted_BUD, targets_BUD)
             loss, read = loss + self.config.feature_weight * feature_loss, [*read, feature_loss, target_std]
         if self.config.embedding_weight:
-            embedding_loss = self.matching(output.encoded_BUD, from_partner_MU, self.embeddings(others[0]))
+            embedding_loss = same_photo(self.projector(embeddings_of_halves(output.encoded_BUD, from_partner_MU)))
             loss, read = loss + self.config.embedding_weight * embedding_loss, [*read, embedding_loss]
         self.sums += torch.stack([*(each.detach().float() for each in read), torch.ones_like(self.sums[0])])
         return loss
 
     @torch.no_grad()
-    def targets(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    def targets(
+        self, own_BCHW: Tensor, from_partner_MU: Tensor, others_BCHW: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """What to predict for each unit of the whole photos, float32 (B, U, D), and its spread before the last norm."""
-        mean_BUD = mean_of_blocks(last_blocks(self.average, pixels_BCHW, self.config.feature_blocks))
+        mean_BUD = self.features(own_BCHW)
+        if others_BCHW is not None:
+            mean_BUD = torch.where(from_partner_MU.unsqueeze(-1), mean_BUD, self.features(others_BCHW))
         return normalised(mean_BUD, self.config.feature_norm), spread(mean_BUD)
 
-    @torch.no_grad()
-    def embeddings(self, pixels_BCHW: Tensor) -> Tensor:
-        """The average's embeddings of whole photos (B, D)."""
-        output: EncoderOutput = self.average(pixels_BCHW)
-        return output.embedding_BD
+    def features(self, pixels_BCHW: Tensor) -> Tensor:
+        """The average's features of whole photos, float32 (B, U, D)."""
+        return mean_of_blocks(last_blocks(self.average, pixels_BCHW, self.config.feature_blocks))
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
         """Move the average towards the weights."""
-        pairs: list[tuple[nn.Module, nn.Module]] = [(self.average, self.model)]
-        if self.config.embedding_weight:
-            pairs.append((self.matching.average, self.matching.projector))
-        for average, module in pairs:
-            share = 1 - momentum(progress, self.config)
-            torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), share)
+        share = 1 - momentum(progress, self.config)
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), share)
 
     def readings(self, world: World) -> dict[str, float]:
         """See `Objective`."""
@@ -134,29 +132,6 @@ class FeatureObjective(Objective):
         self.sums.copy_(state["sums"])
 
 
-class PhotoMatching(nn.Module):
-    """Which photo of the batch is this the visible half of? Cross-entropy over cosine similarities, as in MoCo v3.
-
-    Its heads are those of MoCo v3 without batch norm: a projector, of which the targets take the moving average, and a
-    predictor on top for the mixtures only.
-    """
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.projector = two_layers(size, size, PROJECTED)
-        self.predictor = two_layers(PROJECTED, size, PROJECTED)
-        self.average = copy.deepcopy(self.projector).requires_grad_(False)
-
-    def forward(self, encoded_BUD: Tensor, from_partner_MU: Tensor, whole_BD: Tensor) -> Tensor:
-        """The loss, a scalar, for encoded mixtures and the embeddings of the whole photos; float32."""
-        seen_2BD = embeddings_of_halves(encoded_BUD, from_partner_MU)
-        asked_2BP = F.normalize(self.predictor(self.projector(seen_2BD)).float())
-        with torch.no_grad():
-            photos_BP = F.normalize(self.average(whole_BD).float())
-        photo_2B = torch.arange(len(whole_BD), device=whole_BD.device).repeat(2)
-        return F.cross_entropy(asked_2BP @ photos_BP.T / TEMPERATURE, photo_2B)
-
-
 def two_layers(size: int, hidden: int, out: int) -> nn.Sequential:
     """Linear, ReLU, linear."""
     layers = nn.Sequential(nn.Linear(size, hidden), nn.ReLU(), nn.Linear(hidden, out))
@@ -170,6 +145,18 @@ def embeddings_of_halves(encoded_BUD: Tensor, from_partner_MU: Tensor) -> Tensor
     own_BD = (encoded_BUD * (1 - partner_MU1)).sum(dim=1) / (1 - partner_MU1).sum(dim=1)
     partner_BD = (encoded_BUD * partner_MU1).sum(dim=1) / partner_MU1.sum(dim=1)
     return torch.cat([own_BD, partner_BD.flip(0)])
+
+
+def same_photo(projected_2BP: Tensor) -> Tensor:
+    """Which other half of the batch is of the same photo? Cross-entropy over cosine similarities, float32.
+
+    Row i and row B + i are of one photo.
+    """
+    unit_2BP = F.normalize(projected_2BP.float())
+    rows = torch.arange(len(unit_2BP), device=unit_2BP.device)
+    itself = rows[:, None] == rows
+    similarity = (unit_2BP @ unit_2BP.T / TEMPERATURE).masked_fill(itself, -torch.inf)
+    return F.cross_entropy(similarity, rows.roll(len(rows) // 2))
 
 
 def last_blocks(encoder: Encoder, pixels_BCHW: Tensor, count: int) -> list[Tensor]:

@@ -30,8 +30,9 @@ from training.start import SCRATCH, Start
 from training.task import Objective
 
 PAIRS = 4  # image pairs in a picture of reconstructions
-BEYOND = {"attention", "pixel_weight", "feature_weight", "feature_blocks", "ema_momentum", "ema_final_momentum"}
-BEYOND |= {"embedding_weight", "feature_norm", "final_weights"}  # settings that the paper does not have
+# Settings that the paper does not have.
+BEYOND = {"attention", "pixel_weight", "feature_weight", "feature_blocks", "feature_norm", "embedding_weight"}
+BEYOND |= {"embedding_crops", "ema_momentum", "ema_final_momentum", "final_weights"}
 
 
 class PretrainObjective(Objective):

@@ -66,14 +66,22 @@ class MixMIM(Encoder):
             module.apply(initialize)
 
     def pretrain(
-        self, pixels_BCHW: Tensor, from_partner_MU: Tensor, partner_units: int | None = None
+        self,
+        pixels_BCHW: Tensor,
+        from_partner_MU: Tensor,
+        partner_units: int | None = None,
+        others_BCHW: Tensor | None = None,
     ) -> PretrainingOutput:
         """Mix image i with image B - 1 - i, reconstruct both, and measure how well.
 
         `partner_units`: how many units of a shared mask are True, if known; it makes the step faster (`run_stages`).
+        `others_BCHW`: other crops of the same images, for their places as partners; by default the same.
         """
-        tokens_BHWD = self.patch_embed(pixels_BCHW)
-        encoded_BUD = self.encode_mixed(tokens_BHWD, tokens_BHWD.flip(0), from_partner_MU, partner_units)
+        tokens_BHWD = partner_BHWD = self.patch_embed(pixels_BCHW)
+        if others_BCHW is not None:
+            partner_BHWD = self.patch_embed(others_BCHW)
+            pixels_BCHW = hidden_parts(pixels_BCHW, others_BCHW, from_partner_MU)
+        encoded_BUD = self.encode_mixed(tokens_BHWD, partner_BHWD.flip(0), from_partner_MU, partner_units)
         decoded_2BUD = self.complete(self.views(encoded_BUD, from_partner_MU))
         predicted_2BUP = self.decoder_pred(decoded_2BUD)
         loss = self.reconstruction_loss(predicted_2BUP, pixels_BCHW, from_partner_MU)
@@ -160,6 +168,11 @@ def where_hidden(predicted_2BUX: Tensor, from_partner_MU: Tensor) -> Tensor:
     """Each image's units, (B, U, X), each from the view in which it was hidden; undoes the pairing."""
     own_BUX, partner_BUX = halves(predicted_2BUX)
     return torch.where(from_partner_MU.unsqueeze(-1), own_BUX, partner_BUX.flip(0))
+
+
+def hidden_parts(own_BCHW: Tensor, others_BCHW: Tensor, from_partner_MU: Tensor) -> Tensor:
+    """For two crops of each image, the units that are to be predicted: hidden in its own mixture, in its partner's."""
+    return from_units(torch.where(from_partner_MU.unsqueeze(-1), to_units(own_BCHW), to_units(others_BCHW)))
 
 
 def mix(own_BHWD: Tensor, partner_BHWD: Tensor, from_partner_MU: Tensor) -> Tensor:
