@@ -5,8 +5,8 @@
 `tiny-cpu` with and without predicted features and matched embeddings (`training/feature_targets.py`), the same photos,
 order and masks. They cost time, so pixels alone also get as many epochs as cost what pixels and features cost: seconds
 of all cores per image are measured once, taking turns, and kept in OUT/cost.json. Frozen features are judged by 10
-nearest neighbours on the val and test parts of clothing10 and on caltech99's val, with their train parts as neighbours. Where
-there is an average of weights, it is judged beside the trained ones. `--set` changes the variants beyond pixels,
+nearest neighbours on the val and test parts of clothing10 and on caltech99's val, with their train parts as neighbours.
+Where there is an average of weights, it is judged beside the trained ones. `--set` changes the variants beyond pixels,
 `--only` takes some of the variants. Finished runs are skipped, interrupted ones resume; OUT/results.md and
 OUT/results.json are rewritten after each.
 """
