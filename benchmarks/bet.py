@@ -1,6 +1,7 @@
 """The bet: does predicting features besides pixels give better ones, at an equal budget?
 
     python -m benchmarks.bet photos data --out runs/bet --epochs 25 --seeds 0 1 2
+    python -m benchmarks.bet photos data --out runs/bet --cost          # only measures what a photo costs
 
 `tiny-cpu` with and without predicted features and matched embeddings (`training/feature_targets.py`), the same photos,
 order and masks. They cost time, so pixels alone also get as many epochs as cost what pixels and features cost: seconds
@@ -49,8 +50,12 @@ def main() -> None:
     """Run what is missing, then write the table."""
     options = parser(__doc__, VARIANTS, epochs=25)
     options.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for the variants with features")
+    options.add_argument("--cost", action="store_true", help="only measure what a photo costs with each variant")
     arguments = options.parse_args()
     source = open_source(arguments.images)
+    if arguments.cost:
+        longer(arguments.out, source, arguments.epochs)
+        return
     for seed in arguments.seeds or [0]:
         for name in arguments.only:
             epochs = longer(arguments.out, source, arguments.epochs) if name == LONGER else arguments.epochs
@@ -70,8 +75,7 @@ def configuration(name: str, epochs: int, seed: int, settings: Sequence[str] = (
 
 def longer(out: Path, source: Source, epochs: int) -> int:
     """Epochs of pixels alone at the cost of so many of `OVER`."""
-    measured = ("pixels", OVER, "pixels and embeddings", "all three")
-    tasks = {name: functools.partial(task_to_measure, name) for name in measured}
+    tasks = {name: functools.partial(task_to_measure, name) for name in VARIANTS if name != LONGER}
     return epochs_at_equal_cost(out / "cost.json", tasks, dict.fromkeys(tasks, source), OVER, epochs)["pixels"]
 
 

@@ -30,7 +30,7 @@ def epochs_at_equal_cost(
     The tasks' configurations must have no workers, so that decoding is part of the cost.
     """
     if not path.exists():
-        costs = seconds_per_image({name: make() for name, make in tasks.items()}, sources)
+        costs = seconds_per_image({name: make() for name, make in tasks.items()}, sources, ROUNDS)
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps({"device": ALONE.device.type, "seconds per image": costs}, indent=2) + "\n")
         print("seconds per image:", ", ".join(f"{name} {seconds:.4f}" for name, seconds in costs.items()), flush=True)
@@ -39,9 +39,7 @@ def epochs_at_equal_cost(
     return {name: max(1, round(epoch[of] * epochs / seconds)) for name, seconds in epoch.items()}
 
 
-def seconds_per_image(
-    tasks: Mapping[str, Task], sources: Mapping[str, Source], rounds: int = ROUNDS
-) -> dict[str, float]:
+def seconds_per_image(tasks: Mapping[str, Task], sources: Mapping[str, Source], rounds: int) -> dict[str, float]:
     """Median seconds of all cores (on a GPU: of the clock) per image, decoding included, without torch.compile."""
     with tempfile.TemporaryDirectory() as folder:
         trainers = {

@@ -93,6 +93,14 @@ def test_as_many_epochs_as_cost_the_same(tmp_path: Path, data: Path) -> None:
     assert found == {"one": 20, "two": 10, "few": 20 * len(large.keys) // len(small.keys)}
 
 
+def test_the_cost_alone_trains_nothing(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "ROUNDS", 1)
+    run(bet, monkeypatch, data / "clothing10" / "train", data, "--out", tmp_path, "--cost")
+    assert [path.name for path in tmp_path.iterdir()] == ["cost.json"]
+    costs = json.loads((tmp_path / "cost.json").read_text())["seconds per image"]
+    assert costs.keys() == bet.VARIANTS.keys() - {bet.LONGER}
+
+
 def test_the_cost_of_a_step_is_measured(data: Path) -> None:
     source = open_source(data / "clothing10" / "train")
     configs = {"plain": {}, "features": {"feature_weight": 1.0}}
