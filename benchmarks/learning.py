@@ -37,7 +37,7 @@ from training.trainer import train
 
 SEEDS = (0, 1, 2)
 BUNDLES = Path(__file__).parent.parent / "mixmim_serve" / "bundles"
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from training_data import NARROW, SMALL, Run, run_pretraining
 
 import training.trainer
 from mixmim_serve.sources import open_source
+from training.config import PretrainConfig
 from training.distributed import World, join_world
 from training.pretraining import Pretraining
 from training.run_folder import RunFolder
@@ -80,6 +81,11 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def averages(trainer, world):  # their largest difference between the processes
+    average = trainer.task.objective.resume_state()["average"].values()
+    return torch.stack([(world.mean(tensor.clone()) - tensor).abs().max() for tensor in average]).max()
+
+
 def step(out, config):
     with join_world() as world:
         trainer = Trainer(Pretraining(config, source), source, RunFolder(out), world)
@@ -89,6 +95,8 @@ def step(out, config):
         loss = world.mean(loss)
         found = {name: whole(parameter.grad).contiguous() for name, parameter in trainer.model.named_parameters()}
         found |= {"loss": loss, "norm": norm}
+        if config.feature_weight:
+            found["averages"] = averages(trainer, world)
         if world.main:
             save_file(found, out / "gradients.safetensors")
 
@@ -98,7 +106,8 @@ def do(job):
     if what != "masks":
         training.trainer.step_seed = the_same_masks
     config = dataclasses.replace(SMALL, shard="shard" in options, accumulate=2 if "accumulate" in options else 1,
-                                 epochs=5000 if "long" in options else SMALL.epochs)
+                                 epochs=5000 if "long" in options else SMALL.epochs,
+                                 feature_weight=1.0 if "features" in options else 0.0)
     globals()[what](base / job, config)
 
 
@@ -134,14 +143,16 @@ def command(photos: Path, base: Path, *jobs: str) -> dict[str, Any]:
     return {"args": [sys.executable, *launcher, *arguments], "env": environment}
 
 
-JOBS = ("masks", "step", "step,accumulate", "step,shard", "run", "run,shard", "again", "again,shard", "run,long")
+STEPS = ("step", "step,accumulate", "step,shard")
+RUNS = ("run", "run,shard", "again", "again,shard", "run,long")
+JOBS = ("masks", *STEPS, "step,features", *RUNS)
 
 
 @pytest.fixture(scope="module")
 def together(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All that two processes do, in one launch, because a launch takes seconds; read-only.
 
-    What needs it is slow: nine jobs of two processes keep both cores busy for half a minute.
+    What needs it is slow: ten jobs of two processes keep both cores busy for half a minute.
 
     The last job would go on for minutes: its launcher is sent SIGTERM once there is a line in the log.
     """
@@ -163,12 +174,22 @@ def together(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+def alone(photos: Path) -> dict[str, torch.Tensor]:
     """Gradients, loss and norm of one step of one process."""
+    return step_alone(SMALL, photos)
+
+
+@pytest.fixture(scope="module")
+def alone_with_features(photos: Path) -> dict[str, torch.Tensor]:
+    """The same with predicted features."""
+    return step_alone(dataclasses.replace(SMALL, feature_weight=1.0), photos)
+
+
+def step_alone(config: PretrainConfig, photos: Path) -> dict[str, torch.Tensor]:
     with join_world() as world:
         assert world == World(0, 1, world.device)
         source = open_source(photos)
-        trainer = Trainer(Pretraining(SMALL, source), source, RunFolder(tmp_path_factory.mktemp("alone")), world)
+        trainer = Trainer(Pretraining(config, source), source, RunFolder(Path("unused")), world)
         trainer.set_learning_rate(1)
         loss, norm = trainer.train_step([next(iter(trainer.loader))])
         found = {name: parameter.grad for name, parameter in trainer.model.named_parameters()}
@@ -176,9 +197,19 @@ def alone(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", ["step", "step,accumulate", "step,shard"])
+@pytest.mark.parametrize("job", STEPS)
 def test_two_processes_give_the_gradients_of_one(alone: dict[str, torch.Tensor], together: Path, job: str) -> None:
-    found = load_file(together / job / "gradients.safetensors")
+    assert_equal_steps(load_file(together / job / "gradients.safetensors"), alone)
+
+
+@pytest.mark.slow
+def test_two_processes_predict_features_as_one(alone_with_features: dict[str, torch.Tensor], together: Path) -> None:
+    found = load_file(together / "step,features" / "gradients.safetensors")
+    assert float(found.pop("averages")) == 0  # both processes hold the same average
+    assert_equal_steps(found, alone_with_features)
+
+
+def assert_equal_steps(found: dict[str, torch.Tensor], alone: dict[str, torch.Tensor]) -> None:
     assert found.keys() == alone.keys()
     for name, expected in alone.items():
         largest = float(expected.abs().max()) or 1.0

@@ -27,15 +27,17 @@ def metadata(task: Task, source: Source, fingerprint: str, world: World) -> dict
     }
 
 
-def plan(task: Task, images: int, steps: int, world: World) -> str:
-    """One line about the run ahead, with `steps` in an epoch."""
+def plan(task: Task, images: int, steps: int, world: World, done: int = 0, changed: str = "") -> str:
+    """One line about the run ahead, with `steps` in an epoch, `done` of the run and settings `changed` since."""
     model = task.objective.model
     parameters = sum(parameter.numel() for parameter in model.parameters())
     processes = f"{world.size} x " if world.size > 1 else ""
-    return (
+    line = (
         f"{task.name}: {parameters / 1e6:.1f} M parameters at {model.arch.image_size} px on "
         f"{processes}{world.device.type}; {images} images, {task.config.epochs} epochs of {steps} steps"
     )
+    line += f", resumed after step {done}" if done else ""
+    return line + (f" with {changed}" if changed else "")
 
 
 def summary(epoch: int, epochs: int, last: Metrics | None, unreadable: int) -> str:

@@ -11,6 +11,9 @@ from mixmim_serve.errors import ConfigError
 
 MORE_UNITS = "enlarge image_size, or choose a ratio nearer to 0.5"
 AUTO: Literal["auto"] = "auto"  # of `compile`
+ATTENTION = ("masked", "across")
+FEATURE_NORMS = ("token", "batch")
+FINAL_WEIGHTS = ("trained", "average")
 LAYER_DECAY_RULES = ("official", "mae", "mmpretrain")
 
 
@@ -95,20 +98,63 @@ class PretrainConfig(RunConfig):
     """A pretraining run (official README, main_pretrain.py)."""
 
     mask_ratio: float = 0.5  # share of units taken from the partner image
+    attention: str = "masked"  # masked: tokens attend within their own image, as in the paper; across: within both
+    pixel_weight: float = 1.0  # of the reconstruction loss, when there are others (feature_targets.py):
+    feature_weight: float = 0.0  # of the features of hidden units; 0: none, as in the paper
+    embedding_weight: float = 0.0  # of telling a photo from the batch's others; 0: none, as in the paper
+    embedding_crops: int = 2  # crops of a photo for its places in two mixtures: 2, or 1 for the same
+    feature_blocks: int = 4  # last blocks of the last stage whose outputs are averaged as targets
+    feature_norm: str = "token"  # last norm of the targets: of each token, or of each channel over the batch
+    ema_momentum: float = 0.996  # of the average of weights that gives the targets: first value,
+    ema_final_momentum: float = 1.0  # last value
+    final_weights: str = "trained"  # which weights are evaluated and become the final ones: trained, average
     sample_every: int = 5  # epochs between pictures of reconstructions
     knn_every: int = 5  # epochs between k-NN evaluations, when a labelled set is given
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("sample_every", "knn_every"):
+        for name in ("sample_every", "knn_every", "feature_blocks"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not 0 < self.mask_ratio < 1:
             raise ConfigError("mask_ratio must be a share between 0 and 1.")
+        if self.attention not in ATTENTION:
+            raise unknown("attention", self.attention, ATTENTION)
+        self._check_features()
         self.part_size(processes=1)
         if self.size:  # empty: that of the checkpoint which training starts from
             # `arch` also rejects an unknown size and an invalid image size.
             units_from_partner(self.arch.units, self.mask_ratio, MORE_UNITS)
+
+    def _check_features(self) -> None:
+        if self.final_weights not in FINAL_WEIGHTS:
+            raise unknown("final_weights", self.final_weights, FINAL_WEIGHTS)
+        if self.feature_norm not in FEATURE_NORMS:
+            raise unknown("feature_norm", self.feature_norm, FEATURE_NORMS)
+        if self.embedding_crops not in (1, 2):
+            raise ConfigError(f"embedding_crops must be 1 or 2, got {self.embedding_crops}.")
+        weights = (self.pixel_weight, self.feature_weight, self.embedding_weight)
+        if min(weights) < 0 or not any(weights):
+            raise ConfigError(
+                "pixel_weight, feature_weight and embedding_weight must be 0 or more, and not all 0, got "
+                f"{', '.join(map(str, weights))}."
+            )
+        if not 0 <= self.ema_momentum <= self.ema_final_momentum <= 1:
+            raise ConfigError(
+                "ema_momentum and ema_final_momentum must be shares, the second not below the first, "
+                f"got {self.ema_momentum} and {self.ema_final_momentum}."
+            )
+        if not self.beyond_pixels and (self.pixel_weight != 1 or self.final_weights == "average"):
+            raise ConfigError(
+                "pixel_weight and final_weights=average are for runs with other losses: set feature_weight too."
+            )
+        if self.beyond_pixels and self.shard:
+            raise ConfigError("predicted features need a whole copy of the network in each process: set shard=false.")
+
+    @property
+    def beyond_pixels(self) -> bool:
+        """Whether there are losses besides the paper's."""
+        return self.feature_weight > 0 or self.embedding_weight > 0
 
     @property
     def arch(self) -> Architecture:

@@ -6,7 +6,7 @@ An unreadable image is reported and replaced by another one of the source, so ba
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +29,7 @@ WINDOW = 16  # runs of a source that are shuffled together, and hence open at th
 class TrainingImage(NamedTuple):
     """One cropped image."""
 
-    pixels: np.ndarray | None  # uint8 (size, size, 3); None when every attempt failed
+    pixels: np.ndarray | None  # uint8 (crops * size, size, 3); None when every attempt failed
     label: int  # 0 where the source has no labels
     flipped: bool  # to be mirrored on the device
     unreadable: tuple[str, ...]  # one sentence per image
@@ -38,7 +38,7 @@ class TrainingImage(NamedTuple):
 class Batch(NamedTuple):
     """Cropped images, their labels, and the unreadable images."""
 
-    pixels_BHWC: Tensor  # uint8; empty when an image is missing
+    pixels_BHWC: Tensor  # uint8, several crops of an image one below the other; empty when an image is missing
     labels_B: Tensor  # int64
     flipped_B: Tensor  # bool
     unreadable: tuple[str, ...]  # one sentence per image
@@ -50,10 +50,16 @@ class Batch(NamedTuple):
 
 
 class TrainingImages(Dataset[TrainingImage]):
-    """The cropped image for (epoch, index); the pair seeds the crop, whichever worker loads it."""
+    """The cropped image for (epoch, index); the pair seeds the crop, whichever worker loads it.
 
-    def __init__(self, source: Source, size: int, config: RunConfig, classes: Sequence[str] = ()) -> None:
+    Of several crops all but the first are mirrored here, each with a probability of a half.
+    """
+
+    def __init__(
+        self, source: Source, size: int, config: RunConfig, classes: Sequence[str] = (), crops: int = 1
+    ) -> None:
         self.source, self.size, self.min_crop, self.seed = source, size, config.min_crop, config.seed
+        self.crops = crops
         number = {name: position for position, name in enumerate(classes)}
         self.labels = [number[label] for label in source.labels or ()] if classes else None
 
@@ -65,16 +71,25 @@ class TrainingImages(Dataset[TrainingImage]):
         rng = random.Random(f"{self.seed}/{epoch}/{index}")  # noqa: S311 - augmentation, not secrets
         unreadable: list[str] = []
         for _ in range(ATTEMPTS):
-            crop = RandomCrop(self.size, self.min_crop, rng)
+            crops = [RandomCrop(self.size, self.min_crop, rng) for _ in range(self.crops)]
             try:
-                image = decode(self.source.read(index), reduction=crop.reduction)
+                image = decode(self.source.read(index), reduction=smallest_reduction(crops))
             except ImageError as error:
                 unreadable.append(f"{self.source.keys[index]}: {error}")
                 index = rng.randrange(len(self))
                 continue
             label = self.labels[index] if self.labels else 0
-            return TrainingImage(crop(image), label, rng.random() < 0.5, tuple(unreadable))
+            pixels, *others = (crop(image) for crop in crops)
+            flipped = rng.random() < 0.5
+            if others:
+                pixels = np.concatenate([pixels, *(each[:, ::-1] if rng.random() < 0.5 else each for each in others)])
+            return TrainingImage(pixels, label, flipped, tuple(unreadable))
         return TrainingImage(None, 0, False, tuple(unreadable))
+
+
+def smallest_reduction(crops: Sequence[RandomCrop]) -> Callable[[int, int], int]:
+    """For `decode`: by how much an image may shrink so that it is large enough for every crop."""
+    return lambda width, height: min(crop.reduction(width, height) for crop in crops)
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
@@ -174,7 +189,7 @@ def build_loader(
             f"{dataset.source.name} holds {len(dataset)} images, fewer than a batch of {config.batch_size}: "
             "add images, or lower batch_size."
         )
-    check_shared_memory(config, config.part_size(processes) * 3 * dataset.size**2)
+    check_shared_memory(config, config.part_size(processes) * dataset.crops * 3 * dataset.size**2)
     sampler = StepSampler(dataset.source, config, rank, processes)
     loader: DataLoader[Any] = DataLoader(
         dataset,

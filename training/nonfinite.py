@@ -11,7 +11,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -34,9 +36,17 @@ class BadStep:
 
 
 def save_nonfinite(
-    run: Path, world: World, weights: Mapping[str, Tensor], description: Description, step: BadStep
+    run: Path,
+    world: World,
+    weights: Mapping[str, Tensor],
+    description: Description,
+    step: BadStep,
+    objective: Mapping[str, Any],
 ) -> NonFiniteError:
-    """Write RUN/nonfinite and return the error to raise; every process must call this."""
+    """Write RUN/nonfinite and return the error to raise; every process must call this.
+
+    `objective` is what the objective needs besides the weights (`Objective.resume_state`).
+    """
     folder = run / "nonfinite"
     folder.mkdir(exist_ok=True)
     tensors = {
@@ -46,6 +56,9 @@ def save_nonfinite(
         save_file(tensors, path)
     if world.main:
         save_checkpoint(folder / "weights.safetensors", weights, description)
+        if objective:
+            with atomic_path(folder / "objective.pt") as path:
+                torch.save(dict(objective), path)
         report = {"step": step.number, "seed": step.seed, "processes": world.size, "parts": len(step.parts)}
         with atomic_path(folder / "report.json") as path:
             path.write_text(json.dumps(report | {"images": list(step.images)}, indent=2) + "\n")

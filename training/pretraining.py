@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,11 +24,15 @@ from training.config import MORE_UNITS, PretrainConfig
 from training.data import Batch
 from training.distributed import World
 from training.evaluation.labelled import Labelled, evaluate_knn
+from training.feature_targets import FeatureObjective
 from training.optim import parameter_groups
 from training.start import SCRATCH, Start
 from training.task import Objective
 
 PAIRS = 4  # image pairs in a picture of reconstructions
+# Settings that the paper does not have.
+BEYOND = {"attention", "pixel_weight", "feature_weight", "feature_blocks", "feature_norm", "embedding_weight"}
+BEYOND |= {"embedding_crops", "ema_momentum", "ema_final_momentum", "final_weights"}
 
 
 class PretrainObjective(Objective):
@@ -74,7 +78,12 @@ class Pretraining:
         self.origin: Mapping[str, Any] = {}
         if start:
             self.load(start, new_decoder)
-        self.objective: Objective = PretrainObjective(self.model, config.mask_ratio)
+        self.model.attends_across = config.attention == "across"
+        self.objective: Objective = (
+            FeatureObjective(self.model, config)
+            if config.beyond_pixels
+            else PretrainObjective(self.model, config.mask_ratio)
+        )
         self.to(torch.device("cpu"))
 
     def load(self, start: Start, new_decoder: bool) -> None:
@@ -112,7 +121,7 @@ class Pretraining:
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """See `Task`."""
-        return parameter_groups(self.model, self.config.weight_decay)
+        return parameter_groups(self.objective, self.config.weight_decay)
 
     def inputs(self, batch: Batch, mask_seed: int, seed: int) -> tuple[Tensor, ...]:
         """Normalised pixels, and one mask per step and process (as in the official code)."""
@@ -122,13 +131,13 @@ class Pretraining:
 
     def describe(self, provenance: Mapping[str, Any]) -> Description:
         """See `Task`."""
-        return Description(self.arch, self.preprocessing, provenance=provenance)
+        return Description(self.arch, self.preprocessing, provenance={**provenance, **method(self.config)})
 
     def evaluate(self, epochs: int, world: World) -> dict[str, float]:
         """k-NN accuracy on the labelled set, if one was given."""
         if self.labelled is None or not self.config.due(epochs, self.config.knn_every):
             return {}
-        return evaluate_knn(self.model, self.preprocessing, *self.labelled, world, self.config.workers)
+        return evaluate_knn(self.objective.kept, self.preprocessing, *self.labelled, world, self.config.workers)
 
     def pictures(self, epochs: int) -> dict[str, Image.Image]:
         """Sample images, mixed in pairs and reconstructed, one row per pair."""
@@ -140,7 +149,7 @@ class Pretraining:
         a, b = (torch.from_numpy(np.stack(half)).to(self.device) for half in (pixels[::2], pixels[1::2]))
         mask = random_units(self.arch.units, self.config.mask_ratio, torch.Generator().manual_seed(0))
         with torch.inference_mode():
-            output = self.model.reconstruct(a, b, mask.to(self.device))
+            output = cast(MixMIM, self.objective.kept).reconstruct(a, b, mask.to(self.device))
         arrays = {
             "image_a": a,
             "image_b": b,
@@ -156,6 +165,14 @@ class Pretraining:
         for number, row in enumerate(rows):
             picture.paste(row, (0, number * row.height))
         return {"reconstructions": picture}
+
+
+def method(config: PretrainConfig) -> dict[str, Any]:
+    """For provenance: the settings in which a run's method is not the paper's; {} if there are none."""
+    paper = dataclasses.asdict(PretrainConfig())
+    changed = {name: value for name, value in dataclasses.asdict(config).items() if name in BEYOND}
+    changed = {name: value for name, value in changed.items() if value != paper[name]}
+    return {"method": changed} if changed else {}
 
 
 def continued(config: PretrainConfig, start: Start) -> Architecture:

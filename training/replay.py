@@ -57,6 +57,8 @@ def rebuild(run: Path, saved: Start) -> Task:
         tuning = dataclasses.replace(from_dict(FinetuneConfig, saved_run["config"]), size="")
         task = Finetuning(tuning, saved.description.labels, saved, None)
     task.objective.train().model.load_state_dict(saved.weights)
+    if (objective := run / "nonfinite" / "objective.pt").is_file():
+        task.objective.load_resume_state(torch.load(objective, map_location="cpu", weights_only=True))
     return task
 
 

@@ -105,10 +105,12 @@ class RunFolder:
             values.get("config", {}) | {"task": values.get("task"), "start": values.get("start")}
             for values in (saved, json.loads(as_json(config, metadata)))
         )
+        # An earlier version wrote no setting that is newer; it did what the default does.
+        defaults = {field.name: field.default for field in dataclasses.fields(config)}
         differing = {
             name: [before.get(name), value]
             for name, value in now.items()
-            if name not in MAY_CHANGE and before.get(name) != value
+            if name not in MAY_CHANGE and before.get(name, defaults.get(name)) != value
         }
         if not differing.keys() <= MAY_HELP:
             listed = ", ".join(f"{name} {old} (now {new})" for name, (old, new) in differing.items())
@@ -170,12 +172,17 @@ class RunFolder:
         with atomic_path(self.path / "samples" / f"{name}-epoch-{epochs:04d}.png") as temporary:
             picture.save(temporary, "PNG")
 
-    def finish(self) -> None:
-        """Make the last checkpoint the final one; it takes no space where the file system has hard links.
+    def finish(self, weights: Mapping[str, Tensor] | None, description: Description) -> None:
+        """Make the last checkpoint the final one, or these weights.
+
+        A hard link to the last checkpoint takes no space, where the file system has them.
 
         Raises:
             CheckpointError: when it cannot be written.
         """
+        if weights is not None:
+            with writing(self.final.with_suffix("")):
+                return save_checkpoint(self.final, weights, description)
         last = self.checkpoints / f"step-{self.steps()[-1]:08d}.safetensors"
         with writing(self.final.with_suffix("")), atomic_path(self.final) as temporary:
             temporary.unlink()

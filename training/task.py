@@ -17,9 +17,33 @@ from training.distributed import World
 
 
 class Objective(nn.Module):
-    """A module whose forward is the loss of `model`."""
+    """A module whose forward is the loss of `model`; it may have weights of its own, which no checkpoint keeps."""
 
     model: Encoder
+    crops: int = 1  # crops of each image in a batch, one below the other
+
+    @property
+    def kept(self) -> Encoder:
+        """The network that is evaluated and becomes the final checkpoint."""
+        return self.model
+
+    def final_weights(self) -> dict[str, Tensor] | None:
+        """Those of `kept`, if it is another network than `model`."""
+        return None if self.kept is self.model else self.kept.state_dict()
+
+    def after_step(self, progress: float) -> None:
+        """Called after each update, with the share of the run's steps before it."""
+
+    def readings(self, world: World) -> dict[str, float]:
+        """Means for the log since the last call, by name; every process must call this."""
+        return {}
+
+    def resume_state(self) -> dict[str, Any]:
+        """What a resumed run needs besides the weights of `model`."""
+        return {}
+
+    def load_resume_state(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `resume_state`."""
 
 
 class Task(Protocol):

@@ -93,7 +93,8 @@ class Trainer:
         torch.manual_seed(self.config.seed)
         task.to(world.device)
         self.model = task.objective.model
-        self.dataset = TrainingImages(source, self.model.arch.image_size, self.config, task.classes)
+        size, crops = self.model.arch.image_size, task.objective.crops
+        self.dataset = TrainingImages(source, size, self.config, task.classes, crops)
         self.loader, self.sampler = build_loader(self.dataset, self.config, world.rank, world.size)
         self.module = wrap(task.objective.train(), world, self.config)
         self.compiler = Compiler(self.module, self.config.compile, world)
@@ -131,6 +132,7 @@ class Trainer:
             self.step = state["step"]
             self.last = Metrics(**state["last"]) if state["last"] else None
             self.meter = Meter.from_state(state["meter"], self.world.device)
+            self.task.objective.load_resume_state(state.get("objective", {}))
             self.compiler.seconds = state.get("seconds", [])
         if self.world.main:
             self.folder.rewind(self.step)
@@ -162,7 +164,7 @@ class Trainer:
                 return None
         if self.world.main:
             self.folder.prune(self.config, self.sampler.steps)  # what a kill during the last checkpoint has left
-            self.folder.finish()
+            self.folder.finish(self.task.objective.final_weights(), self.task.describe(self.provenance()))
             console.log(self.folder.in_words())
         self.world.wait()
         return self.folder.final
@@ -237,11 +239,13 @@ class Trainer:
             torch.manual_seed(seed)  # for dropped paths
             with synchronized(self.module, last=part == self.config.accumulate - 1):
                 loss += self.backward(inputs)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        parameters = self.task.objective.parameters()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         found_inf: Tensor = self.optimizer.found_inf  # type: ignore[attr-defined]
         found_inf.logical_or_(~norm.isfinite())
         self.optimizer.step()
+        self.task.objective.after_step(self.step / self.steps)
         return loss, norm
 
     def backward(self, inputs: tuple[Tensor, ...]) -> Tensor:
@@ -266,7 +270,7 @@ class Trainer:
         self.check_finite()
         lr = max(group["lr"] for group in self.optimizer.param_groups)
         self.last = self.meter.read(self.step, self.step / self.sampler.steps, lr, self.world)
-        self.record(dataclasses.asdict(self.last))
+        self.record(dataclasses.asdict(self.last) | self.task.objective.readings(self.world))
         self.meter = Meter()
         return self.last
 
@@ -281,7 +285,8 @@ class Trainer:
         step = self.step - ago
         bad = BadStep(step, self.config.seed, *load_step(self.dataset, self.sampler, step))
         weights, description = gather_weights(self.model), self.task.describe(self.provenance())
-        raise save_nonfinite(self.folder.path, self.world, weights, description, bad)
+        state = self.task.objective.resume_state()
+        raise save_nonfinite(self.folder.path, self.world, weights, description, bad, state)
 
     def evaluate(self, epochs: int, console: Console) -> None:
         """Log the metrics and write the pictures that are due after `epochs` epochs."""
@@ -326,6 +331,7 @@ class Trainer:
             "step": self.step,
             "last": dataclasses.asdict(self.last) if self.last else None,
             "meter": self.meter.state(),
+            "objective": self.task.objective.resume_state(),
             "seconds": self.compiler.seconds,
         }
 
@@ -339,11 +345,5 @@ class Trainer:
 
     def plan(self) -> str:
         """One line about the run ahead, and whether its first step compiles."""
-        line = about.plan(self.task, len(self.source.keys), self.sampler.steps, self.world)
-        if self.step:
-            line += f", resumed after step {self.step}"
-        if self.changed:
-            line += f" with {self.changed}"
-        if self.config.compile is True and not self.compiler.possible:
-            line += f"; {NO_COMPILER}"
-        return line
+        line = about.plan(self.task, len(self.source.keys), self.sampler.steps, self.world, self.step, self.changed)
+        return line if self.config.compile is not True or self.compiler.possible else f"{line}; {NO_COMPILER}"

@@ -46,7 +46,7 @@ class Attention(nn.Module):
         """
         groups, tokens, dim = qkv.shape[1], qkv.shape[2], qkv.shape[3] // 3
         bias = None if bias is None else bias.to(qkv.dtype)
-        if qkv.requires_grad and qkv.device.type == "cpu":
+        if qkv.device.type == "cpu" and (qkv.requires_grad or qkv.dtype == torch.bfloat16):
             return self.attend_unfused(qkv, bias)
         if bias is not None and bias.dim() == 4:
             qkv = qkv.reshape(-1, groups, tokens, 3, self.heads, dim // self.heads).permute(3, 0, 1, 4, 2, 5)
@@ -60,7 +60,7 @@ class Attention(nn.Module):
         return out.reshape(-1, groups, tokens, dim)
 
     def attend_unfused(self, qkv: Tensor, bias: Tensor | None) -> Tensor:
-        """As `attend`, storing the scores: on a CPU no fused kernel has a gradient for the bias."""
+        """As `attend`, storing the scores: on a CPU no fused kernel has a gradient for the bias, or is fast in bf16."""
         groups, tokens, dim = qkv.shape[1], qkv.shape[2], qkv.shape[3] // 3
         qkv = qkv.reshape(-1, groups, tokens, 3, self.heads, dim // self.heads).permute(3, 0, 1, 4, 2, 5)
         q, k, v = qkv.unbind(0)

@@ -25,6 +25,7 @@ class PretrainingOutput:
     loss: Tensor  # scalar
     encoded_BUD: Tensor  # tokens of the mixed images after the final norm
     predicted_2BUP: Tensor  # per mixed image: the view of its own tokens (first B), that of the partner's (last B)
+    decoded_2BUD: Tensor  # the decoder's tokens that gave them, after its norm
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class MixMIM(Encoder):
     """
 
     decoder_pos_embed: Tensor
+    attends_across = False  # whether tokens of a mixed image attend to both images: an ablation, not the paper
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__(arch)
@@ -64,17 +66,26 @@ class MixMIM(Encoder):
             module.apply(initialize)
 
     def pretrain(
-        self, pixels_BCHW: Tensor, from_partner_MU: Tensor, partner_units: int | None = None
+        self,
+        pixels_BCHW: Tensor,
+        from_partner_MU: Tensor,
+        partner_units: int | None = None,
+        others_BCHW: Tensor | None = None,
     ) -> PretrainingOutput:
         """Mix image i with image B - 1 - i, reconstruct both, and measure how well.
 
         `partner_units`: how many units of a shared mask are True, if known; it makes the step faster (`run_stages`).
+        `others_BCHW`: other crops of the same images, for their places as partners; by default the same.
         """
-        tokens_BHWD = self.patch_embed(pixels_BCHW)
-        encoded_BUD = self.encode_mixed(tokens_BHWD, tokens_BHWD.flip(0), from_partner_MU, partner_units)
-        predicted_2BUP = self.decode(encoded_BUD, from_partner_MU)
+        tokens_BHWD = partner_BHWD = self.patch_embed(pixels_BCHW)
+        if others_BCHW is not None:
+            partner_BHWD = self.patch_embed(others_BCHW)
+            pixels_BCHW = hidden_parts(pixels_BCHW, others_BCHW, from_partner_MU)
+        encoded_BUD = self.encode_mixed(tokens_BHWD, partner_BHWD.flip(0), from_partner_MU, partner_units)
+        decoded_2BUD = self.complete(self.views(encoded_BUD, from_partner_MU))
+        predicted_2BUP = self.decoder_pred(decoded_2BUD)
         loss = self.reconstruction_loss(predicted_2BUP, pixels_BCHW, from_partner_MU)
-        return PretrainingOutput(loss, encoded_BUD, predicted_2BUP)
+        return PretrainingOutput(loss, encoded_BUD, predicted_2BUP, decoded_2BUD)
 
     def reconstruct(self, a_BCHW: Tensor, b_BCHW: Tensor, from_partner_MU: Tensor) -> Reconstruction:
         """Mix pairs of images and predict what each hides of the other.
@@ -98,30 +109,38 @@ class MixMIM(Encoder):
     ) -> Tensor:
         """Patch tokens of two images to encoded tokens (B, U, D) of their mixture."""
         mixed_BHWD = mix(own_BHWD, partner_BHWD, from_partner_MU)
-        last_BHWD = self.run_stages(self.add_position(mixed_BHWD), from_partner_MU, partner_units)[-1]
+        separated_MU = None if self.attends_across else from_partner_MU
+        last_BHWD = self.run_stages(self.add_position(mixed_BHWD), separated_MU, partner_units)[-1]
         encoded: Tensor = self.norm(last_BHWD).flatten(1, 2)
         return encoded
 
     def decode(self, encoded_BUD: Tensor, from_partner_MU: Tensor) -> Tensor:
-        """Encoded tokens to predicted units (2B, U, P): mask tokens stand first for the partner's, then for the own."""
+        """Encoded tokens to predicted units (2B, U, P)."""
+        return self.predict(self.views(encoded_BUD, from_partner_MU))
+
+    def views(self, encoded_BUD: Tensor, from_partner_MU: Tensor) -> Tensor:
+        """Decoder input (2B, U, D): mask tokens stand first for the partner's tokens, then for the own."""
         x_BUD = self.decoder_embed(encoded_BUD)
         mask_token = self.mask_token.to(x_BUD.dtype)
         from_partner = from_partner_MU.unsqueeze(-1)
-        views = [torch.where(from_partner, mask_token, x_BUD), torch.where(from_partner, x_BUD, mask_token)]
-        return self.predict(torch.cat(views))
+        return torch.cat([torch.where(from_partner, mask_token, x_BUD), torch.where(from_partner, x_BUD, mask_token)])
 
     def predict(self, x_BUD: Tensor) -> Tensor:
         """Decoder tokens of views, hidden ones already mask tokens, to predicted units (B, U, P)."""
+        predicted: Tensor = self.decoder_pred(self.complete(x_BUD))
+        return predicted
+
+    def complete(self, x_BUD: Tensor) -> Tensor:
+        """The decoder's blocks and norm, (B, U, D) to the same shape."""
         x_BKUD = (x_BUD + self.decoder_pos_embed).unsqueeze(1)
         for block in self.decoder_blocks:
             x_BKUD = block(x_BKUD)
-        predicted: Tensor = self.decoder_pred(self.decoder_norm(x_BKUD)).squeeze(1)
-        return predicted
+        completed: Tensor = self.decoder_norm(x_BKUD).squeeze(1)
+        return completed
 
     def reconstruction_loss(self, predicted_2BUP: Tensor, pixels_BCHW: Tensor, from_partner_MU: Tensor) -> Tensor:
         """Mean squared error over all units, each predicted from the view in which it was hidden."""
-        own_BUP, partner_BUP = halves(predicted_2BUP.float())
-        predicted_BUP = torch.where(from_partner_MU.unsqueeze(-1), own_BUP, partner_BUP.flip(0))
+        predicted_BUP = where_hidden(predicted_2BUP.float(), from_partner_MU)
         return (predicted_BUP - self.targets(to_units(pixels_BCHW))).square().mean()
 
     def targets(self, units_BUP: Tensor) -> Tensor:
@@ -143,6 +162,17 @@ def halves(x_2B: Tensor) -> tuple[Tensor, Tensor]:
     """The first and the last B of 2B items; `chunk` would fix B when the graph is traced for export."""
     first, last = x_2B.reshape(2, -1, *x_2B.shape[1:]).unbind(0)
     return first, last
+
+
+def where_hidden(predicted_2BUX: Tensor, from_partner_MU: Tensor) -> Tensor:
+    """Each image's units, (B, U, X), each from the view in which it was hidden; undoes the pairing."""
+    own_BUX, partner_BUX = halves(predicted_2BUX)
+    return torch.where(from_partner_MU.unsqueeze(-1), own_BUX, partner_BUX.flip(0))
+
+
+def hidden_parts(own_BCHW: Tensor, others_BCHW: Tensor, from_partner_MU: Tensor) -> Tensor:
+    """For two crops of each image, the units that are to be predicted: hidden in its own mixture, in its partner's."""
+    return from_units(torch.where(from_partner_MU.unsqueeze(-1), to_units(own_BCHW), to_units(others_BCHW)))
 
 
 def mix(own_BHWD: Tensor, partner_BHWD: Tensor, from_partner_MU: Tensor) -> Tensor:
