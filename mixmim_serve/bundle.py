@@ -10,6 +10,7 @@ golden.safetensors     real photos and torch's float32 outputs: `encoder.pixels`
 On request also:
 encoder.fp16.onnx, reconstruct.fp16.onnx, weights.fp16.safetensors     the same in fp16 (or bf16)
 encoder.fp16.tensorrt-rtx.engine...                                    compiled for one TensorRT version and GPU type
+anomaly.ENGINE.CONTENT.safetensors     what normal photos look like to one engine (mixmim_serve/anomaly/calibration.py)
 
 `certificates/` holds what `mixmim_serve.engines.certificate` measured when engines were opened, `cache/` what runtimes
 compiled then. Both may be deleted.

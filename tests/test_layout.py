@@ -41,6 +41,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "mixmim_serve.service",
         "mixmim_serve.client",
+        "mixmim_serve.anomaly",
         "mixmim_serve.extract",
         "mixmim_serve.explore",
         "mixmim_serve.bench",
@@ -57,6 +58,7 @@ HEAVY = (
     "huggingface_hub",
     "lance",
     "ray",
+    "scipy",
     "sklearn",
     "usearch",
     "onnx",

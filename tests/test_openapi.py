@@ -11,15 +11,17 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
+from anomalies import calibrated_bundle, normal_photos  # noqa: F401 - fixtures
 from conftest import REPOSITORY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving import HAT, MODEL, PATIENCE, SHOES, Starlette, app_of
 
-from mixmim_serve.engines import Engine
+from mixmim_serve.engines import open_engine
 from mixmim_serve.service.app import ENDPOINTS, create_app
 from mixmim_serve.service.openapi.document import document
 from mixmim_serve.service.openapi.purposes import PURPOSES
@@ -103,9 +105,9 @@ def test_the_examples_keep_to_their_own_schemas() -> None:
 
 
 @pytest.fixture(scope="module")
-def app(engine: Engine) -> Iterator[Starlette]:
+def app(calibrated_bundle: Path) -> Iterator[Starlette]:  # noqa: F811
     """The app over a small model."""
-    app = app_of(engine)
+    app = app_of(open_engine(calibrated_bundle, "onnx", threads=1))
     yield app
     app.state.runtime.close()
 

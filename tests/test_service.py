@@ -131,6 +131,7 @@ def test_model_says_what_is_served(client: TestClient, engine: Engine) -> None:
         "size": "custom",
         "engine": certify(engine).summary(),
         **json.loads(json.dumps(engine.bundle.description.to_dict())),
+        "anomaly": None,
         "embedding_size": 64,
         "outputs": {graph: list(outputs) for graph, outputs in engine.bundle.graphs.items()},
     }

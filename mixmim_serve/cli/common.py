@@ -51,6 +51,7 @@ EXTRAS = {
     "ray": "ray",
     "lance": "lance",
     "sklearn": "explore",
+    "scipy": "explore",
     "usearch": "explore",
     "kornia": "train",
     "matplotlib": "train",

@@ -89,7 +89,7 @@ def score(
     """Measure how badly the network reconstructs each image: one JSON line per image, as POST /score answers.
 
     A high score is not a defect: flat, plain or defective images can score lower than good ones, because they are
-    easy to reconstruct. docs/serving.md#what-a-score-says shows nearest neighbours instead.
+    easy to reconstruct; `mixmim anomaly` raises alarms. See docs/serving.md#what-a-score-says.
 
     Example: mixmim score tiny examples/hat.jpg --map
     """
@@ -97,6 +97,7 @@ def score(
 
     from safetensors.numpy import load_file
 
+    from mixmim_serve.anomaly.detector import detector_if_any
     from mixmim_serve.bundle import GOLDEN
     from mixmim_serve.engines import identity, open_engine
     from mixmim_serve.sources.names import expand
@@ -105,12 +106,15 @@ def score(
     engine = open_engine(bundle_path(bundle), runtime)
     require_decoder(engine.bundle)
     partner = partner_of(load_file(engine.bundle.path / GOLDEN))
+    detector = detector_if_any(engine)
     files, passed_over = expand(images)
     say_passed_over(passed_over)
     with _skipping() as skipped:
         for path, pixels in _readable(files, engine.bundle.description.preprocessing, skipped):
             errors = score_image(engine, pixels, partner, masks)
-            line = {"path": str(path), "score": _short(errors.mean()), **({"map": _short(errors)} if map_ else {})}
+            place = detector.reconstruction_percentile(float(errors.mean()), masks) if detector else {}
+            line = {"path": str(path), "score": _short(errors.mean())}
+            line |= {name: _short(value) for name, value in place.items()} | ({"map": _short(errors)} if map_ else {})
             typer.echo(json.dumps(line | identity(engine)))
         _count(skipped, files)
 

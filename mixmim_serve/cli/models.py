@@ -96,6 +96,7 @@ def info(
     import dataclasses
     import json
 
+    from mixmim_serve.anomaly.calibration import abouts
     from mixmim_serve.bundle import open_bundle
     from mixmim_serve.config import size_name
     from mixmim_serve.description import read_description
@@ -118,6 +119,7 @@ def info(
             "built": [dataclasses.asdict(engine) for engine in bundle.built],
             "outputs": bundle.graphs,
             "versions": bundle.versions,
+            "calibrations": [dataclasses.asdict(about) for about in abouts(bundle)],
             "certificates": [certificate.summary() for certificate in certificates(bundle)],
         }
     typer.echo(json.dumps(facts | {"size": size_name(description.arch)} | description.to_dict(), indent=2))

@@ -12,11 +12,12 @@ server is busy, starting or shutting down. The two clients share everything but 
 from mixmim_serve.client.aio import AsyncClient
 from mixmim_serve.client.images import Image
 from mixmim_serve.client.jobs import Job, JobFile
-from mixmim_serve.client.results import Classes, Embedding, Features, ModelInfo, Reconstruction, Score
+from mixmim_serve.client.results import Anomaly, Classes, Embedding, Features, ModelInfo, Reconstruction, Score
 from mixmim_serve.client.retry import Policy
 from mixmim_serve.client.sync import Client
 
 __all__ = [
+    "Anomaly",
     "AsyncClient",
     "Classes",
     "Client",

@@ -16,7 +16,7 @@ from mixmim_serve.client.calls import Call, Dtype, Layout
 from mixmim_serve.client.images import Image, encoded
 from mixmim_serve.client.jobs import AsyncJobs
 from mixmim_serve.client.many import Bulk, Embedded, OneModel, Pack, Packer, embed_pack, load
-from mixmim_serve.client.results import Classes, Embedding, Features, ModelInfo, Reconstruction, Score
+from mixmim_serve.client.results import Anomaly, Classes, Embedding, Features, ModelInfo, Reconstruction, Score
 from mixmim_serve.client.retry import Outcome, Policy, Send, Steps, attempts, is_ready
 from mixmim_serve.client.target import Target
 from mixmim_serve.errors import ImageError
@@ -63,6 +63,10 @@ class AsyncClient:
     async def score(self, image: Image, *, masks: int | None = None, with_map: bool = False) -> Score:
         """The reconstruction error of an image over `masks` pairs of masks (2); no detector of defects."""
         return await self._call(calls.score(await _encoded(image), masks, with_map))
+
+    async def anomaly(self, image: Image, *, with_map: bool = False, overlay: bool = False) -> Anomaly:
+        """How far an image is from the normal ones of a calibrated bundle: score, percentile, normal or not."""
+        return await self._call(calls.anomaly(await _encoded(image), with_map, overlay))
 
     async def reconstruct(self, image_a: Image, image_b: Image, *, seed: int = 0, ratio: float = 0.5) -> Reconstruction:
         """Mix two images and complete both; `seed` and `ratio` choose the units that image B covers."""

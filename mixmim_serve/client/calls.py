@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
+import numpy as np
+
 from mixmim_serve.client.answers import Reply, read_arrays, read_each, read_json
-from mixmim_serve.client.results import Classes, Embedding, Features, ModelInfo, Reconstruction, Score
+from mixmim_serve.client.results import Anomaly, Classes, Embedding, Features, ModelInfo, Reconstruction, Score
 from mixmim_serve.errors import ImageError
 from mixmim_serve.tasks import Class
 
@@ -69,10 +72,27 @@ def score(image: bytes, masks: int | None, with_map: bool) -> Call[Score]:
 
     def read(reply: Reply) -> Score:
         arrays, metadata = read_arrays(reply)
-        return Score(score=float(arrays["score"][0]), map=arrays["map"][0] if with_map else None, **_model_of(metadata))
+        percentile = float(arrays["percentile"][0]) if "percentile" in arrays else None
+        found = arrays["map"][0] if with_map else None
+        return Score(score=float(arrays["score"][0]), map=found, percentile=percentile, **_model_of(metadata))
 
     options = {} if masks is None else {"masks": str(masks)}
     return Call("/score", read, [image], options | {"map": _as_text(with_map)})
+
+
+def anomaly(image: bytes, with_map: bool, overlay: bool) -> Call[Anomaly]:
+    """POST /anomaly, as JSON, which includes the overlay."""
+
+    def read(reply: Reply) -> Anomaly:
+        values = read_json(reply)
+        return Anomaly(
+            **{name: values[name] for name in ("score", "percentile", "normal", "threshold")},
+            map=np.array(values["map"], np.float32) if with_map else None,
+            overlay=base64.b64decode(values["overlay"].partition(",")[2]) if overlay else None,
+            **_model_of(values),
+        )
+
+    return Call("/anomaly", read, [image], {"map": _as_text(with_map), "overlay": _as_text(overlay)}, JSON)
 
 
 def reconstruct(images: Sequence[bytes], seed: int, ratio: float) -> Call[Reconstruction]:

@@ -50,6 +50,19 @@ class Score(Result):
 
     score: float  # 0 is perfect reconstruction
     map: Floats | None  # of each unit, (rows, columns), if requested
+    percentile: float | None = None  # share of normal photos with a lower score, if the bundle is calibrated
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Anomaly(Result):
+    """How far one image is from the normal ones that the bundle was calibrated on."""
+
+    score: float  # 0 is the median normal photo; five in six normal photos are below about 1
+    percentile: float  # share of normal photos with a lower score, in percent
+    normal: bool  # whether the score is at most the threshold
+    threshold: float  # for the server's rate of false alarms
+    map: Floats | None  # distance of each place from normal ones, (rows, columns), if requested
+    overlay: bytes | None  # the image with its unusual places coloured, as PNG, if requested
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

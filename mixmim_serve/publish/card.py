@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 
+from mixmim_serve.anomaly.calibration import abouts
 from mixmim_serve.bundle import Bundle
 from mixmim_serve.config import size_name
 
@@ -72,6 +73,9 @@ def _facts(bundle: Bundle) -> dict[str, str]:
         "name": bundle.name,
         "model fingerprint": f"`{bundle.fingerprint}`",
     }
+    if calibrations := abouts(bundle):
+        known = (f"{about.engine} on {about.photos:,} normal photos" for about in calibrations)
+        facts["calibrated for alarms"] = "; ".join(known)
     if labels:
         facts["labels"] = ", ".join((*labels[:20], "...") if len(labels) > 20 else labels)
     if bundle.built:

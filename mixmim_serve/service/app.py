@@ -19,6 +19,7 @@ from mixmim_serve.service.options import (
     LAYOUT,
     MASKS,
     NORMALIZE,
+    OVERLAY,
     RATIO,
     RETRY_FAILED,
     SEED,
@@ -26,9 +27,10 @@ from mixmim_serve.service.options import (
     STAGES,
     TOP,
     WITH_MAP,
+    WITH_PLACES,
 )
 from mixmim_serve.service.request import Admission, Endpoint
-from mixmim_serve.service.routes import about, images, jobs, openai, stream
+from mixmim_serve.service.routes import about, anomaly, images, jobs, openai, stream
 from mixmim_serve.service.settings import Settings
 
 EXPOSED_HEADERS = ["X-Request-Id", "Server-Timing", "Retry-After"]  # to pages of other origins
@@ -39,6 +41,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("/classify", "POST", images.classify, (TOP, DTYPE), takes_place=True),
     Endpoint("/features", "POST", images.features, (STAGES, LAYOUT, DTYPE), takes_place=True),
     Endpoint("/score", "POST", images.score, (MASKS, WITH_MAP, DTYPE), takes_place=True),
+    Endpoint("/anomaly", "POST", anomaly.anomaly, (WITH_PLACES, OVERLAY, DTYPE), takes_place=True),
     Endpoint("/reconstruct", "POST", images.reconstruct, (SEED, RATIO), takes_place=True),
     Endpoint("/embed/stream", "POST", stream.embed_stream, (NORMALIZE, DTYPE), streams=True, takes_place=True),
     Endpoint("/v1/embeddings", "POST", openai.embeddings, takes_place=True),

@@ -1,8 +1,8 @@
 """A process that decodes large images, one after another, within limits on CPU time and memory.
 
-The parent writes a line of JSON with the settings, then length and bytes of each image; the process answers each with a
-kind, a length and bytes: pixels, or an error. It ends when its standard input closes, and runs at lower priority than
-the server.
+The parent writes a line of JSON with the settings, then of each image its length, the sizes to make it, and its bytes;
+the process answers each with a kind, a length and bytes: pixels, or an error. It ends when its standard input closes,
+and runs at lower priority than the server.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ CODE = (  # steps back before its imports, which take 0.3 s of CPU time
 )
 PIPE_BYTES = 1 << 20
 KEPT_BYTES = 80 << 20  # of a process between images, half of it without any
+ASKED = struct.Struct("<QII")  # bytes of an image, and the `image_size` and `resize_size` to preprocess it with
 HEADER = struct.Struct("<BQ")  # kind and length of an answer
 PIXELS = 0
 VARIABLES = {
@@ -81,16 +82,17 @@ class DecodeProcess:
         """Whether the process can decode another image."""
         return self._process is not None and self._process.poll() is None and not self._killed
 
-    def decode(self, image: bytes) -> Pixels:
-        """Decode one image; starts the process with the first.
+    def decode(self, image: bytes, preprocessing: Preprocessing | None = None) -> Pixels:
+        """Decode one image, to other sizes than those of the settings if asked; starts the process with the first.
 
         Raises:
             ImageError: when the image is refused, or exceeds the limits on CPU time or memory.
         """
+        sizes = preprocessing or self.settings.preprocessing
         try:
             process = self._process or self._start()
             stdin, stdout = _pipes(process)
-            stdin.write(struct.pack("<Q", len(image)))
+            stdin.write(ASKED.pack(len(image), sizes.image_size, sizes.resize_size))
             stdin.write(image)
             stdin.flush()
             kind, length = HEADER.unpack(_read(stdout, HEADER.size))
@@ -99,8 +101,7 @@ class DecodeProcess:
             self.kill()
             raise self._limit_exceeded() from error
         if kind == PIXELS:
-            size = self.settings.preprocessing.image_size
-            return np.frombuffer(answer, np.uint8).reshape(size, size, 3)
+            return np.frombuffer(answer, np.uint8).reshape(sizes.image_size, sizes.image_size, 3)
         raise ERRORS[kind - 1](answer.decode())
 
     def kill(self) -> None:
@@ -171,10 +172,11 @@ def main() -> None:
     _limit_memory(settings.memory_bytes)
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
-            (length,) = struct.unpack("<Q", _read(sys.stdin.buffer, 8))
+            length, image_size, resize_size = ASKED.unpack(_read(sys.stdin.buffer, ASKED.size))
             image = _read(sys.stdin.buffer, length)
             _allow_cpu_seconds(settings.cpu_seconds)
-            kind, answer = _answer(image, settings)
+            sizes = dataclasses.replace(settings.preprocessing, image_size=image_size, resize_size=resize_size)
+            kind, answer = _answer(image, dataclasses.replace(settings, preprocessing=sizes))
             _allow_cpu_seconds(0)  # until the next image, for ever
             out.write(HEADER.pack(kind, len(answer)) + answer)
             out.flush()

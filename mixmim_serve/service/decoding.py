@@ -88,8 +88,8 @@ class Decoder:
             settings.max_image_bytes, settings.max_pixels, settings.decode_seconds, settings.decode_bytes, preprocessing
         )
 
-    async def decode(self, image: bytes, context: RequestContext) -> Pixels:
-        """Decode one image as soon as it is the image's turn.
+    async def decode(self, image: bytes, context: RequestContext, preprocessing: Preprocessing | None = None) -> Pixels:
+        """Decode one image as soon as it is the image's turn, for the network unless told otherwise.
 
         Raises:
             ImageError: when the image is refused, or exceeds the limits on CPU time or memory.
@@ -100,18 +100,19 @@ class Decoder:
         else:
             container = await asyncio.get_running_loop().run_in_executor(self.threads, self._inspect, image)
         cost = container.decode_cost if container else 0.0
+        wanted = preprocessing or self.preprocessing
         async with self._budget(context, cost):
             if cost <= SMALL:
                 with self.pending.decoding(context.reservation.client):
                     async with self.small.slot(context, 1, cost):
                         loop = asyncio.get_running_loop()
-                        return await loop.run_in_executor(self.threads, self._preprocess, image, container)
+                        return await loop.run_in_executor(self.threads, self._preprocess, image, container, wanted)
             await asyncio.sleep(0)  # all images of the request are counted before the first is decoded
             self._check_cost_of_request(context, context.decode_cost - cost)
             pixels = container.width * container.height if container else 0
             with self.pending.decoding(context.reservation.client):
                 async with self.large.slot(context, max(pixels, self.large.capacity / self.settings.decoders), cost):
-                    return await self._decode_in_process(image)
+                    return await self._decode_in_process(image, wanted)
 
     @contextlib.asynccontextmanager
     async def _budget(self, context: RequestContext, cost: float) -> AsyncIterator[None]:
@@ -141,14 +142,14 @@ class Decoder:
             return None
         return inspect(image, self.settings.max_pixels)
 
-    def _preprocess(self, image: bytes, container: Container | None) -> Pixels:
+    def _preprocess(self, image: bytes, container: Container | None, preprocessing: Preprocessing) -> Pixels:
         limits = self.settings
         decoded = decode(image, max_bytes=limits.max_image_bytes, max_pixels=limits.max_pixels, container=container)
-        return resize_and_crop(decoded, self.preprocessing)
+        return resize_and_crop(decoded, preprocessing)
 
-    async def _decode_in_process(self, image: bytes) -> Pixels:
+    async def _decode_in_process(self, image: bytes, preprocessing: Preprocessing) -> Pixels:
         process = self.idle.pop() if self.idle else DecodeProcess(self._process_settings)
-        pixels = asyncio.get_running_loop().run_in_executor(self.process_threads, process.decode, image)
+        pixels = asyncio.get_running_loop().run_in_executor(self.process_threads, process.decode, image, preprocessing)
         pixels.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be there to hear of it
         try:
             await asyncio.wait({pixels})

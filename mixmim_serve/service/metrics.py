@@ -38,6 +38,7 @@ class Metrics:
         self.request_seconds = self._histogram("request_seconds", "From the first byte to the last.", SECONDS, "route")
         self.failures = self._counter("failures", "Requests and images that failed, by reason.", "reason")
         self.images = self._counter("images", "Images answered.", "route")
+        self.anomalies = self._counter("anomaly_images", "Images that /anomaly judged, by verdict.", "verdict")
         self.stage_seconds = self._histogram("stage_seconds", "Of each request, by stage.", SECONDS, "stage")
         self.batch_size = self._histogram("batch_size", "Images in one call of the engine.", SIZES, "graph")
         self.batch_seconds = self._histogram("batch_seconds", "One call of the engine.", SECONDS, "graph")

@@ -170,6 +170,8 @@ STAGES = Words(
 LAYOUT = Choice("layout", "Shape per image: map is (D, H, W), tokens is (H * W, D).", ("map", "tokens"))
 MASKS = Number("masks", "Number of mask pairs; each covers every unit once.", default=2, minimum=1, maximum=16)
 WITH_MAP = Switch("map", "Add the error of each unit of 32 x 32 pixels.")
+WITH_PLACES = Switch("map", "Add the distance of each place from normal ones, rows of columns.")
+OVERLAY = Switch("overlay", "Add the image with its unusual places coloured, as a PNG data URI; JSON only.")
 SEED = Number("seed", "Seed of the random mask.", default=0, minimum=0, maximum=2**32 - 1)
 RATIO = Number[float](
     "ratio", "Share of units that image B covers; at least one unit, and not all.", default=0.5, minimum=0, maximum=1

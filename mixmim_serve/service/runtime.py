@@ -13,12 +13,14 @@ import numpy as np
 from safetensors.numpy import load_file
 from starlette.datastructures import State
 
+from mixmim_serve.anomaly.detector import Detector, open_detector
 from mixmim_serve.bundle import GOLDEN, Bundle
+from mixmim_serve.config import Preprocessing
 from mixmim_serve.engines import Engine, engine_fingerprint, open_engine
 from mixmim_serve.engines.base import Arrays
 from mixmim_serve.engines.buckets import buckets_between
 from mixmim_serve.engines.certificate import TOLERANCES, agreement, certify
-from mixmim_serve.errors import NotFiniteError
+from mixmim_serve.errors import BundleError, NotFiniteError
 from mixmim_serve.preprocess import Pixels
 from mixmim_serve.service.batcher import Batcher, PendingDecodes, RecentClients
 from mixmim_serve.service.decoding import Decoder
@@ -59,6 +61,7 @@ class Runtime:
         self.recent_clients = RecentClients()
         self.batchers = {graph: self._batcher(graph) for graph in engine.bundle.graphs}
         self.golden = load_file(engine.bundle.path / GOLDEN)
+        self._detector, self._no_detector = _open_detector(engine, self.settings.false_alarm_rate)
         self._canary: tuple[float, bool] = (-np.inf, False)  # when, and whether its answer was right
         self._canary_lock = asyncio.Lock()
         self._canaries: set[asyncio.Task[bool]] = set()  # in the background
@@ -76,6 +79,21 @@ class Runtime:
     def bundle(self) -> Bundle:
         """The bundle that is served."""
         return self.engine.bundle
+
+    @property
+    def detector(self) -> Detector | None:
+        """The detector, if the bundle was calibrated for this engine."""
+        return self._detector
+
+    def require_detector(self) -> Detector:
+        """The detector of a calibrated bundle.
+
+        Raises:
+            BundleError: when it is not calibrated for this engine.
+        """
+        if self._detector is None:
+            raise BundleError(self._no_detector)
+        return self._detector
 
     def _batcher(self, graph: str) -> Batcher:
         size, seconds = self.metrics.batch_size.labels(graph), self.metrics.batch_seconds.labels(graph)
@@ -119,8 +137,8 @@ class Runtime:
             inputs = reconstruct_inputs(blank, blank, random_mask(units)[None])
             self.engine.run("reconstruct", inputs, RECONSTRUCT_OUTPUTS)
 
-    async def decode(self, image: bytes, context: RequestContext) -> Pixels:
-        """Decode, resize and crop one image.
+    async def decode(self, image: bytes, context: RequestContext, preprocessing: Preprocessing | None = None) -> Pixels:
+        """Decode, resize and crop one image, for the network unless told otherwise.
 
         Raises:
             ImageError: when the image is refused.
@@ -130,7 +148,7 @@ class Runtime:
         self.require_right_answers()
         began = time.perf_counter()
         try:
-            return await self.decoder.decode(image, context)
+            return await self.decoder.decode(image, context, preprocessing)
         finally:
             context.record_stage("decode", time.perf_counter() - began)
 
@@ -218,6 +236,14 @@ def open_runtime(bundle: Bundle | Path, engine: str, settings: Settings, metrics
     runtime = Runtime(open_engine(bundle, engine), settings, metrics)
     runtime.warm_up()
     return runtime
+
+
+def _open_detector(engine: Engine, rate: float) -> tuple[Detector | None, str]:
+    """The detector, or why there is none."""
+    try:
+        return open_detector(engine, rate), ""
+    except BundleError as error:
+        return None, str(error)
 
 
 def require_runtime(state: State) -> Runtime:

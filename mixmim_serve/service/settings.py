@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from mixmim_serve.anomaly.rates import check_rate
 from mixmim_serve.cores import usable_cores
 from mixmim_serve.errors import ConfigError
 from mixmim_serve.settings import parse_assignments, unknown_setting
@@ -43,6 +44,7 @@ class Settings:
     decode_bytes: int = 2**30  # of memory for one large image
     stream_window: int = 64  # images of one stream inside at once
     stream_idle_seconds: float = 60.0  # of a stream without a complete image; then it is closed
+    false_alarm_rate: float = 0.0  # share of normal images that POST /anomaly calls abnormal; 0: as calibrated
     max_request_line: int = 8192  # bytes; above that 414
     max_header_bytes: int = 65_536  # of one request; above that 431. Limits the framing of chunked bodies too
     max_headers: int = 100  # of one request; above that 431
@@ -64,11 +66,13 @@ class Settings:
             kinds = (int, float) if isinstance(field.default, float) else (type(field.default),)
             if not isinstance(value, kinds) or isinstance(value, bool):
                 raise ConfigError(f"{field.name} must be like {field.default!r}, got {value!r}.")
-            lowest = 0 if field.name == "decode_threads" else 1
+            lowest = 0 if field.name in ("decode_threads", "false_alarm_rate") else 1
             if isinstance(value, int) and value < lowest:
                 raise ConfigError(f"{field.name} must be {lowest} or more, got {value}.")
-            if isinstance(value, float) and not 0 < value < float("inf"):
+            if isinstance(value, float) and field.name != "false_alarm_rate" and not 0 < value < float("inf"):
                 raise ConfigError(f"{field.name} must be a number of seconds above 0, got {value}.")
+        if self.false_alarm_rate:
+            check_rate(self.false_alarm_rate)
         if self.log_format not in ("text", "json"):
             raise ConfigError(f"log_format must be text or json, got {self.log_format!r}.")
         for proxy in self.trusted_proxies:

@@ -30,6 +30,7 @@ OPERATIONS: dict[tuple[str, str], Callable[[Sequence[Json]], Json]] = {
     ("POST", "/classify"): images.classify,
     ("POST", "/features"): images.features,
     ("POST", "/score"): images.score,
+    ("POST", "/anomaly"): images.anomaly,
     ("POST", "/reconstruct"): images.reconstruct,
     ("POST", "/embed/stream"): images.embed_stream,
     ("POST", "/v1/embeddings"): openai.embeddings,
@@ -65,7 +66,8 @@ def document(endpoints: tuple[Endpoint, ...]) -> Json:
         "info": {
             "title": "mixmim-serve",
             "version": __version__,
-            "description": "Embeddings, classes, features, scores and reconstructions of images by a MixMIM backbone.",
+            "description": "Embeddings, classes, features, scores, alarms and reconstructions of images by a MixMIM "
+            "backbone.",
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "tags": TAGS,

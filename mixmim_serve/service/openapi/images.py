@@ -51,6 +51,17 @@ def score(parameters: Sequence[Json]) -> Json:
     return _operation(summary, "Score", parameters, example, ("x-npz", "x-safetensors"))
 
 
+def anomaly(parameters: Sequence[Json]) -> Json:
+    """POST /anomaly."""
+    summary, example = (
+        "Judge whether an image is normal",
+        {"score": 3.4, "percentile": 100.0, "normal": False, "threshold": 2.9},
+    )
+    operation = _operation(summary, "Anomaly", parameters, example, ("x-npz", "x-safetensors"))
+    operation["responses"]["200"]["content"]["image/png"] = {"schema": BINARY}
+    return operation
+
+
 def reconstruct(parameters: Sequence[Json]) -> Json:
     """POST /reconstruct."""
     kinds = ("image/png", "application/x-npz", "application/x-safetensors")
@@ -105,7 +116,19 @@ def answer_schemas() -> Json:
         "Embedding": {"embedding": NUMBERS},
         "Classes": {"classes": {"type": "array", "items": guess}},
         "Features": {stage: {"type": "array"} for stage in STAGE_OUTPUTS},
-        "Score": {"score": {"type": "number"}, "map": {"type": "array", "items": NUMBERS}},
+        "Anomaly": {
+            "score": {"type": "number"},
+            "percentile": {"type": "number", "minimum": 0, "maximum": 100},
+            "normal": {"type": "boolean"},
+            "threshold": {"type": "number"},
+            "map": {"type": "array", "items": NUMBERS},
+            "overlay": STRING | {"description": "A data URI of a PNG."},
+        },
+        "Score": {
+            "score": {"type": "number"},
+            "percentile": {"type": "number", "description": "Among normal photos, if the bundle is calibrated."},
+            "map": {"type": "array", "items": NUMBERS},
+        },
     }
     schemas: Json = {}
     for name, properties in flat.items():

@@ -33,7 +33,7 @@ IDENTITY_SCHEMA: Json = {
 ERRORS = {
     400: "The body, an option or a header is malformed.",
     401: "The API key is missing or wrong.",
-    404: "Not found: a part of this model (head or decoder), a model, a job; or the server takes no jobs.",
+    404: "Not found: a part of this model (head, decoder or calibration), a model, a job; or the server takes no jobs.",
     406: "The route can write none of the media types in Accept.",
     408: "The body arrived too slowly.",
     409: "The job has not ended.",

@@ -41,8 +41,8 @@ SCORE = (
     "**A high score is not a defect.** Flat, plain or defective images can be easier to reconstruct than normal ones "
     "and then score lower: between intact and defective solar cells the shipped model's score had an AUROC of 0.40, "
     "worse than chance, where the distance to the nearest intact cells in stage-4 features had 0.87. To find unusual "
-    "images, compare vectors of `/embed` or `/features` with those of images known to be normal. Scores compare only "
-    "where `fingerprint` is the same."
+    "images, calibrate the bundle on normal ones and ask `/anomaly`. Scores compare only where `fingerprint` is the "
+    "same."
 )
 
 # Of each route: its group, and the description below its summary.
@@ -64,6 +64,14 @@ PURPOSES: dict[tuple[str, str], tuple[str, str]] = {
         "images place by place. The answer is an .npz file unless `Accept` asks for JSON.",
     ),
     ("POST", "/score"): (IMAGES, SCORE),
+    ("POST", "/anomaly"): (
+        IMAGES,
+        "For a bundle that `mixmim calibrate` has shown normal photos; 404 for any other. `score` is the distance from "
+        "them, 0 for the median normal photo; `percentile` the share of normal photos that score lower, and `normal` "
+        "whether the score is at most `threshold`, which normal photos exceed at the server's false-alarm rate. "
+        "`map=true` adds the distance of each place, `overlay=true` a picture of it; with `Accept: image/png` that "
+        "picture of one image is the whole answer.",
+    ),
     ("POST", "/reconstruct"): (
         IMAGES,
         "Send two images. They are mixed in units of 32 x 32 pixels, and the network completes both. The answer is a "

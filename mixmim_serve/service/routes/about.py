@@ -39,6 +39,7 @@ async def model(request: Request) -> Response:
             "size": size_name(bundle.arch),
             "engine": runtime.certificate.summary(),
             **bundle.description.to_dict(),
+            "anomaly": runtime.detector.summary() if runtime.detector else None,
             "embedding_size": bundle.arch.embedding_size,
             "outputs": {graph: list(outputs) for graph, outputs in bundle.graphs.items()},
         }

@@ -65,7 +65,7 @@ async def embed(request: Request) -> Response:
     uploads = await read_images(request, runtime.settings)
     outputs = await map_images(uploads, lambda image: runtime.encode(image, ["embedding"], context))
     results = [finish_result(output, partial(embedding, unit_length=unit_length)) for output in outputs]
-    return await _respond(runtime, context, format_, results, uploads)
+    return await respond(runtime, context, format_, results, uploads)
 
 
 async def classify(request: Request) -> Response:
@@ -83,7 +83,7 @@ async def classify(request: Request) -> Response:
             return {"probabilities": probabilities(arrays["logits"])}
         return {"classes": [dataclasses.asdict(guess) for guess in top_classes(runtime.bundle, arrays["logits"], top)]}
 
-    return await _respond(runtime, context, format_, [finish_result(output, finish) for output in outputs], uploads)
+    return await respond(runtime, context, format_, [finish_result(output, finish) for output in outputs], uploads)
 
 
 async def features(request: Request) -> Response:
@@ -97,13 +97,13 @@ async def features(request: Request) -> Response:
     as_tokens = LAYOUT.read(request) == "tokens"
     format_ = negotiate(request, "npz", "safetensors", "json", *(["npy"] if len(stages) == 1 else []))
     uploads = await read_images(request, runtime.settings)
-    context.reservation.hold(len(uploads.images) * _feature_bytes(runtime, stages))
+    context.reservation.hold(len(uploads.images) * feature_bytes(runtime, stages))
     outputs = await map_images(uploads, lambda image: runtime.encode(image, stages, context))
 
     def finish(arrays: Arrays) -> dict[str, Any]:
         return {name: _tokens(array) if as_tokens else array for name, array in arrays.items()}
 
-    return await _respond(runtime, context, format_, [finish_result(output, finish) for output in outputs], uploads)
+    return await respond(runtime, context, format_, [finish_result(output, finish) for output in outputs], uploads)
 
 
 async def score(request: Request) -> Response:
@@ -111,7 +111,7 @@ async def score(request: Request) -> Response:
 
     `masks` (2) pairs of masks, always the same, cover every unit so many times; `map=true` adds the error per unit,
     (rows, columns). The score is the pretraining loss: 0 is perfect, and with normalised targets 1 is a plain grey
-    unit.
+    unit. A calibrated bundle adds `percentile`, the share of normal photos with a lower score.
     """
     runtime, context = runtime_of(request), context_of(request)
     require_decoder(runtime.bundle)
@@ -122,9 +122,10 @@ async def score(request: Request) -> Response:
     outputs = await map_images(uploads, lambda image: _unit_errors(runtime, image, count, context))
 
     def finish(errors: NDArray[np.float32]) -> dict[str, Any]:
-        return {"score": errors.mean(), **({"map": errors} if with_map else {})}
+        place = runtime.detector.reconstruction_percentile(errors.mean(), count) if runtime.detector else {}
+        return {"score": errors.mean(), **place, **({"map": errors} if with_map else {})}
 
-    return await _respond(runtime, context, format_, [finish_result(output, finish) for output in outputs], uploads)
+    return await respond(runtime, context, format_, [finish_result(output, finish) for output in outputs], uploads)
 
 
 async def reconstruct(request: Request) -> Response:
@@ -154,7 +155,7 @@ async def reconstruct(request: Request) -> Response:
         raise image_refused(error, "input") from error
     arrays = reconstructed(runtime.bundle, inputs, outputs)
     began = time.perf_counter()
-    body = await _off_loop(runtime, partial(_reconstruction_bytes, runtime, format_, arrays))
+    body = await off_loop(runtime, partial(_reconstruction_bytes, runtime, format_, arrays))
     context.reservation.hold(len(body))
     context.record_stage("encode", time.perf_counter() - began)
     return Response(body, media_type=format_.media_type)
@@ -199,7 +200,7 @@ def finish_result(output: Result | RequestError, finish: Callable[[Result], dict
     return output if isinstance(output, RequestError) else finish(output)
 
 
-async def _respond(
+async def respond(
     runtime: Runtime, context: RequestContext, format_: ResponseFormat, results: list[ImageResult], uploads: Uploads
 ) -> Response:
     """Write the response, and count the reason of each refused image."""
@@ -211,7 +212,7 @@ async def _respond(
         cast = [cast_floats(result, format_.dtype, f"input[{index}]") for index, result in enumerate(results)]
         return cast, write(format_, cast, runtime.identity, flat=uploads.alone)
 
-    cast, response = await _off_loop(runtime, make) if size > LARGE_RESPONSE else make()
+    cast, response = await off_loop(runtime, make) if size > LARGE_RESPONSE else make()
     for result in cast:
         if isinstance(result, RequestError) and not uploads.alone:
             runtime.metrics.count_failure(result.code)
@@ -220,7 +221,8 @@ async def _respond(
     return response
 
 
-async def _off_loop(runtime: Runtime, work: Callable[[], Result]) -> Result:
+async def off_loop(runtime: Runtime, work: Callable[[], Result]) -> Result:
+    """`work` in a thread that writes responses: numpy lets the event loop run meanwhile."""
     return await asyncio.get_running_loop().run_in_executor(runtime.encode_thread, work)
 
 
@@ -247,7 +249,7 @@ def _tokens(feature_map: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.ascontiguousarray(feature_map.reshape(len(feature_map), -1).T)
 
 
-def _feature_bytes(runtime: Runtime, stages: Sequence[str]) -> int:
+def feature_bytes(runtime: Runtime, stages: Sequence[str]) -> int:
     """Bytes of one image's feature maps, as the engine gives them and once more as they are written."""
     arch = runtime.bundle.arch
     shapes = dict(zip(STAGE_OUTPUTS, zip(arch.dims, arch.grids, strict=True), strict=True))
