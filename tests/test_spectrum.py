@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mixmim_serve.errors import DataError
-from training.evaluation.spectrum import spectrum
+from training.evaluation.spectrum import spectrum, uniformity
 
 
 def orthogonal(rank: int, count: int = 600, channels: int = 64, seed: int = 0) -> torch.Tensor:
@@ -40,13 +40,21 @@ def test_collapse_shows_in_every_measure() -> None:
     assert broken.effective_rank < 3
     assert healthy.uniformity == pytest.approx(-4, abs=0.2)
     assert broken.uniformity == pytest.approx(0, abs=0.01)
+    assert healthy.dead_dimensions == 0
+    assert broken.dead_dimensions == 1  # also where all of them died at once
 
 
-def test_channels_that_do_not_vary_are_dead() -> None:
+def test_what_does_not_depend_on_the_scale() -> None:
+    values = torch.randn(200, 16, generator=torch.Generator().manual_seed(0))
+    one, other = spectrum(values), spectrum(1000 * values)
+    assert one.metrics() == other.metrics()
+
+
+def test_dimensions_that_do_not_vary_are_dead() -> None:
     values = torch.randn(100, 40, generator=torch.Generator().manual_seed(0))
     values[:, :10] = 7.0
-    assert spectrum(values).dead_channels == pytest.approx(0.25)
-    assert spectrum(values).metrics()["dead_channels"] == 0.25
+    assert spectrum(values).dead_dimensions == pytest.approx(0.25)
+    assert spectrum(values).metrics()["dead_dimensions"] == 0.25
 
 
 def test_equal_embeddings_have_measures_too() -> None:
@@ -54,9 +62,20 @@ def test_equal_embeddings_have_measures_too() -> None:
     assert same.effective_rank == pytest.approx(1)
     assert same.uniformity == pytest.approx(0)
     assert math.isinf(same.decay)
+    assert "spectrum_decay" not in same.metrics()  # JSON has no infinity
     assert spectrum(torch.zeros(4, 8)).effective_rank == 1
 
 
 def test_one_image_has_no_spectrum() -> None:
     with pytest.raises(DataError, match="at least two images, got 1"):
         spectrum(torch.ones(1, 8))
+
+
+def test_embeddings_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(DataError, match="not finite"):
+        spectrum(torch.tensor([[1.0, 2.0], [math.inf, 0.0]]))
+
+
+def test_many_images_are_thinned_for_their_pairs() -> None:
+    values = torch.randn(3000, 8, generator=torch.Generator().manual_seed(0))
+    assert uniformity(values.double()) == pytest.approx(uniformity(values[::2].double()))
