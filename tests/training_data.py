@@ -32,6 +32,8 @@ SMALL = PretrainConfig(
     log_every=1,
     keep_every=1,
     bf16=False,
+    monitor=0,
+    report=False,
 )
 STEPS_PER_EPOCH = 3
 NARROW = Architecture(8, (1, 1, 1, 1), (1, 1, 1, 1), 64, decoder=DecoderConfig(16, 1, 2))  # a few thousand weights

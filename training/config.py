@@ -43,6 +43,7 @@ class RunConfig:
     compile: bool | Literal["auto"] = False  # torch.compile; auto: when enough steps are ahead to win its time back
     checkpoint_activations: bool = False  # recompute blocks in the backward pass to save memory: for huge
     shard: bool = False  # FSDP2: shard weights and optimiser state over the processes
+    report: bool = True  # write RUN/report.html after each epoch
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate", "log_every", "keep_last", "keep_every"):
@@ -110,12 +111,15 @@ class PretrainConfig(RunConfig):
     final_weights: str = "trained"  # which weights are evaluated and become the final ones: trained, average
     sample_every: int = 5  # epochs between pictures of reconstructions
     knn_every: int = 5  # epochs between k-NN evaluations, when a labelled set is given
+    monitor: int = 1024  # photos whose embeddings are measured after each epoch, at most; 0 for none
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("sample_every", "knn_every", "feature_blocks"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.monitor < 0:
+            raise ConfigError(f"monitor must be a number of photos, or 0 for none, got {self.monitor}.")
         if not 0 < self.mask_ratio < 1:
             raise ConfigError("mask_ratio must be a share between 0 and 1.")
         if self.attention not in ATTENTION:

@@ -86,8 +86,8 @@ class Finetuning:
         return Description(self.arch, self.preprocessing, self.classes, provenance)
 
     def evaluate(self, epochs: int, world: World) -> dict[str, float]:
-        """Top-1 and top-5 on the validation images."""
-        if self.val is None or not self.config.due(epochs, self.config.evaluate_every):
+        """Top-1 and top-5 on the validation images; not of the untrained head."""
+        if self.val is None or not epochs or not self.config.due(epochs, self.config.evaluate_every):
             return {}
         result = evaluate_classifier(self.objective.model, self.preprocessing, self.val, world, self.config.workers)
         return {"val_top1": result.accuracy.top1, "val_top5": result.accuracy.top5}

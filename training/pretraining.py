@@ -24,12 +24,14 @@ from training.config import MORE_UNITS, PretrainConfig
 from training.data import Batch
 from training.distributed import World
 from training.evaluation.labelled import Labelled, evaluate_knn
+from training.evaluation.monitor import Monitor
 from training.feature_targets import FeatureObjective
 from training.optim import parameter_groups
 from training.start import SCRATCH, Start
 from training.task import Objective
 
 PAIRS = 4  # image pairs in a picture of reconstructions
+MEASUREMENTS = 100  # of the embeddings in a run, about: with few images an epoch takes seconds
 # Settings that the paper does not have.
 BEYOND = {"attention", "pixel_weight", "feature_weight", "feature_blocks", "feature_norm", "embedding_weight"}
 BEYOND |= {"embedding_crops", "ema_momentum", "ema_final_momentum", "final_weights"}
@@ -84,6 +86,9 @@ class Pretraining:
             if config.beyond_pixels
             else PretrainObjective(self.model, config.mask_ratio)
         )
+        self.monitor: Monitor | None = None
+        if samples is not None and config.monitor:
+            self.monitor = Monitor(samples, self.preprocessing, config.monitor)
         self.to(torch.device("cpu"))
 
     def load(self, start: Start, new_decoder: bool) -> None:
@@ -134,16 +139,38 @@ class Pretraining:
         return Description(self.arch, self.preprocessing, provenance={**provenance, **method(self.config)})
 
     def evaluate(self, epochs: int, world: World) -> dict[str, float]:
-        """k-NN accuracy on the labelled set, if one was given."""
-        if self.labelled is None or not self.config.due(epochs, self.config.knn_every):
+        """k-NN accuracy on the labelled set, if one was given, and measures of fixed photos (`Monitor`).
+
+        Before the first epoch too: what the run starts from is what it has to beat.
+        """
+        if not (epochs or self.monitor):
             return {}
-        return evaluate_knn(self.objective.kept, self.preprocessing, *self.labelled, world, self.config.workers)
+        metrics = {}
+        if self.labelled is not None and self.config.due(epochs, self.config.knn_every):
+            metrics = evaluate_knn(self.objective.kept, self.preprocessing, *self.labelled, world, self.config.workers)
+        # The first process alone, unless the network is split over all: then each has to take part in its forward pass.
+        if self.monitor and (world.main or self.config.shard) and self.measures(epochs):
+            metrics |= self.monitor.measure(self.objective.kept, self.normalize, self.device, epochs)
+        return metrics
+
+    def measures(self, epochs: int) -> bool:
+        """Whether the monitor measures after so many epochs: about `MEASUREMENTS` times, and at kept checkpoints."""
+        every = -(-self.config.epochs // MEASUREMENTS)
+        return self.config.due(epochs, every) or self.config.due(epochs, self.config.keep_every)
 
     def pictures(self, epochs: int) -> dict[str, Image.Image]:
-        """Sample images, mixed in pairs and reconstructed, one row per pair."""
-        if self.samples is None or not self.config.due(epochs, self.config.sample_every):
-            return {}
-        pixels = sample_pixels(self.samples, self.preprocessing)
+        """Reconstructions of sample images, and the nearest neighbours of fixed photos at each kept checkpoint."""
+        pictures = {}
+        if self.samples is not None and epochs and self.config.due(epochs, self.config.sample_every):
+            pictures |= self.reconstructions(self.samples)
+        if self.monitor and self.config.due(epochs, self.config.keep_every):
+            neighbours = self.monitor.neighbours(epochs)
+            pictures |= {"neighbours": neighbours} if neighbours else {}
+        return pictures
+
+    def reconstructions(self, samples: Source) -> dict[str, Image.Image]:
+        """Sample images, mixed in pairs and reconstructed, one row per pair; {} without a readable pair."""
+        pixels = sample_pixels(samples, self.preprocessing)
         if len(pixels) < 2:
             return {}
         a, b = (torch.from_numpy(np.stack(half)).to(self.device) for half in (pixels[::2], pixels[1::2]))

@@ -5,7 +5,8 @@ RUN/metrics.jsonl        one line every `log_every` steps, and one per evaluatio
 RUN/events.out.tfevents* the same for TensorBoard
 RUN/unreadable.txt       unreadable images, with the reason
 RUN/checkpoints/         step-N.safetensors (weights), and of the last one step-N.state.pt (what else --resume needs)
-RUN/samples/             pictures of reconstructions
+RUN/report.html          the same as curves, with the pictures and what they say (report/)
+RUN/samples/             pictures of reconstructions and of nearest neighbours
 RUN/nonfinite/           the step that gave a non-finite gradient (replay.py)
 RUN/final.safetensors    the weights after the last epoch
 """
@@ -36,7 +37,8 @@ from mixmim_serve.runs import FINAL
 from mixmim_serve.strict_json import read_json
 from training.config import AUTO, RunConfig
 
-MAY_CHANGE = {"workers", "max_unreadable", "save_steps", "keep_last", "keep_every"}  # these change no number
+# These change no number.
+MAY_CHANGE = {"workers", "max_unreadable", "save_steps", "keep_last", "keep_every", "monitor", "report"}
 MAY_HELP = {"base_lr", "bf16", "compile"}  # to rescue a run; changes are recorded in config.json
 
 
@@ -241,7 +243,10 @@ class RunFolder:
             raise CheckpointError(f"the checkpoint {stem} is damaged: {advice}.") from error
 
     def rewind(self, step: int) -> None:
-        """Drop what the resumed run writes again: log lines and weights after `step`, and what was cut in writing."""
+        """Drop what the resumed run writes again: log lines and weights after `step`, and what was cut in writing.
+
+        From step 0 a run starts anew, with the measures before its first step.
+        """
         for cut in self.checkpoints.glob(".step-*.tmp"):
             cut.unlink()
         for later in self.saved():
@@ -249,7 +254,7 @@ class RunFolder:
                 (self.checkpoints / f"step-{later:08d}.safetensors").unlink()
         path = self.path / "metrics.jsonl"
         kept = []
-        for line in path.read_text().splitlines() if path.exists() else ():
+        for line in path.read_text().splitlines() if path.exists() and step else ():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(f"{line}\n")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -72,7 +73,16 @@ class Task(Protocol):
         """The description to store in a checkpoint."""
 
     def evaluate(self, epochs: int, world: World) -> dict[str, float]:
-        """Metrics by name after `epochs` complete epochs; {} when none are due."""
+        """Metrics by name after `epochs` complete epochs, 0 before the first; {} when none are due."""
 
     def pictures(self, epochs: int) -> dict[str, Image.Image]:
-        """Pictures by name after `epochs` complete epochs; {} when none are due."""
+        """Pictures by name after `epochs` complete epochs, 0 before the first; {} when none are due."""
+
+
+@contextlib.contextmanager
+def evaluation(objective: Objective, device: torch.device) -> Iterator[None]:
+    """A block in which the network is evaluated; nothing that it draws at random changes the training."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        objective.eval()
+        yield
+        objective.train()

@@ -37,9 +37,10 @@ from training.distributed import (
 from training.meter import Meter, Metrics, announcer, in_words, left_in_words, progress_bar
 from training.nonfinite import BadStep, save_nonfinite
 from training.optim import build_optimizer, learning_rate
+from training.report import refresh
 from training.resources import explain_shortage
 from training.run_folder import RunFolder
-from training.task import Task
+from training.task import Task, evaluation
 from training.trackers import Tracker, check_trackers, open_trackers
 
 
@@ -171,6 +172,8 @@ class Trainer:
 
     def epochs(self, stopping: threading.Event, console: Console) -> Iterator[Metrics]:
         """The remaining epochs, each with its evaluation and checkpoint, until `stopping` is set; yields as logged."""
+        if not self.step:
+            self.evaluate(0, console)
         for epoch in range(self.step // self.sampler.steps, self.config.epochs):
             yield from self.train_epoch(epoch, stopping)
             if self.step == (epoch + 1) * self.sampler.steps:
@@ -289,11 +292,9 @@ class Trainer:
         raise save_nonfinite(self.folder.path, self.world, weights, description, bad, state)
 
     def evaluate(self, epochs: int, console: Console) -> None:
-        """Log the metrics and write the pictures that are due after `epochs` epochs."""
-        self.task.objective.eval()
-        metrics = self.task.evaluate(epochs, self.world)
-        pictures = self.task.pictures(epochs)
-        self.task.objective.train()
+        """Log the metrics and write the pictures that are due after `epochs` epochs, then the report."""
+        with self.meter.uncounted(), evaluation(self.task.objective, self.world.device):
+            metrics, pictures = self.task.evaluate(epochs, self.world), self.task.pictures(epochs)
         if metrics:
             self.record({"step": self.step, "epoch": epochs, **metrics})
             console.log(", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
@@ -301,6 +302,8 @@ class Trainer:
             self.folder.save_picture(name, epochs, picture)
             for tracker in self.trackers:
                 tracker.picture(self.step, name, np.asarray(picture))
+        if self.world.main and self.config.report:
+            refresh(self.folder.path, console.log)
 
     def record(self, values: Mapping[str, Any]) -> None:
         """Write values to metrics.jsonl and the trackers, from the first process only."""
