@@ -66,9 +66,12 @@ def test_the_bet_is_judged_and_not_trained_twice(
 ) -> None:
     out = tmp_path / "bet"
     arguments = (data / "clothing10" / "train", data, "--out", out, "--epochs", 2, "--seeds", 0, "--only")
-    run(bet, monkeypatch, *arguments, "pixels", "pixels and features", "--set", "feature_blocks=1")
+    changes = ("--set", "feature_blocks=1", "--all", "min_crop=0.5")
+    run(bet, monkeypatch, *arguments, "pixels", "pixels and features", *changes)
     config = json.loads((out / "pixels-and-features-0" / "config.json").read_text())["config"]
     assert (config["epochs"], config["feature_weight"], config["feature_blocks"]) == (2, 1.0, 1)
+    config = json.loads((out / "pixels-0" / "config.json").read_text())["config"]
+    assert (config["epochs"], config["feature_blocks"], config["min_crop"]) == (2, 4, 0.5)
     found = json.loads((out / "results.json").read_text())
     plain, both = found["pixels"]["0"], found["pixels and features"]["0"]
     on = {"clothing10 val, k-NN", "clothing10 test, k-NN", "caltech99 val, k-NN"}
