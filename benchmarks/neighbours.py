@@ -29,8 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.ablation import VARIANTS as ABLATION
 from benchmarks.cost import epochs_at_equal_cost
@@ -40,27 +39,22 @@ from mixmim_serve.description import Description
 from mixmim_serve.files import atomic_path
 from mixmim_serve.model import Encoder
 from mixmim_serve.model.checkpoint import save_checkpoint
-from mixmim_serve.model.encoder import initialize
 from mixmim_serve.sources import open_source
 from training.config import AugmentConfig, FinetuneConfig, PretrainConfig
 from training.data import Batch
 from training.evaluation.labelled import Labelled
 from training.evaluation.probe import untrained
+from training.feature_targets import PROJECTED, same_photo, two_layers
 from training.finetuning import Finetuning
 from training.pretraining import Pretraining
 from training.recipes import tiny_cpu
 from training.task import Objective, Task
 
-TEMPERATURE = 0.2  # of the softmax over the batch
-PROJECTED = 128  # channels in which crops are compared
 NAMES = ("mixmim", "simmim", "simclr", "supervised", "untrained")
 
 
 class ContrastiveObjective(Objective):
-    """Which of the other crops of a batch shows the same photo? Cross-entropy over cosine similarities.
-
-    Shape suffixes: B photos, V crops (2B, those of a photo next to each other), D channels of the projection.
-    """
+    """Which of the other crops of a batch shows the same photo?"""
 
     crops = 2
 
@@ -68,16 +62,11 @@ class ContrastiveObjective(Objective):
         super().__init__()
         self.model = model
         size = model.arch.embedding_size
-        self.projection = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, PROJECTED))
-        self.projection.apply(initialize)
+        self.projection = two_layers(size, size, PROJECTED)
 
-    def forward(self, pixels_VCHW: Tensor) -> Tensor:
-        """The loss, a scalar; float32 even under autocast."""
-        projected_VD = F.normalize(self.projection(self.model(pixels_VCHW).embedding_BD).float())
-        similarity_VV = projected_VD @ projected_VD.T / TEMPERATURE
-        rows = torch.arange(len(pixels_VCHW), device=pixels_VCHW.device)
-        itself = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
-        return F.cross_entropy(similarity_VV.masked_fill(itself, -torch.inf), rows ^ 1)
+    def forward(self, pixels_2BCHW: Tensor) -> Tensor:
+        """The loss, a scalar, for the first crops of all photos and then the second."""
+        return same_photo(self.projection(self.model(pixels_2BCHW).embedding_BD))
 
 
 class Contrastive(Pretraining):
@@ -92,9 +81,8 @@ class Contrastive(Pretraining):
         self.objective = ContrastiveObjective(Encoder(self.arch))
 
     def inputs(self, batch: Batch, mask_seed: int, seed: int) -> tuple[Tensor, ...]:
-        """Normalised crops (2B, 3, size, size)."""
-        pixels_BCHW = self.normalize(batch.pixels_on(self.device))
-        return (pixels_BCHW.unflatten(2, (2, -1)).transpose(1, 2).flatten(0, 1),)
+        """Normalised crops (2B, 3, size, size), the first of all photos, then the second."""
+        return (torch.cat(self.normalize(batch.pixels_on(self.device)).chunk(2, dim=2)),)
 
 
 def main() -> None:

@@ -66,9 +66,12 @@ def test_the_bet_is_judged_and_not_trained_twice(
 ) -> None:
     out = tmp_path / "bet"
     arguments = (data / "clothing10" / "train", data, "--out", out, "--epochs", 2, "--seeds", 0, "--only")
-    run(bet, monkeypatch, *arguments, "pixels", "pixels and features", "--set", "feature_blocks=1")
+    changes = ("--set", "feature_blocks=1", "--all", "min_crop=0.5")
+    run(bet, monkeypatch, *arguments, "pixels", "pixels and features", *changes)
     config = json.loads((out / "pixels-and-features-0" / "config.json").read_text())["config"]
     assert (config["epochs"], config["feature_weight"], config["feature_blocks"]) == (2, 1.0, 1)
+    config = json.loads((out / "pixels-0" / "config.json").read_text())["config"]
+    assert (config["epochs"], config["feature_blocks"], config["min_crop"]) == (2, 4, 0.5)
     found = json.loads((out / "results.json").read_text())
     plain, both = found["pixels"]["0"], found["pixels and features"]["0"]
     on = {"clothing10 val, k-NN", "clothing10 test, k-NN", "caltech99 val, k-NN"}
@@ -124,9 +127,9 @@ def test_crops_of_a_photo_are_told_from_all_others() -> None:
     with torch.no_grad():
         unit = F.normalize(objective.projection(objective.model(pixels).embedding_BD))
         found = float(objective(pixels))
-    weights = (unit @ unit.T / neighbours.TEMPERATURE).exp().double()
+    weights = (unit @ unit.T / 0.2).exp().double()
     expected = [
-        -math.log(weights[row, row ^ 1] / sum(weights[row, other] for other in range(6) if other != row))
+        -math.log(weights[row, (row + 3) % 6] / sum(weights[row, other] for other in range(6) if other != row))
         for row in range(6)
     ]
     assert found == pytest.approx(sum(expected) / 6, rel=1e-5)
@@ -148,7 +151,7 @@ def test_a_batch_of_simclr_has_two_crops_of_each_photo(data: Path) -> None:
     (pixels,) = task.inputs(batch, 0, 0)
     assert pixels.shape == (6, 3, 64, 64)
     expected = task.normalize(torch.from_numpy(images[1].pixels[None, 64:].copy()))
-    assert torch.equal(pixels[3:4], expected)  # photo 1, second crop
+    assert torch.equal(pixels[4:5], expected)  # photo 1, second crop
 
 
 def test_the_labels_of_all_sets_are_one_source(data: Path, tmp_path: Path) -> None:

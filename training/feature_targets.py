@@ -148,15 +148,16 @@ def embeddings_of_halves(encoded_BUD: Tensor, from_partner_MU: Tensor) -> Tensor
 
 
 def same_photo(projected_2BP: Tensor) -> Tensor:
-    """Which other half of the batch is of the same photo? Cross-entropy over cosine similarities, float32.
+    """Which other view of the batch is of the same photo? Cross-entropy over cosine similarities, float32.
 
     Row i and row B + i are of one photo.
     """
-    unit_2BP = F.normalize(projected_2BP.float())
-    rows = torch.arange(len(unit_2BP), device=unit_2BP.device)
-    itself = rows[:, None] == rows
-    similarity = (unit_2BP @ unit_2BP.T / TEMPERATURE).masked_fill(itself, -torch.inf)
-    return F.cross_entropy(similarity, rows.roll(len(rows) // 2))
+    with torch.autocast(projected_2BP.device.type, enabled=False):  # a similarity needs more digits than bf16 has
+        unit_2BP = F.normalize(projected_2BP.float())
+        rows = torch.arange(len(unit_2BP), device=unit_2BP.device)
+        itself = rows[:, None] == rows
+        similarity = (unit_2BP @ unit_2BP.T / TEMPERATURE).masked_fill(itself, -torch.inf)
+        return F.cross_entropy(similarity, rows.roll(len(rows) // 2))
 
 
 def last_blocks(encoder: Encoder, pixels_BCHW: Tensor, count: int) -> list[Tensor]:
