@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mixmim_serve.model.attention import Attention
-from mixmim_serve.model.encoder import Stage
+from mixmim_serve.model.pvt import ReducedAttention
 
 FLOAT = 1  # ONNX's number for float32
 
@@ -22,8 +22,7 @@ class ExportedAttention(nn.Module):
     def __init__(self, attention: Attention, *, written_out: bool) -> None:
         super().__init__()
         self.heads, self.written_out = attention.heads, written_out
-        weights, biases = attention.qkv.weight.detach().chunk(3), attention.qkv.bias.detach().chunk(3)
-        self.q, self.k, self.v = (linear(weight, bias) for weight, bias in zip(weights, biases, strict=True))
+        self.q, self.k, self.v = rows(attention.qkv, 3)
         self.proj = attention.proj
         del attention.qkv, attention.proj
         self.position = attention  # now without its layers: it computes the learned bias
@@ -35,27 +34,61 @@ class ExportedAttention(nn.Module):
         bias = self.position.bias(blocked_MKNN)
         if bias is not None and bias.dim() == 4:
             bias = bias.reshape(-1, self.heads, tokens, tokens)
-        attend = self.attend_written_out if self.written_out else self.attend
-        projected: Tensor = self.proj(attend(self.q(x_GND), self.k(x_GND), self.v(x_GND), bias))
+        attended = attend(self.q(x_GND), self.k(x_GND), self.v(x_GND), bias, self.heads, written_out=self.written_out)
+        projected: Tensor = self.proj(attended)
         return projected if x.dim() == 3 else projected.reshape(-1, *x.shape[1:])
 
-    def attend(self, q_GND: Tensor, k_GND: Tensor, v_GND: Tensor, bias: Tensor | None) -> Tensor:
-        """Attention as one ONNX operator, its softmax in float32."""
+    def turned(self, x_BND: Tensor, windows: int, blocked_MKNN: Tensor | None) -> Tensor:
+        """Attention within windows whose tokens alternate: (B, N * K, D), the first token of every window first.
+
+        Windows then are heads, without a transpose, and a mask over windows serves all images (M = 1).
+        """
+        tokens, dim = x_BND.shape[1] // windows, x_BND.shape[2]
+        q, k, v = (part(x_BND).reshape(-1, tokens, windows * dim) for part in (self.q, self.k, self.v))
+        bias = self.position.bias(blocked_MKNN)
+        attended = attend(q, k, v, bias, windows * self.heads, written_out=self.written_out)
+        projected: Tensor = self.proj(attended.reshape(-1, tokens * windows, dim))
+        return projected
+
+
+class ExportedReducedAttention(ReducedAttention):
+    """PVT's `ReducedAttention` as a graph computes it; it takes over the layers of the original."""
+
+    def __init__(self, attention: ReducedAttention, *, written_out: bool) -> None:
+        nn.Module.__init__(self)
+        self.heads, self.grid, self.reduction = attention.heads, attention.grid, attention.reduction
+        self.written_out = written_out
+        self.q, self.proj = attention.q, attention.proj
+        self.k, self.v = rows(attention.kv, 2)
+        if self.reduction > 1:
+            self.sr, self.norm = attention.sr, attention.norm
+
+    def forward(self, x_BND: Tensor, blocked_M1NR: Tensor | None = None) -> Tensor:
+        """(B, N, D) to the same shape. A mask may be one for all images."""
+        cells_BRD = self.reduce(x_BND)
+        q, k, v = self.q(x_BND), self.k(cells_BRD), self.v(cells_BRD)
+        projected: Tensor = self.proj(attend(q, k, v, blocked_M1NR, self.heads, written_out=self.written_out))
+        return projected
+
+
+def attend(
+    q_GND: Tensor, k_GRD: Tensor, v_GRD: Tensor, bias: Tensor | None, heads: int, *, written_out: bool
+) -> Tensor:
+    """Attention of N queries to R keys, (G, N, D), its softmax in float32: as one ONNX operator, or in basic ones."""
+    if not written_out:
         attended, *_ = torch.onnx.ops.attention(
-            q_GND, k_GND, v_GND, bias, q_num_heads=self.heads, kv_num_heads=self.heads, softmax_precision=FLOAT
+            q_GND, k_GRD, v_GRD, bias, q_num_heads=heads, kv_num_heads=heads, softmax_precision=FLOAT
         )
         return attended
-
-    def attend_written_out(self, q_GND: Tensor, k_GND: Tensor, v_GND: Tensor, bias: Tensor | None) -> Tensor:
-        """Attention in basic operators, its softmax in float32."""
-        tokens, dim = q_GND.shape[1:]
-        split = (-1, tokens, self.heads, dim // self.heads)
-        q_GAND, k_GAND, v_GAND = (x.reshape(split).transpose(1, 2) for x in (q_GND, k_GND, v_GND))
-        scores = (q_GAND * split[-1] ** -0.5) @ k_GAND.transpose(2, 3)
-        if bias is not None:
-            scores = scores + bias
-        attended: Tensor = scores.float().softmax(dim=-1).to(v_GAND.dtype) @ v_GAND
-        return attended.transpose(1, 2).reshape(-1, tokens, dim)
+    tokens, dim = q_GND.shape[1:]
+    q_GAND, k_GARD, v_GARD = (
+        x.reshape(-1, x.shape[1], heads, dim // heads).transpose(1, 2) for x in (q_GND, k_GRD, v_GRD)
+    )
+    scores = (q_GAND * (dim // heads) ** -0.5) @ k_GARD.transpose(2, 3)
+    if bias is not None:
+        scores = scores + bias
+    out: Tensor = scores.float().softmax(dim=-1).to(v_GARD.dtype) @ v_GARD
+    return out.transpose(1, 2).reshape(-1, tokens, dim)
 
 
 class ExportedNorm(nn.LayerNorm):
@@ -76,20 +109,14 @@ def grouped(x: Tensor) -> Tensor:
     return x if x.dim() == 3 else x.reshape(-1, *x.shape[-2:])
 
 
+def rows(layer: nn.Linear, parts: int) -> list[nn.Linear]:
+    """A linear layer as several that share its values, each with an equal part of its outputs."""
+    weights, biases = layer.weight.detach().chunk(parts), layer.bias.detach().chunk(parts)
+    return [linear(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+
+
 def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
     """A linear layer that shares these values."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta", dtype=weight.dtype)
     layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(bias)
     return layer
-
-
-def rewrite_for_export(model: nn.Module, *, written_out: bool = False) -> None:
-    """Replace every attention and norm of a model, in place, and give blocks (G, N, D) tokens."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, Attention):
-                setattr(parent, name, ExportedAttention(child, written_out=written_out))
-            elif isinstance(child, nn.LayerNorm):
-                setattr(parent, name, ExportedNorm(child))
-        if isinstance(parent, Stage):  # one reshape per stage instead of four per block
-            parent.blocks[0].register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1), *args[1:]))

@@ -22,7 +22,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from onnxscript.optimizer import optimize_ir
 from torch import Tensor, nn
 
-from export.attention import rewrite_for_export
+from export.rewrite import rewrite_for_export
 from mixmim_serve.bundle import encoder_outputs
 from mixmim_serve.config import Preprocessing
 from mixmim_serve.errors import BundleError
@@ -175,15 +175,16 @@ def stored_tensors(path: Path) -> dict[str, Stored]:
 
 
 def graph_names(stored: Mapping[str, Stored]) -> dict[str, Stored]:
-    """Stored tensors under the names that `prepare` gives them; queries, keys and values are thirds of one tensor."""
+    """Stored tensors under the names that `prepare` gives them; queries, keys and values are parts of one tensor."""
     tensors = {}
     for name, entry in stored.items():
         module, _, parameter = name.rpartition(".")
-        if module.endswith("attn.qkv"):
-            length = entry.length // 3
-            shape = (entry.shape[0] // 3, *entry.shape[1:])
-            for number, part in enumerate("qkv"):
-                renamed = f"{module.removesuffix('qkv')}{part}.{parameter}"
+        attention, _, parts = module.rpartition("attn.")
+        if parts in ("qkv", "kv"):
+            length = entry.length // len(parts)
+            shape = (entry.shape[0] // len(parts), *entry.shape[1:])
+            for number, part in enumerate(parts):
+                renamed = f"{attention}attn.{part}.{parameter}"
                 tensors[renamed] = Stored(entry.dtype, shape, entry.offset + number * length, length)
         elif parameter == "relative_position_bias_table":
             tensors[f"{module}.position.{parameter}"] = entry

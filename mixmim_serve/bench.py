@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixmim_serve.bundle import Bundle, open_bundle
-from mixmim_serve.config import MLP_RATIO, PATCH_SIZE, Architecture
+from mixmim_serve.config import PATCH_SIZE, STAGES, Architecture
 from mixmim_serve.engines import open_engine
 from mixmim_serve.engines.base import largest_batch
 from mixmim_serve.engines.certificate import certify
@@ -145,14 +145,14 @@ class _Collected:
 
 def encoder_flops(arch: Architecture) -> float:
     """Floating-point operations of the matrix products for one image; a multiply-add counts as two."""
-    total = 2.0 * arch.grids[0] ** 2 * 3 * PATCH_SIZE**2 * arch.embed_dim
-    for depth, dim, grid, window in zip(arch.depths, arch.dims, arch.grids, arch.windows, strict=True):
-        tokens, attended = grid**2, min(window, grid) ** 2
-        linear = tokens * dim**2 * (4 + 2 * MLP_RATIO)
-        total += depth * 2.0 * (linear + 2 * tokens * attended * dim)
-        if dim != arch.dims[-1]:
-            total += 2.0 * (tokens // 4) * (4 * dim) * (2 * dim)
-    return total
+    macs = float(arch.grids[0] ** 2 * 3 * PATCH_SIZE**2 * arch.embed_dim)
+    windows = arch.windows or arch.grids
+    for stage, (depth, dim, grid, window) in enumerate(zip(arch.depths, arch.dims, arch.grids, windows, strict=True)):
+        mlp = 2 * arch.facts.mlp_ratios[stage] * grid**2 * dim**2
+        macs += depth * (arch.facts.attention_macs(grid, window, dim, arch.units) + mlp)
+        if stage < STAGES - 1:
+            macs += (grid // 2) ** 2 * (4 * dim) * arch.dims[stage + 1]
+    return 2 * macs
 
 
 def _rates_to_measure() -> list[tuple[str, str]]:

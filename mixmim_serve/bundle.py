@@ -330,7 +330,7 @@ def fingerprint(description: Description, weights: Mapping[str, bytes | memoryvi
 
 def _fingerprint(description: Description, digests: Mapping[str, bytes]) -> str:
     settings = {
-        "architecture": dataclasses.asdict(description.arch),
+        "architecture": description.arch.identity(),
         "preprocessing": dataclasses.asdict(description.preprocessing),
     }
     digest = hashlib.sha256(canonical_json(settings))

@@ -1,24 +1,25 @@
 """Model configuration: frozen dataclasses, validated on construction, and the table of named sizes.
 
 Free of torch, because the service, the engines and the command line read it too.
-Sizes: Table 1 of arXiv 2205.13137; windows at 384 px from the official fine-tuning code.
+Sizes: Table 1 of arXiv 2205.13137, windows at 384 px from the official fine-tuning code; Swin: section 3.3 of
+arXiv 2103.14030; PVT: Table 1 of arXiv 2102.12122.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mixmim_serve.errors import MAX_QUOTED, ConfigError, quoted
+from mixmim_serve.families import FAMILIES, Family
 
 PATCH_SIZE = 4  # pixels on one side of a patch
 STAGES = 4
 UNIT_SIZE = PATCH_SIZE * 2 ** (STAGES - 1)  # 32 pixels: one token of the last stage, one cell of the mixing mask
-MLP_RATIO = 4
+MLP_RATIO = 4  # of the decoder; the encoder's are its family's
 TARGET_EPS = 1e-6  # added to a unit's variance when its pixels are normalised
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -41,51 +42,62 @@ class DecoderConfig:
             raise ConfigError(f"decoder dim {self.dim} must be a multiple of its {self.heads} heads and of 4.")
 
 
+_LATER_FIELDS = ("family", "class_token")  # of Architecture: missing in earlier checkpoints and bundles
+
+
 @dataclass(frozen=True)
 class Architecture:
     """Everything needed to rebuild a network; `decoder` is None without a decoder, `num_classes` 0 without a head."""
 
-    embed_dim: int  # channels of the first stage; each later stage has twice as many
+    embed_dim: int  # channels of the first stage; later stages have their family's multiple of it
     depths: tuple[int, ...]  # blocks per stage
     heads: tuple[int, ...]  # attention heads per stage
     image_size: int = 224  # pixels on one side
     windows: tuple[int, ...] = ()  # tokens on one side of an attention window, per stage; () for the default
     decoder: DecoderConfig | None = None
     num_classes: int = 0
+    family: str = "mixmim"  # a row of FAMILIES
+    class_token: bool = False  # in the last stage; its output is then the embedding
 
     def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise unknown("family", str(self.family), FAMILIES)
         _require_positive(self, "embed_dim", "image_size")
         if self.image_size % UNIT_SIZE:
             raise ConfigError(
                 f"image size {self.image_size} is not a multiple of {UNIT_SIZE}: "
                 f"use {max(1, round(self.image_size / UNIT_SIZE)) * UNIT_SIZE}."
             )
-        windows = tuple(self.windows) or default_windows(self.image_size)
+        windows = tuple(self.windows) or self.facts.default_windows(self.grids)
         for name, value in (("depths", self.depths), ("heads", self.heads), ("windows", windows)):
             object.__setattr__(self, name, tuple(value))
-            if len(value) != STAGES or min(value) < 1:
+            if (value or name != "windows") and (len(value) != STAGES or min(value) < 1):
                 raise ConfigError(f"{name} must be {STAGES} positive numbers, one per stage, got {list(value)}.")
         if self.embed_dim % 4:
             raise ConfigError(f"embed dim {self.embed_dim} must be a multiple of 4 (2-D sine-cosine positions).")
         if self.num_classes < 0:
             raise ConfigError(f"num_classes must be 0 (no head) or positive, got {self.num_classes}.")
-        self._check_stages()
-
-    def _check_stages(self) -> None:
-        stages = zip(self.dims, self.heads, self.grids, self.windows, strict=True)
-        for number, (dim, heads, grid, window) in enumerate(stages, start=1):
+        for number, (dim, heads) in enumerate(zip(self.dims, self.heads, strict=True), start=1):
             if dim % heads:
                 raise ConfigError(f"stage {number}: {dim} channels cannot be split over {heads} heads.")
-            if window < grid and grid % window:
-                raise ConfigError(
-                    f"stage {number}: a window of {window} does not divide its grid of {grid} tokens: "
-                    f"use one of {_divisors(grid)}."
-                )
+        object.__setattr__(self, "windows", self.facts.fit_windows(self.grids, self.windows))
+        self._check_class_token()
+
+    def _check_class_token(self) -> None:
+        if self.class_token and not self.facts.class_token:
+            raise ConfigError(f"a {self.family} network has no class token: leave it out.")
+        if self.class_token and self.decoder:
+            raise ConfigError("pretraining leaves the class token out, which would see both images: set it to false.")
+
+    @property
+    def facts(self) -> Family:
+        """What the family sets."""
+        return FAMILIES[self.family]
 
     @property
     def dims(self) -> tuple[int, ...]:
         """Channels of each stage."""
-        return tuple(self.embed_dim * 2**stage for stage in range(STAGES))
+        return tuple(self.embed_dim * width for width in self.facts.widths)
 
     @property
     def grids(self) -> tuple[int, ...]:
@@ -105,6 +117,22 @@ class Architecture:
     def at(self, image_size: int, windows: tuple[int, ...] = ()) -> Architecture:
         """The same network for another input size, with the default windows of that size unless given."""
         return dataclasses.replace(self, image_size=image_size, windows=windows)
+
+    def resized(self, image_size: int = 0, windows: tuple[int, ...] = ()) -> Architecture:
+        """The same network at another input size, if given, with other windows, if given; one number is for all stages.
+
+        Without windows it has its own at its own input size, and the defaults at another.
+        """
+        size, windows = image_size or self.image_size, tuple(windows)
+        if not windows and size == self.image_size:
+            return self
+        return self.at(size, windows * STAGES if len(windows) == 1 else windows)
+
+    def identity(self) -> dict[str, Any]:
+        """What of it a fingerprint covers: fields that earlier versions lacked only where they are not the default."""
+        values = dataclasses.asdict(self)
+        later = {field.name: field.default for field in dataclasses.fields(self) if field.name in _LATER_FIELDS}
+        return {name: value for name, value in values.items() if name not in later or value != later[name]}
 
 
 @dataclass(frozen=True)
@@ -146,15 +174,6 @@ def units_from_partner(units: int, ratio: float, advice: str = "choose one betwe
     return count
 
 
-def default_windows(image_size: int) -> tuple[int, ...]:
-    """Window per stage: the divisor of its grid nearest (as a ratio) to 16 tokens in stages 1 and 2, to 24 after.
-
-    Gives the published windows at 224 px (14, 14, 14, 7) and 384 px (16, 16, 24, 12).
-    """
-    grids = [image_size // PATCH_SIZE // 2**stage for stage in range(STAGES)]
-    return tuple(_nearest_divisor(grid, 16 if stage < 2 else 24) for stage, grid in enumerate(grids))
-
-
 def architecture(name: str, *, num_classes: int = 0, with_decoder: bool = True) -> Architecture:
     """The named size as an `Architecture`.
 
@@ -183,13 +202,18 @@ def size_names() -> tuple[str, ...]:
 def size_name(arch: Architecture) -> str:
     """The name of this encoder's size, such as `base`, at another input size `base@320`; `custom` if it has none."""
     for name, size in _SIZES.items():
-        if (size.embed_dim, size.depths, size.heads) == (arch.embed_dim, arch.depths, arch.heads):
+        if _network(size) == _network(arch):
             candidates = [n for n in (name, f"{name}-{arch.image_size}") if n in _SIZES]
             for candidate in candidates:
                 if _SIZES[candidate].image_size == arch.image_size:
                     return candidate
             return f"{name}@{arch.image_size}"
     return "custom"
+
+
+def _network(arch: Architecture) -> tuple[object, ...]:
+    """What makes a network this size and no other."""
+    return arch.family, arch.embed_dim, arch.depths, arch.heads
 
 
 def architecture_from_dict(values: Mapping[str, Any]) -> Architecture:
@@ -224,20 +248,30 @@ def _require_positive(config: object, *names: str) -> None:
             raise ConfigError(f"{name} must be at least 1, got {getattr(config, name)}.")
 
 
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
-
-
-def _nearest_divisor(number: int, target: int) -> int:
-    return min(_divisors(number), key=lambda d: abs(math.log(d / target)))
-
+_DECODER = DecoderConfig()
+_SMALL_DECODER = DecoderConfig(128, 4, 4)
+_SWIN_T, _SWIN_S, _PVT_HEADS = (3, 6, 12, 24), (2, 2, 18, 2), (1, 2, 5, 8)
 
 _SIZES = {
     # Our own, for CPUs: the proportions of base with fewer channels; about 5 M encoder parameters.
-    "tiny": Architecture(32, (2, 2, 8, 4), (1, 2, 4, 8), 128, decoder=DecoderConfig(128, 4, 4)),
-    "base": Architecture(128, (2, 2, 18, 2), (4, 8, 16, 32), decoder=DecoderConfig()),
-    "base-384": Architecture(128, (2, 2, 18, 2), (4, 8, 16, 32), 384, decoder=DecoderConfig()),
-    "large": Architecture(192, (2, 2, 18, 2), (6, 12, 24, 48), decoder=DecoderConfig()),
-    "large-384": Architecture(192, (2, 2, 18, 2), (6, 12, 24, 48), 384, decoder=DecoderConfig()),
-    "huge": Architecture(352, (2, 2, 18, 2), (11, 22, 44, 88), decoder=DecoderConfig()),
+    "tiny": Architecture(32, (2, 2, 8, 4), (1, 2, 4, 8), 128, decoder=_SMALL_DECODER),
+    "base": Architecture(128, (2, 2, 18, 2), (4, 8, 16, 32), decoder=_DECODER),
+    "base-384": Architecture(128, (2, 2, 18, 2), (4, 8, 16, 32), 384, decoder=_DECODER),
+    "large": Architecture(192, (2, 2, 18, 2), (6, 12, 24, 48), decoder=_DECODER),
+    "large-384": Architecture(192, (2, 2, 18, 2), (6, 12, 24, 48), 384, decoder=_DECODER),
+    "huge": Architecture(352, (2, 2, 18, 2), (11, 22, 44, 88), decoder=_DECODER),
+    # Our own, for CPUs: swin-tiny with a third of its channels, at 128 px with windows of 4 as at 224 px with 7.
+    "swin-mini": Architecture(32, (2, 2, 6, 2), (1, 2, 4, 8), 128, decoder=_SMALL_DECODER, family="swin"),
+    "swin-tiny": Architecture(96, (2, 2, 6, 2), _SWIN_T, decoder=_DECODER, family="swin"),
+    "swin-small": Architecture(96, _SWIN_S, _SWIN_T, decoder=_DECODER, family="swin"),
+    "swin-base": Architecture(128, _SWIN_S, (4, 8, 16, 32), decoder=_DECODER, family="swin"),
+    "swin-base-384": Architecture(128, _SWIN_S, (4, 8, 16, 32), 384, decoder=_DECODER, family="swin"),
+    "swin-large": Architecture(192, _SWIN_S, (6, 12, 24, 48), decoder=_DECODER, family="swin"),
+    "swin-large-384": Architecture(192, _SWIN_S, (6, 12, 24, 48), 384, decoder=_DECODER, family="swin"),
+    # Our own, for CPUs: pvt-tiny with half its channels.
+    "pvt-mini": Architecture(32, (2, 2, 2, 2), _PVT_HEADS, 128, decoder=_SMALL_DECODER, family="pvt"),
+    "pvt-tiny": Architecture(64, (2, 2, 2, 2), _PVT_HEADS, decoder=_DECODER, family="pvt"),
+    "pvt-small": Architecture(64, (3, 4, 6, 3), _PVT_HEADS, decoder=_DECODER, family="pvt"),
+    "pvt-medium": Architecture(64, (3, 4, 18, 3), _PVT_HEADS, decoder=_DECODER, family="pvt"),
+    "pvt-large": Architecture(64, (3, 8, 27, 3), _PVT_HEADS, decoder=_DECODER, family="pvt"),
 }

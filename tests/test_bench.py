@@ -20,9 +20,13 @@ from mixmim_serve.errors import EngineError
 from mixmim_serve.model import Encoder
 
 
-@pytest.mark.parametrize(("name", "size"), [("tiny", 128), ("base", 224), ("base", 384)])
-def test_the_arithmetic_is_counted_as_torch_does(name: str, size: int) -> None:
-    arch = architecture(name, with_decoder=False).at(size)
+@pytest.mark.parametrize(
+    ("name", "size", "windows"),
+    [("tiny", 128, ()), ("base", 224, ()), ("base", 384, ()), ("swin-tiny", 224, ()), ("swin-tiny", 256, (7, 7, 7, 7)),
+     ("pvt-small", 224, ())],
+)  # fmt: skip
+def test_the_arithmetic_is_counted_as_torch_does(name: str, size: int, windows: tuple[int, ...]) -> None:
+    arch = architecture(name, with_decoder=False).at(size, windows)
     with torch.device("meta"):
         model = Encoder(arch).eval()
         pixels = torch.empty(1, 3, size, size)

@@ -105,7 +105,7 @@ def test_import_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
     names = list(official)
     cases: dict[str, object] = {
         "was not loaded|contains more than weights": {"model": official, "hook": Exploit(tmp_path / "hacked")},
-        "holds no MixMIM weights": {"conv1.weight": torch.zeros(3)},
+        "holds no weights of MixMIM, Swin or PVT": {"conv1.weight": torch.zeros(3)},
         "lacks weights: layers.2.blocks.0.attn.proj.bias": {
             k: v for k, v in official.items() if k != "layers.2.blocks.0.attn.proj.bias"
         },

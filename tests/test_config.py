@@ -13,7 +13,6 @@ from mixmim_serve.config import (
     Preprocessing,
     architecture,
     architecture_from_dict,
-    default_windows,
     size_name,
     size_names,
 )
@@ -22,8 +21,8 @@ from mixmim_serve.errors import ConfigError
 
 
 def test_default_windows_are_the_published_ones() -> None:
-    assert default_windows(224) == (14, 14, 14, 7)
-    assert default_windows(384) == (16, 16, 24, 12)
+    assert architecture("base").windows == (14, 14, 14, 7)
+    assert architecture("base-384").windows == (16, 16, 24, 12)
 
 
 @pytest.mark.parametrize("size", range(32, 1025, 32))

@@ -197,7 +197,7 @@ def test_named_files_exist(page: str) -> None:
 def test_the_layers_are_those_of_the_layout_test() -> None:
     section = (DOCS / "architecture.md").read_text().split("## Layers\n")[1].split("\n## ")[0]
     for number, layer in enumerate(LAYERS, start=1):
-        (line,) = re.findall(rf"^{number}\. (.*)$", section, re.MULTILINE)
+        (line,) = re.findall(rf"^{number}\. (.*(?:\n   .*)*)$", section, re.MULTILINE)
         assert {module.removeprefix("mixmim_serve.") for module in layer} <= set(names(line))
 
 

@@ -22,8 +22,8 @@ from mixmim_serve.config import Architecture, DecoderConfig, Preprocessing
 from mixmim_serve.description import Description
 from mixmim_serve.errors import CheckpointError, ConfigError, DataError
 from mixmim_serve.model import Encoder, build_model
+from mixmim_serve.model.blocks import Block
 from mixmim_serve.model.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
-from mixmim_serve.model.encoder import Block
 from mixmim_serve.sources import open_source
 from training.config import AugmentConfig, FinetuneConfig
 from training.data import Batch

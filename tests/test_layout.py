@@ -18,6 +18,7 @@ PACKAGES = ("mixmim_serve", "export", "training")
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "mixmim_serve.errors",
+        "mixmim_serve.families",
         "mixmim_serve.config",
         "mixmim_serve.containers",
         "mixmim_serve.version",

@@ -12,8 +12,9 @@ from mixmim_serve.config import Architecture, DecoderConfig, architecture
 from mixmim_serve.errors import ConfigError
 from mixmim_serve.model import Encoder, MixMIM, build_model
 from mixmim_serve.model.attention import TokenSplit, WindowAttention
-from mixmim_serve.model.encoder import BLOCKED, PatchEmbed, Stage
+from mixmim_serve.model.blocks import BLOCKED, PatchEmbed
 from mixmim_serve.model.mixmim import from_units, random_units, to_units
+from mixmim_serve.model.windows import from_windows, to_windows
 
 SMALL = Architecture(16, (1, 1, 2, 1), (1, 2, 4, 8), 64, (8, 8, 4, 2), decoder=DecoderConfig(32, 1, 4))
 
@@ -99,12 +100,11 @@ def test_patches_in_training_are_the_convolutions() -> None:
 
 
 def test_windows_are_cut_and_put_back() -> None:
-    stage = Stage(SMALL, 0)
     tokens = torch.randn(2, 16, 16, 5)
-    windows = stage.to_windows(tokens)
+    windows = to_windows(tokens, 8)
     assert windows.shape == (2, 4, 64, 5)
     torch.testing.assert_close(windows[:, 1], tokens[:, :8, 8:].flatten(1, 2))
-    torch.testing.assert_close(stage.from_windows(windows), tokens)
+    torch.testing.assert_close(from_windows(windows, 16, 8), tokens)
 
 
 def test_the_partner_never_reaches_the_first_image() -> None:

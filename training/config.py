@@ -23,6 +23,8 @@ class RunConfig:
 
     size: str = "base"  # named size of the network; empty: that of the checkpoint that the run starts from
     image_size: int = 0  # pixels; 0 keeps the network's own
+    windows: tuple[int, ...] = ()  # tokens on one side of an attention window, one number or one per stage; () for the
+    # network's own, or at another input size those of that size
     epochs: int = 600
     warmup_epochs: float = 40.0
     batch_size: int = 2048  # images per update, over all processes and accumulated parts
@@ -169,8 +171,7 @@ class PretrainConfig(RunConfig):
         """
         if not self.size:
             raise ConfigError("training from scratch needs a size: add --set size=tiny, or another size.")
-        arch = architecture(self.size)
-        return arch.at(self.image_size) if self.image_size else arch
+        return architecture(self.size).resized(self.image_size, self.windows)
 
     def part_size(self, processes: int) -> int:
         """Images per process and accumulated part: an even number, since they are mixed in pairs.

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from mixmim_serve.model.encoder import Block
+from mixmim_serve.model.blocks import Block
 from training.config import RunConfig
 
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from mixmim_serve.config import Architecture, Preprocessing, architecture, size_name
+from mixmim_serve.config import Architecture, Preprocessing, architecture
 from mixmim_serve.description import Description
 from mixmim_serve.errors import ConfigError
 from mixmim_serve.model import Encoder
-from mixmim_serve.model.encoder import Block
+from mixmim_serve.model.blocks import Block
 from training.config import FinetuneConfig
 from training.data import Batch
 from training.device_augment import DeviceAugment
@@ -106,12 +106,9 @@ def classifier(config: FinetuneConfig, classes: int, start: Start | None) -> Arc
     if start is None and not config.size:
         raise ConfigError("training from scratch needs a size: add --set size=tiny, or another size.")
     arch = start.description.arch if start else architecture(config.size)
-    if start and config.size and size_name(arch) != config.size:
-        raise ConfigError(
-            f"{start.path} has size {size_name(arch)}, not {config.size}: omit size to use the checkpoint's own."
-        )
-    if config.image_size and config.image_size != arch.image_size:
-        arch = arch.at(config.image_size)
+    if start:
+        start.check_size(config.size)
+    arch = arch.resized(config.image_size, config.windows)
     return dataclasses.replace(arch, decoder=None, num_classes=classes)
 
 

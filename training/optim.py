@@ -37,14 +37,15 @@ def layer_scale(name: str, depths: Sequence[int], decay: float, rule: str) -> fl
 
     `official` (util/lr_decay.py) assigns the final norm and the head to the last block, and a downsampling layer to the
     next stage's first block. `mae` gives norm and head the full rate (the layer after the last block). `mmpretrain`
-    gives only the head the full rate, and assigns downsampling to its own stage's last block.
+    gives only the head the full rate, and assigns downsampling to its own stage's last block. Position embedding and
+    class token of a stage belong to its first block.
     """
     blocks = sum(depths)
-    match = re.match(r"layers\.(\d+)\.(?:blocks\.(\d+)|downsample)", name)
-    if match and match[2] is not None:
-        layer = sum(depths[: int(match[1])]) + int(match[2]) + 1
-    elif match:
+    match = re.match(r"layers\.(\d+)\.(?:blocks\.(\d+)\.|(downsample)\.)?", name)
+    if match and match[3]:
         layer = sum(depths[: int(match[1]) + 1]) + (rule != "mmpretrain")
+    elif match:
+        layer = sum(depths[: int(match[1])]) + int(match[2] or 0) + 1
     elif name.startswith("patch_embed."):
         layer = 0
     elif rule == "mae" or (rule == "mmpretrain" and name.startswith("head.")):

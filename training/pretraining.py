@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mixmim_serve.config import Architecture, DecoderConfig, Preprocessing, architecture, size_name, units_from_partner
 from mixmim_serve.description import Description
-from mixmim_serve.errors import ConfigError, ImageError
+from mixmim_serve.errors import ImageError
 from mixmim_serve.model import MixMIM
 from mixmim_serve.model.mixmim import random_units
 from mixmim_serve.model.normalize import Normalize
@@ -104,7 +104,9 @@ class Pretraining:
         self.preprocessing = dataclasses.replace(self.preprocessing, mean=original.mean, std=original.std)
         parts = "encoder and decoder" if whole else "encoder"
         self.start = start.identity if whole else f"{start.identity} (encoder)"
-        self.origin = start.origin() | {"taken": parts, "image_size": start.description.arch.image_size}
+        own = start.description.arch
+        without = {"class_token": "left out"} if own.class_token else {}
+        self.origin = start.origin() | {"taken": parts, "image_size": own.image_size} | without
 
     @property
     def loaded(self) -> str:
@@ -114,6 +116,8 @@ class Pretraining:
         line = f"starts from {self.origin['name']}: {self.origin['taken']}"
         if self.origin["taken"] == "encoder":
             line += ", with a new decoder"
+        if self.origin.get("class_token"):
+            line += ", without its class token"
         if self.origin["image_size"] != self.arch.image_size:
             line += f", resized from {self.origin['image_size']} to {self.arch.image_size} px"
         return line
@@ -203,24 +207,20 @@ def method(config: PretrainConfig) -> dict[str, Any]:
 
 
 def continued(config: PretrainConfig, start: Start) -> Architecture:
-    """The checkpoint's network without its head, at the run's input size, with its own decoder or a new one.
+    """The checkpoint's network at the run's input size, with its own decoder or a new one.
+
+    Without its head, and without a class token, which would see both images.
 
     Raises:
         ConfigError: when the checkpoint has another size than requested, or too few units for the mask.
     """
-    arch = start.description.arch
-    name = size_name(arch).partition("@")[0]
-    if config.size and config.size != size_name(arch) and config.size != name:
-        raise ConfigError(
-            f"{start.name} has size {size_name(arch)}, not {config.size}: omit size to use the checkpoint's own."
-        )
-    if config.image_size and config.image_size != arch.image_size:
-        arch = arch.at(config.image_size)
-    decoder = arch.decoder
+    start.check_size(config.size)
+    arch = start.description.arch.resized(config.image_size, config.windows)
+    decoder, name = arch.decoder, size_name(arch).partition("@")[0]
     if decoder is None:
         decoder = DecoderConfig() if name == "custom" else architecture(name).decoder
     units_from_partner(arch.units, config.mask_ratio, MORE_UNITS)
-    return dataclasses.replace(arch, decoder=decoder, num_classes=0)
+    return dataclasses.replace(arch, decoder=decoder, num_classes=0, class_token=False)
 
 
 def sample_pixels(source: Source, preprocessing: Preprocessing) -> list[np.ndarray]:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from mixmim_serve.bundle import CONFIG, WEIGHTS
-from mixmim_serve.config import Architecture
+from mixmim_serve.config import Architecture, architecture, size_name
 from mixmim_serve.description import Description
-from mixmim_serve.errors import CheckpointError
+from mixmim_serve.errors import CheckpointError, ConfigError
 from mixmim_serve.files import sha256
 from mixmim_serve.model import Encoder, build_model
 from mixmim_serve.model.checkpoint import build_from_weights, check_weights, read_checkpoint
@@ -49,6 +49,20 @@ class Start:
             CheckpointError: when the weights do not fit.
         """
         return build_from_weights(self.path, self.description, self.weights)
+
+    def check_size(self, size: str) -> None:
+        """Check that this is the network of a named size, at any input size; an empty name asks for none.
+
+        Raises:
+            ConfigError: when it is another, or there is no such size.
+        """
+        own, name = self.description.arch, size_name(self.description.arch)
+        if not size or size in (name, name.partition("@")[0]):
+            return
+        what = f"has size {name}"
+        if architecture(size).family != own.family:
+            what = f"is a {own.family} network of size {name}"
+        raise ConfigError(f"{self.name} {what}, not {size}: omit size to use the checkpoint's own.")
 
     def weights_for(self, arch: Architecture) -> dict[str, Tensor]:
         """The weights of this network, resized to its input size; bit-equal to the checkpoint's at the same size.

@@ -12,18 +12,21 @@ from mixmim_serve.cli.common import BundleArgument, EngineOption, app, bundle_pa
 
 @app.command("import")
 def import_(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="An official or mmpretrain checkpoint (.pth).")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A released checkpoint of MixMIM, Swin or PVT.")],
     target: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="The checkpoint to write.")],
     image_size: Annotated[int, typer.Option(help="Resize the weights to this input size, in pixels.")] = 0,
     decoder_heads: Annotated[int, typer.Option(help="Attention heads of the decoder, if not the published 16.")] = 0,
+    window: Annotated[int, typer.Option(help="Resize the bias tables to windows of this many tokens.")] = 0,
 ) -> None:
     """Convert a released checkpoint; pickled code is never executed.
+
+    From the official repositories, mmpretrain, timm or transformers, found by its keys.
 
     Example: mixmim import mixmim_base.pth base.safetensors
     """
     from mixmim_serve.model.released import import_checkpoint
 
-    imported = import_checkpoint(source, target, image_size, decoder_heads)
+    imported = import_checkpoint(source, target, image_size, decoder_heads, window)
     for note in imported.notes:
         typer.echo(f"note: {note}", err=True)
     typer.echo(f"wrote {target}")

@@ -39,7 +39,9 @@ def pretrain(
     ] = "",
     new_decoder: Annotated[bool, typer.Option("--new-decoder", help="Take only the encoder of --from.")] = False,
     recipe: Annotated[str, typer.Option(help="tiny-cpu, tiny-continue-cpu (default with --from) or base-600ep.")] = "",
-    size: Annotated[str | None, typer.Option(help="tiny, base, base-384, large, large-384 or huge.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="tiny, base, large, huge, swin-tiny, pvt-small...; docs/method.md has all.")
+    ] = None,
     image_size: ImageSize = None,
     epochs: Epochs = None,
     batch_size: BatchSize = None,

@@ -88,4 +88,6 @@ def check_weights(path: Path, shapes: Mapping[str, tuple[int, ...]], model: nn.M
     for what, names in (("lacks", missing), ("has unknown", unknown), ("has misshapen", misshapen)):
         if names:
             rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise CheckpointError(f"{path} {what} weights: {', '.join(names[:3])}{rest}. Is it a MixMIM checkpoint?")
+            raise CheckpointError(
+                f"{path} {what} weights: {', '.join(names[:3])}{rest}. Is it a checkpoint of this network?"
+            )

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from mixmim_serve.config import TARGET_EPS, UNIT_SIZE, Architecture, units_from_partner
 from mixmim_serve.errors import ConfigError
 from mixmim_serve.model.attention import Attention
-from mixmim_serve.model.encoder import Block, Encoder, initialize, position_embedding
+from mixmim_serve.model.blocks import Block, initialize, position_embedding
+from mixmim_serve.model.encoder import Encoder
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,7 @@
-"""Imports checkpoints of the two public implementations.
+"""Imports public checkpoints of MixMIM, Swin and PVT: `layouts.py` knows their names, `infer.py` their shapes.
 
-Official (Sense-X/MixMIM): {"model": weights, "args": argparse.Namespace, ...}; its names are ours.
-mmpretrain 1.2: {"meta": ..., "state_dict": weights, ...}; other names, another order in patch merging, position
-embeddings transposed (their values are copied, never recomputed), decoder norms with eps 1e-6.
-A bare state dict of either is accepted too. Names tell the implementation, shapes the architecture.
+Files are {"model": weights, ...} (official), {"state_dict": weights, ...} (mmpretrain), or weights alone, as torch or
+safetensors files. Pickled code is never executed. A weight that is left over or missing is an error.
 """
 
 from __future__ import annotations
@@ -22,42 +20,29 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mixmim_serve.config import PATCH_SIZE, STAGES, Architecture, DecoderConfig, Preprocessing
+from mixmim_serve.config import Architecture, Preprocessing
 from mixmim_serve.description import Description
 from mixmim_serve.errors import CheckpointError, ConfigError
 from mixmim_serve.files import sha256
 from mixmim_serve.model import build_model
 from mixmim_serve.model.checkpoint import check_weights, save_checkpoint
+from mixmim_serve.model.infer import INFER, masked_input
+from mixmim_serve.model.layouts import layout_of, rename
 
-# Both follow from the architecture; only old Swin code saved the attention mask.
+# Both follow from the architecture.
 DERIVED = ("relative_position_index", "attn_mask")
-
-# Applied in this order to mmpretrain's names. Source: mmpretrain/models/backbones/mixmim.py and necks/mixmim_neck.py.
-MMPRETRAIN_NAMES = (
-    (r"^neck\.ln1\.", "decoder_norm."),
-    (r"^(backbone|neck)\.", ""),
-    (r"^head\.fc\.", "head."),
-    (r"\bprojection\.", "proj."),
-    (r"\.ln([12])\.", r".norm\1."),
-    (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
-    (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
-)
-MMPRETRAIN_DECODER_EPS = 1e-6
-
-# The number of decoder heads does not show in the shapes. Every published model has 16 for 512 channels;
-# for other widths 16 channels per head are assumed, with a note.
-PUBLISHED_DECODER = (512, 16)
-ASSUMED_HEAD_DIM = 16
 
 
 @dataclass(frozen=True)
 class Released:
     """A public checkpoint: weights under our names, and what else the file contains."""
 
-    source: str  # "official" or "mmpretrain"
+    source: str  # the layout's name
     weights: dict[str, Tensor]
     labels: tuple[str, ...] = ()
     normalize_targets: bool = True
+    family: str = "mixmim"
+    image_size: int = 0  # pixels, where the weights do not show it and the file does
 
 
 @dataclass(frozen=True)
@@ -68,19 +53,20 @@ class Imported:
     notes: tuple[str, ...]
 
 
-def import_checkpoint(source: Path, target: Path, image_size: int = 0, decoder_heads: int = 0) -> Imported:
-    """Convert a public checkpoint to ours, resized to `image_size` if given.
+def import_checkpoint(
+    source: Path, target: Path, image_size: int = 0, decoder_heads: int = 0, window: int = 0
+) -> Imported:
+    """Convert a public checkpoint to ours, resized to `image_size` and `window` if given.
 
     Raises:
-        CheckpointError: when the file is not a MixMIM checkpoint, contains code, or has inconsistent weights.
+        CheckpointError: when the file is no known checkpoint, contains code, or has inconsistent weights.
+        ConfigError: when input size or window do not fit the network.
     """
     released = read_released(source)
-    arch, notes = infer_architecture(source, released, decoder_heads)
-    check_weights(source, _shapes(released.weights), _empty_model(arch))
-    weights = released.weights
-    if image_size and image_size != arch.image_size:
-        old, arch = arch, arch.at(image_size)
-        weights = resize_weights(weights, old, arch)
+    own, notes = infer_architecture(source, released, decoder_heads)
+    check_weights(source, _shapes(released.weights), _empty_model(own))
+    arch = own.resized(image_size, (window,) if window else ())
+    weights = released.weights if arch == own else resize_weights(released.weights, own, arch)
     description = Description(
         arch,
         Preprocessing.evaluation(arch.image_size),
@@ -88,11 +74,11 @@ def import_checkpoint(source: Path, target: Path, image_size: int = 0, decoder_h
         {"source": source.name, "sha256": sha256(source), "layout": released.source},
     )
     save_checkpoint(target, weights, description)
-    return Imported(description, notes)
+    return Imported(description, () if image_size else notes)
 
 
 def read_released(path: Path) -> Released:
-    """The weights of an official or mmpretrain checkpoint under our names and in our order.
+    """The weights of a public checkpoint under our names and in our order.
 
     Raises:
         CheckpointError: when the file is not one.
@@ -100,49 +86,38 @@ def read_released(path: Path) -> Released:
     content = _load(path)
     holder = next((content[key] for key in ("model", "state_dict") if isinstance(content.get(key), Mapping)), content)
     tensors = {str(name).removeprefix("module."): value for name, value in holder.items() if isinstance(value, Tensor)}
-    if not any(name.endswith("absolute_pos_embed") for name in tensors):
-        raise CheckpointError(
-            f"{path} holds no MixMIM weights: expected an official or mmpretrain checkpoint, or its state dict."
-        )
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(DERIVED)}
-    if any(name.startswith("backbone.") for name in tensors):
-        return Released("mmpretrain", _from_mmpretrain(tensors), _labels(content))
+    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(DERIVED)}
+    try:
+        layout = layout_of(kept)
+        weights = rename(kept, layout)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} {error}") from error
     normalize = bool(getattr(content.get("args"), "norm_pix_loss", True))
-    return Released("official", tensors, normalize_targets=normalize)
+    return Released(layout.name, weights, _labels(content), normalize, layout.family, masked_input(tensors))
 
 
 def infer_architecture(path: Path, released: Released, decoder_heads: int = 0) -> tuple[Architecture, tuple[str, ...]]:
     """The architecture that fits the weights' shapes, and notes on what the shapes leave open.
 
     Raises:
-        CheckpointError: when the shapes fit no MixMIM network.
+        CheckpointError: when the shapes fit no network of the family.
     """
-    weights = released.weights
+    infer = INFER[released.family]
     try:
-        tables = [weights[f"layers.{stage}.blocks.0.attn.relative_position_bias_table"] for stage in range(STAGES)]
-        decoder, notes = _infer_decoder(released, decoder_heads)
-        arch = Architecture(
-            embed_dim=weights["patch_embed.proj.weight"].shape[0],
-            depths=tuple(_count(weights, rf"layers\.{stage}\.blocks\.(\d+)\.") for stage in range(STAGES)),
-            heads=tuple(table.shape[1] for table in tables),
-            image_size=math.isqrt(weights["absolute_pos_embed"].shape[1]) * PATCH_SIZE,
-            windows=tuple((math.isqrt(table.shape[0]) + 1) // 2 for table in tables),
-            decoder=decoder,
-            num_classes=weights["head.weight"].shape[0] if "head.weight" in weights else 0,
-        )
+        return infer(released.weights, released.source, released.image_size, decoder_heads, released.normalize_targets)
     except (KeyError, IndexError) as error:
         raise CheckpointError(
-            f"{path} lacks weights: {error} is missing or misshapen. Is it a MixMIM checkpoint?"
+            f"{path} lacks weights: {error} is missing or misshapen. Is it a checkpoint of this network?"
         ) from error
     except ConfigError as error:
-        raise CheckpointError(f"{path} holds no MixMIM network: {error}") from error
-    return arch, notes
+        raise CheckpointError(f"{path} holds no network of the family {released.family}: {error}") from error
 
 
 def resize_weights(weights: Mapping[str, Tensor], old: Architecture, new: Architecture) -> dict[str, Tensor]:
-    """Weights for another input size: position embeddings and bias tables resized bicubically (align_corners=False).
+    """Weights for another input size or other windows; those that `new` does not have are dropped.
 
-    The rule of the official `util/pos_embed.py`. Weights that `new` does not have are dropped.
+    Position embeddings and bias tables are resized bicubically (align_corners=False), the rule of the official
+    `util/pos_embed.py`; the learned position embeddings of PVT bilinearly, as its own code does.
 
     Raises:
         CheckpointError: when another weight differs in shape.
@@ -153,6 +128,8 @@ def resize_weights(weights: Mapping[str, Tensor], old: Architecture, new: Archit
         tensor = weights[name]
         if tuple(tensor.shape) == shape:
             resized[name] = tensor
+        elif name.endswith(".pos_embed"):
+            resized[name] = _resize_grid(tensor[0], math.isqrt(shape[1]), "bilinear").unsqueeze(0)
         elif name.endswith("pos_embed"):
             resized[name] = _resize_grid(tensor[0], math.isqrt(shape[1])).unsqueeze(0)
         elif name.endswith("relative_position_bias_table"):
@@ -189,60 +166,19 @@ def _why_refused(message: str) -> str:
     return "is not a torch checkpoint, or contains more than weights: expected a .pth file with a state dict."
 
 
-def _from_mmpretrain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    weights = {}
-    for name, tensor in tensors.items():
-        for pattern, replacement in MMPRETRAIN_NAMES:
-            name = re.sub(pattern, replacement, name)
-        weights[name] = _reorder_merging(tensor) if ".downsample." in name else tensor
-    return weights
-
-
-def _reorder_merging(tensor: Tensor) -> Tensor:
-    """From unfold's order, channel * 4 + 2 dy + dx, to all channels of neighbour (0,0), then (1,0), (0,1), (1,1).
-
-    The last axis is the merged one, both of the norm (4C) and of the linear layer's weight (2C, 4C).
-    """
-    by_neighbour = tensor.view(*tensor.shape[:-1], -1, 4).transpose(-1, -2)
-    reordered: Tensor = by_neighbour[..., [0, 2, 1, 3], :].flatten(-2).contiguous()
-    return reordered
-
-
 def _labels(content: Mapping[str, Any]) -> tuple[str, ...]:
+    """The class names that mmpretrain stores."""
     meta = content.get("meta")
     meta = meta if isinstance(meta, Mapping) else {}
     classes = (meta.get("dataset_meta") or {}).get("classes") or meta.get("CLASSES") or ()
     return tuple(str(name) for name in classes) if isinstance(classes, list | tuple) else ()
 
 
-def _infer_decoder(released: Released, heads: int) -> tuple[DecoderConfig | None, tuple[str, ...]]:
-    weights = released.weights
-    if "decoder_embed.weight" not in weights:
-        return None, ()
-    dim = weights["decoder_embed.weight"].shape[0]
-    notes: tuple[str, ...] = ()
-    if not heads and dim == PUBLISHED_DECODER[0]:
-        heads = PUBLISHED_DECODER[1]
-    elif not heads:
-        heads = max(1, dim // ASSUMED_HEAD_DIM)
-        notes = (
-            f"the file does not say how many decoder heads: assumed {heads} for {dim} channels, see --decoder-heads",
-        )
-    decoder = DecoderConfig(
-        dim=dim,
-        depth=_count(weights, r"decoder_blocks\.(\d+)\."),
-        heads=heads,
-        norm_eps=MMPRETRAIN_DECODER_EPS if released.source == "mmpretrain" else 1e-5,
-        normalize_targets=released.normalize_targets,
-    )
-    return decoder, notes
-
-
-def _resize_grid(values: Tensor, side: int) -> Tensor:
+def _resize_grid(values: Tensor, side: int, mode: str = "bicubic") -> Tensor:
     """(grid * grid, C) to (side * side, C)."""
     old = math.isqrt(values.shape[0])
     grid = values.float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    resized = torch.nn.functional.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
+    resized = torch.nn.functional.interpolate(grid, size=(side, side), mode=mode, align_corners=False)
     return resized.permute(0, 2, 3, 1).reshape(side * side, -1).contiguous()
 
 
@@ -253,8 +189,3 @@ def _empty_model(arch: Architecture) -> torch.nn.Module:
 
 def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in weights.items()}
-
-
-def _count(weights: Mapping[str, Tensor], pattern: str) -> int:
-    """The number of distinct indices that `pattern` captures in the names."""
-    return len({match[1] for name in weights if (match := re.match(pattern, name))})
