@@ -17,8 +17,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     """The report as Markdown: hardware, command, the bar, a table."""
     control = any("control_99" in client for row in report["rows"] for client in row["clients"])
     explained = (
-        ["Control: p99 while the same traffic, as dense, went to a process that only reads it; the second ratio is that "
-         "of beside and control.", ""] if control else []
+        ["Control: p99 while the same traffic, as dense, went to a process that only reads it; its ratio is that of "
+         "beside and control.", ""] if control else []
     )  # fmt: skip
     lines = [
         *heading("A good client next to attacks", report),

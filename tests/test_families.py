@@ -27,6 +27,7 @@ from mixmim_serve.description import Description
 from mixmim_serve.errors import ConfigError
 from mixmim_serve.families import FAMILIES
 from mixmim_serve.model import Encoder, MixMIM, build_model, pvt, swin, windows
+from mixmim_serve.model.blocks import Stage
 from mixmim_serve.model.encoder import BACKBONES
 from mixmim_serve.model.mixmim import mix, random_units
 
@@ -75,6 +76,18 @@ def test_windows_of_swin_are_the_published_ones_and_may_be_any() -> None:
     assert architecture("swin-tiny").at(224, (12,) * 4).windows == (12, 12, 12, 7)  # a grid of one window
     assert architecture("swin-tiny").at(256, (7,) * 4).windows == (7, 7, 7, 7)  # padded
     assert architecture("pvt-small").at(384).windows == ()
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_each_block_of_whole_images(name: str) -> None:
+    """The last block's output is the stage's."""
+    stage = noisy(SMALL[name]).layers[1]
+    assert isinstance(stage, Stage)
+    tokens_BHWD = torch.randn(2, stage.grid, stage.grid, SMALL[name].dims[1], dtype=torch.float64)
+    outputs = stage.each_block(tokens_BHWD)
+    assert len(outputs) == len(stage.blocks)
+    assert torch.equal(outputs[-1], stage(tokens_BHWD))
+    assert all(not torch.equal(output, tokens_BHWD) for output in outputs)
 
 
 # Earlier checkpoints and bundles

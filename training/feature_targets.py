@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from mixmim_serve.config import units_from_partner
 from mixmim_serve.errors import ConfigError
 from mixmim_serve.model import Encoder, MixMIM
-from mixmim_serve.model.encoder import Stage, initialize
+from mixmim_serve.model.blocks import Stage, initialize
 from mixmim_serve.model.mixmim import where_hidden
 from training.config import PretrainConfig
 from training.distributed import World
@@ -166,11 +166,7 @@ def last_blocks(encoder: Encoder, pixels_BCHW: Tensor, count: int) -> list[Tenso
     *earlier, last = cast(Iterable[Stage], encoder.layers)
     for stage in earlier:
         tokens_BHWD = stage.downsample(stage(tokens_BHWD))
-    x_BKND, outputs = last.to_windows(tokens_BHWD), []
-    for block in last.blocks:
-        x_BKND = block(x_BKND)
-        outputs.append(last.from_windows(x_BKND).flatten(1, 2))
-    return outputs[-count:]
+    return [output_BHWD.flatten(1, 2) for output_BHWD in last.each_block(tokens_BHWD)[-count:]]
 
 
 def mean_of_blocks(blocks_BUD: list[Tensor]) -> Tensor:

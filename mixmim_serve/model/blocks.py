@@ -40,6 +40,14 @@ class Stage(nn.Module):
         """
         raise NotImplementedError
 
+    def each_block(self, tokens_BHWD: Tensor) -> list[Tensor]:
+        """The output of every block for whole, unmixed images, each (B, H, W, D); only without a class token.
+
+        Raises:
+            NotImplementedError: always, here.
+        """
+        raise NotImplementedError
+
     def owner(self, from_partner_MU: Tensor) -> Tensor:
         """The mask over units repeated to this stage's grid of tokens, (M, H, W)."""
         units = math.isqrt(from_partner_MU.shape[-1])

@@ -57,6 +57,15 @@ class PvtStage(Stage):
             return x_BKND.reshape(-1, 1 + self.grid**2, x_BKND.shape[-1])
         return x_BKND.reshape(-1, self.grid, self.grid, x_BKND.shape[-1])
 
+    def each_block(self, tokens_BHWD: Tensor) -> list[Tensor]:
+        """See `Stage`."""
+        x_BKND = (tokens_BHWD.flatten(1, 2) + self.pos_embed).unsqueeze(1)
+        outputs = []
+        for block in self.blocks:
+            x_BKND = block(x_BKND)
+            outputs.append(x_BKND.reshape(-1, self.grid, self.grid, x_BKND.shape[-1]))
+        return outputs
+
     def blocked_cells(self, from_partner_MU: Tensor, dtype: torch.dtype) -> Tensor:
         """What is added to the scores, (M, 1, N, R): 0 for cells of a token's own image, `BLOCKED` for the other's."""
         owner_MN1 = self.owner(from_partner_MU).flatten(1).unsqueeze(2)

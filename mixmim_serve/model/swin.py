@@ -44,6 +44,16 @@ class SwinStage(WindowStage):
             tokens_BHWD = block(tokens_BHWD, blocked[number % 2])
         return tokens_BHWD
 
+    def each_block(self, tokens_BHWD: Tensor) -> list[Tensor]:
+        """See `Stage`."""
+        if self.window == self.grid:
+            return super().each_block(tokens_BHWD)
+        blocked, outputs = [self.blocked_in_windows(None, shift, tokens_BHWD) for shift in self.shifts], []
+        for number, block in enumerate(self.blocks):
+            tokens_BHWD = block(tokens_BHWD, blocked[number % 2])
+            outputs.append(tokens_BHWD)
+        return outputs
+
     def blocked_in_windows(self, from_partner_MU: Tensor | None, shift: int, tokens: Tensor) -> Tensor | None:
         """What is added to the scores of windows at this shift, (M, K, N, N), or None: 0 or `BLOCKED`.
 

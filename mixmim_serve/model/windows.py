@@ -47,6 +47,14 @@ class WindowStage(Stage):
             x_BKND = x_BKND[:, :, separation.order_N.argsort()]
         return from_windows(x_BKND, self.grid, self.window)
 
+    def each_block(self, tokens_BHWD: Tensor) -> list[Tensor]:
+        """See `Stage`."""
+        x_BKND, outputs = to_windows(tokens_BHWD, self.window), []
+        for block in self.blocks:
+            x_BKND = block(x_BKND)
+            outputs.append(from_windows(x_BKND, self.grid, self.window))
+        return outputs
+
     def blocked_scores(self, from_partner_MU: Tensor, dtype: torch.dtype) -> Tensor:
         """What is added to the scores, (M, K, N, N): 0 between tokens of one image, `BLOCKED` between the two."""
         owner_MKN = to_windows(self.owner(from_partner_MU).unsqueeze(-1), self.window).squeeze(-1)
