@@ -1,9 +1,10 @@
 """What POST /anomaly adds to the network's time per photo, by the size of the coreset.
 
-    python -m benchmarks.anomaly_speed tiny --output benchmarks/results/anomaly_speed_HARDWARE_YYYYMM.md
+    OPENBLAS_NUM_THREADS=1 python -m benchmarks.anomaly_speed tiny --output benchmarks/results/anomaly_speed_EPYC.md
 
 The network alone and the comparison with the normal photos run in turns, on the same engine outputs, in batches of 1, 8
-and 32 photos. The references are random vectors of the true sizes: time does not depend on what is in them.
+and 32 photos, measured in CPU time of all threads, which other work on the machine changes little (set
+OPENBLAS_NUM_THREADS=1: threads that wait count too). The references are random vectors of the true sizes.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     engine = open_engine(bundle_path(arguments.bundle))
-    title = f"Milliseconds per photo, {engine.bundle.name} on {engine.name} {engine.precision}"
+    title = f"Milliseconds of CPU time per photo, {engine.bundle.name} on {engine.name} {engine.precision}"
     lines = [*heading(title, about("anomaly_speed", None, ("numpy",))), "",
              f"Median (fastest to slowest) of {ROUNDS} rounds; {PHOTOS:,} normal photos.", "",
              f"| photos in a batch | network | {' | '.join(f'{size:,} patches' for size in SIZES)} |",
@@ -89,10 +90,10 @@ def random_detector(engine: Engine, patches: int) -> Detector:
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Seconds of one call."""
-    began = time.perf_counter()
+    """Seconds of CPU time, of all threads, of one call."""
+    began = time.process_time()
     work()
-    return time.perf_counter() - began
+    return time.process_time() - began
 
 
 if __name__ == "__main__":

@@ -75,8 +75,11 @@ def calibrate(
         FOLDS if len(embeddings) >= FEW else MORE_FOLDS
     )
     parts, places = _held_out(patches, embeddings, folds, options)
+    known = identity(engine)
     about = About(
-        **identity(engine),
+        model=known["model"],
+        model_fingerprint=known["model_fingerprint"],
+        fingerprint=known["fingerprint"],
         engine=f"{engine.name} {engine.precision}",
         photos=len(embeddings),
         stage=STAGE,

@@ -87,7 +87,7 @@ class Detector:
         return Share(beyond, len(folds))
 
     def _combined(self, parts: Floats) -> Floats:
-        return ((parts - self._centre) / self._spread).mean(axis=1).astype(np.float32)
+        return np.asarray(((parts - self._centre) / self._spread).mean(axis=1), np.float32)
 
 
 def _short(value: np.float32) -> float:

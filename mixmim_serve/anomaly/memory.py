@@ -66,4 +66,4 @@ class Memory:
 def _mean_of_farthest(places_BP: Floats) -> Floats:
     """Mean distance (B,) of the `SHARE` of each photo's places that are farthest from normal ones."""
     count = max(1, round(SHARE * places_BP.shape[1]))
-    return np.partition(places_BP, -count, axis=1)[:, -count:].mean(axis=1)
+    return np.asarray(np.partition(places_BP, -count, axis=1)[:, -count:].mean(axis=1), np.float32)

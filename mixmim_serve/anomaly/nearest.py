@@ -42,7 +42,7 @@ class References:
     def mean_distance(self, queries_NK: Floats, count: int) -> Floats:
         """Mean distance (N,) of each query to the `count` nearest references."""
         near = self.vectors[self.indices(queries_NK, count)]
-        return distances(queries_NK[:, None], near).mean(axis=1)
+        return np.asarray(distances(queries_NK[:, None], near).mean(axis=1), np.float32)
 
     def _products(self, queries_NK: Floats) -> Iterator[tuple[slice, Floats]]:
         """For each block of queries: larger for a nearer reference, (rows, M)."""

@@ -86,7 +86,10 @@ def anomaly(image: bytes, with_map: bool, overlay: bool) -> Call[Anomaly]:
     def read(reply: Reply) -> Anomaly:
         values = read_json(reply)
         return Anomaly(
-            **{name: values[name] for name in ("score", "percentile", "normal", "threshold")},
+            score=values["score"],
+            percentile=values["percentile"],
+            normal=values["normal"],
+            threshold=values["threshold"],
             map=np.array(values["map"], np.float32) if with_map else None,
             overlay=base64.b64decode(values["overlay"].partition(",")[2]) if overlay else None,
             **_model_of(values),
