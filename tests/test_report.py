@@ -242,7 +242,7 @@ def warnings(task: str, epochs: int, lines: list[dict[str, Any]]) -> list[str]:
     return [each.text for each in findings(task, epochs, lines) if each.is_warning]
 
 
-GOOD = {
+GOOD: dict[str, list[float]] = {
     "loss": [1.1, 0.9, 0.85, 0.8, 0.78, 0.76, 0.75, 0.74, 0.73, 0.72],
     "effective_rank": [20, 40, 60, 80, 90, 95, 99, 100, 98, 100, 101],
     "dead_dimensions": [0.0] * 11,

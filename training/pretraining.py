@@ -151,7 +151,7 @@ class Pretraining:
 
     def pictures(self, epochs: int) -> dict[str, Image.Image]:
         """Reconstructions of sample images, and the nearest neighbours of fixed photos at each kept checkpoint."""
-        pictures = {}
+        pictures: dict[str, Image.Image] = {}
         if self.samples is not None and epochs and self.config.due(epochs, self.config.sample_every):
             pictures |= self.reconstructions(self.samples)
         if self.monitor and self.config.due(epochs, self.config.keep_every):
