@@ -242,7 +242,7 @@ def warnings(task: str, epochs: int, lines: list[dict[str, Any]]) -> list[str]:
     return [each.text for each in findings(task, epochs, lines) if each.is_warning]
 
 
-GOOD = {
+GOOD: dict[str, list[float]] = {
     "loss": [1.1, 0.9, 0.85, 0.8, 0.78, 0.76, 0.75, 0.74, 0.73, 0.72],
     "effective_rank": [20, 40, 60, 80, 90, 95, 99, 100, 98, 100, 101],
     "dead_dimensions": [0.0] * 11,
@@ -264,6 +264,7 @@ def test_a_run_that_goes_well_has_no_warning() -> None:
     [
         ("loss", [1.1, 1.0, 1.0, 0.99, 1.0, 0.99, 1.0, 0.99, 0.99, 0.99], "hardly better than painting each patch"),
         ("loss", [0.9, 0.8, 0.7, 0.7, 0.75, 0.8, 0.8, 0.85, 0.9, 0.9], "The loss has risen from 0.700 to 0.900"),
+        ("effective_rank", [60, 1.1] + [1.0] * 9, "is 1.0: the embeddings of all photos are the same"),
         ("effective_rank", [20, 80, 100, 90, 60, 50, 40, 30, 20, 10, 4], "fell from 100 after epoch 2 to 4"),
         ("dead_dimensions", [0.0] * 10 + [0.4], "40% of the dimensions hardly differ"),
         ("knn20_top1", [30, 35, 40, 45, 44, 43, 42, 41, 40, 39, 38], "was 45.0 % after epoch 3: that one is better"),
@@ -286,6 +287,12 @@ def test_nothing_is_judged_too_early() -> None:
     lines = logged(loss=[1.2, 1.0], knn20_top1=[30, 30.5, 31])
     lines += [{"epoch": 1 + number / 10, "loss": 1.0} for number in range(10)]
     assert warnings("pretrain", 100, lines) == []
+
+
+def test_features_that_dip_at_first_are_no_failure() -> None:
+    """As in the run of docs/judging.md that goes well."""
+    lines = logged(loss=[0.98, 0.92, 0.88, 0.88], effective_rank=[43, 14, 9, 7, 8], knn20_top1=[34, 30, 29, 27, 25.5])
+    assert warnings("pretrain", 20, lines) == []
 
 
 def test_labelled_photos_count_more_than_folders() -> None:

@@ -123,7 +123,8 @@ def compare(
         return run_network(model, part.source, description.preprocessing, world, workers=workers, progress=progress)
 
     reference = embed(train)
-    known, in_both, unreadable = Embedded(reference.values_NX, train.labels_of(reference)), (), reference.unreadable
+    known, unreadable = Embedded(reference.values_NX, train.labels_of(reference)), reference.unreadable
+    in_both: Pairs = ()
     if val is None:
         known, queries = _held_out(train, known, reference)
     else:
@@ -164,7 +165,7 @@ def few_shot(known: Embedded, queries: Embedded, shots: int, draws: int = DRAWS)
         few = known[draw_few(known.labels_N, shots, generator)]
         centre_D = few.features_ND.mean(dim=0)
         few_FD, queries_MD = (F.normalize(each.features_ND - centre_D, dim=1) for each in (few, queries))
-        classes_C, position_F = few.labels_N.unique(return_inverse=True)
+        classes_C, position_F = torch.unique(few.labels_N, return_inverse=True)
         means_CD = torch.zeros(len(classes_C), few_FD.shape[1]).index_add_(0, position_F, few_FD)
         means_CD /= position_F.bincount()[:, None]
         nearest_M = torch.cdist(queries_MD, means_CD).argmin(dim=1)
@@ -174,7 +175,7 @@ def few_shot(known: Embedded, queries: Embedded, shots: int, draws: int = DRAWS)
 
 def draw_few(labels_N: Tensor, shots: int, generator: torch.Generator) -> Tensor:
     """Rows of up to `shots` images of each class."""
-    rows_by_class = [(labels_N == label).nonzero()[:, 0] for label in labels_N.unique()]
+    rows_by_class = [(labels_N == label).nonzero()[:, 0] for label in sorted(set(labels_N.tolist()))]
     return torch.cat([rows[torch.randperm(len(rows), generator=generator)[:shots]] for rows in rows_by_class])
 
 
@@ -186,7 +187,7 @@ def retrieval_map(known: Embedded, queries: Embedded) -> float:
     unit_DN, unit_MD = F.normalize(known.features_ND, dim=1).T, F.normalize(queries.features_ND, dim=1)
     ranks_N = torch.arange(1, unit_DN.shape[1] + 1, dtype=torch.float64)
     precisions = []
-    for unit_BD, labels_B in zip(unit_MD.split(ROWS), queries.labels_N.split(ROWS), strict=True):
+    for unit_BD, labels_B in zip(torch.split(unit_MD, ROWS), torch.split(queries.labels_N, ROWS), strict=True):
         order_BN = (unit_BD @ unit_DN).argsort(dim=1, descending=True, stable=True)
         hits_BN = (known.labels_N[order_BN] == labels_B[:, None]).double()
         count_B = hits_BN.sum(dim=1)

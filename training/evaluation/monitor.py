@@ -57,7 +57,7 @@ class Monitor:
         if len(self.pixels_NHWC) < 2:
             return {}
         with torch.inference_mode():
-            parts = [model(normalize(part.to(device))).embedding_BD for part in self.pixels_NHWC.split(BATCH)]
+            parts = [model(normalize(part.to(device))).embedding_BD for part in torch.split(self.pixels_NHWC, BATCH)]
         embeddings_ND = torch.cat(parts).float().cpu()
         if not embeddings_ND.isfinite().all():
             return {}  # the training says so itself, at the next gradient that is not finite

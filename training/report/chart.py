@@ -114,6 +114,7 @@ def _padded(low: float, high: float, share: float, log: bool = False) -> tuple[f
     room = share * (high - low)
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         room = abs(low) * 0.1 or 0.5
+        return (0.0, 1.0) if low == high == 0 else (low - room, high + room)
     return low - room, high + room
 
 

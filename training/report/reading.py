@@ -17,11 +17,13 @@ from training.report.curves import Curve, curves, last_epoch
 KNN = f"knn{LOGGED_K}_top1"
 FLAT = 0.95  # of the loss of a prediction that knows nothing but each patch's mean colour, which is 1
 RISEN = 1.05  # of the lowest loss: above it, it rises
-COLLAPSED = 0.5  # of its best value: an effective rank below it is a collapse
+COLLAPSED = 0.5  # of its best value after the early epochs: an effective rank below it is a collapse
+ONE_LINE = 2.0  # an effective rank below it is a collapse at any time
 DEAD = 0.1  # share of the dimensions
 FALLEN = 3.0  # points of accuracy below the best
 GAINED = 2.0  # points of accuracy over the start that a run is to win
 EARLY = 0.2  # share of the epochs before which nothing is judged that takes its time
+LATE = 0.6  # share of the epochs from which on a run should beat its start
 
 
 @dataclass(frozen=True)
@@ -65,15 +67,17 @@ CHARTS = (
             "val_top1": "top-1 on the validation photos",
             "val_top5": "top-5 on the validation photos",
         },
-        "The judge, where labels exist. Rises, and flattens towards the end. At its end still as low as at its "
-        "start: nothing useful was learnt. Falls for several epochs: the best checkpoint lies behind.",
+        "The judge, where labels exist. In pretraining from random weights it falls below the untrained network's at "
+        "first, then rises past it and flattens. At its end still as low as at its start: nothing useful was learnt. "
+        "Falls later on: the best checkpoint lies behind.",
         unit=" %",
     ),
     Chart(
         "Effective rank",
         {"effective_rank": "effective rank"},
-        "How many dimensions the embeddings use (RankMe). Higher is better among runs of one recipe. Rises, then "
-        "stays; a fall to half of its best is a collapse, even while the loss still falls.",
+        "How many dimensions the embeddings use (RankMe). Higher is better among runs of one recipe. From random "
+        "weights it falls in the first epochs, then rises for the rest of the run. A fall to 1 is a collapse; a curve "
+        "that stays low has learnt little.",
     ),
     Chart(
         "Decay of the spectrum",
@@ -122,9 +126,9 @@ def findings(task: str, epochs: int, lines: Sequence[Mapping[str, Any]]) -> list
         return [Finding("No epoch has ended yet: what is below is where the run starts from.")]
     found = [
         *_of_loss(task, share, lines),
-        *_of_rank(lines),
+        *_of_rank(epochs, lines),
         *_of_dead(lines),
-        *(_of_knn(share, lines) if task != "finetune" else _of_classifier(lines)),
+        *(_of_knn(epochs, lines) if task != "finetune" else _of_classifier(lines)),
     ]
     return sorted(found, key=lambda each: not each.is_warning)
 
@@ -152,13 +156,22 @@ def _of_loss(task: str, share: float, lines: Sequence[Mapping[str, Any]]) -> Ite
         yield Finding(f"The loss went from {first:.3f} to {last:.3f}.")
 
 
-def _of_rank(lines: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+def _best(curve: Curve, epochs: int) -> tuple[float, float]:
+    """The highest value and its epoch, without the early epochs, in which a network unlearns its random features."""
+    later = [pair for pair in zip(curve.values, curve.epochs, strict=True) if pair[1] >= EARLY * epochs]
+    return max(later, default=(curve.last, curve.epochs[-1]), key=lambda pair: pair[0])
+
+
+def _of_rank(epochs: int, lines: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
     curve = _one(lines, "effective_rank")
     if curve is None:
         return
-    best = max(curve.values)
-    if curve.last < COLLAPSED * best:
-        at = curve.epochs[curve.values.index(best)]
+    best, at = _best(curve, epochs)
+    if curve.last < ONE_LINE:
+        yield Finding(
+            f"The effective rank is {curve.last:.1f}: the embeddings of all photos are the same. Lower base_lr.", True
+        )
+    elif curve.last < COLLAPSED * best:
         yield Finding(
             f"The effective rank fell from {best:.0f} after epoch {at:g} to {curve.last:.0f}: the embeddings collapse. "
             "Lower base_lr, or use a checkpoint from before the fall.",
@@ -174,17 +187,16 @@ def _of_dead(lines: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
         yield Finding(f"{curve.last:.0%} of the dimensions hardly differ between photos.", True)
 
 
-def _of_knn(share: float, lines: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+def _of_knn(epochs: int, lines: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
     """Of the labelled photos; without these of the folders."""
     curve = _one(lines, KNN) or _one(lines, FOLDERS_KNN)
     if curve is None or len(curve.values) < 2:
         return
-    start, best = curve.values[0], max(curve.values)
-    at = curve.epochs[curve.values.index(best)]
+    start, (best, at) = curve.values[0], _best(curve, epochs)
     said = f"{curve.last:.1f} %, at the start {start:.1f} %"
     if curve.last < best - FALLEN:
         yield Finding(f"k-NN accuracy is {said}, and was {best:.1f} % after epoch {at:g}: that one is better.", True)
-    elif curve.last < start + GAINED and share >= EARLY:
+    elif curve.last < start + GAINED and curve.epochs[-1] >= LATE * epochs:
         yield Finding(f"k-NN accuracy is {said}: the run has not made the features better.", True)
     else:
         yield Finding(f"k-NN accuracy is {said}.")
