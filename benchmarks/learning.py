@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from mixmim_serve.config import size_name
 from mixmim_serve.files import atomic_path
 from mixmim_serve.sources import open_source
 from training.config import FinetuneConfig
@@ -61,7 +62,7 @@ def main() -> None:
     """Run what is missing, then write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--start", type=Path, default=BUNDLES / "tiny", help="a checkpoint or bundle of size tiny")
+    parser.add_argument("--start", type=Path, default=BUNDLES / "tiny", help="a checkpoint or bundle of a named size")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=10, help="epochs of fine-tuning")
     parser.add_argument("--sets", nargs="+", default=[photos.name for photos in SETS])
@@ -81,10 +82,11 @@ def measure(photos: Photos, data: Path, start: Start, out: Path, epochs: int, se
     """Measure what is missing for one data set."""
     train_part, test_part = photos.open(data)
     record(out / f"{photos.name}-frozen-pretrained-0.json", frozen, start, 0, train_part, test_part)
+    size = size_name(start.description.arch)
     for seed in seeds:
-        record(out / f"{photos.name}-frozen-untrained-{seed}.json", frozen, None, seed, train_part, test_part)
+        record(out / f"{photos.name}-frozen-untrained-{seed}.json", frozen, size, seed, train_part, test_part)
     for seed in seeds:
-        for name, origin in (("pretrained", start), ("scratch", None)):
+        for name, origin in (("pretrained", start), ("scratch", size)):
             run = out / f"{photos.name}-tuned-{name}-{seed}"
             record(run.with_suffix(".json"), tuned, origin, train_part, test_part, run, epochs, seed)
 
@@ -98,20 +100,21 @@ def record(path: Path, work: Callable[..., dict[str, float]], *arguments: Any) -
         print(path.stem, result, flush=True)
 
 
-def frozen(origin: Start | None, seed: int, train_part: Labelled, test_part: Labelled) -> dict[str, float]:
-    """Top-1 of k-NN and linear probe, in percent."""
-    model, description = (origin.model(), origin.description) if origin else untrained("tiny", seed)
+def frozen(origin: Start | str, seed: int, train_part: Labelled, test_part: Labelled) -> dict[str, float]:
+    """Top-1 of k-NN and linear probe, in percent; untrained for the name of a size."""
+    model, description = untrained(origin, seed) if isinstance(origin, str) else (origin.model(), origin.description)
     result = probe(model, description, train_part, test_part, ALONE)
     neighbours = {f"k-NN, k = {k}": accuracy.top1 for k, accuracy in result.neighbours.items()}
     return neighbours | {"linear probe": result.linear.top1}
 
 
 def tuned(
-    origin: Start | None, train_part: Labelled, test_part: Labelled, run: Path, epochs: int, seed: int
+    origin: Start | str, train_part: Labelled, test_part: Labelled, run: Path, epochs: int, seed: int
 ) -> dict[str, float]:
-    """Top-1 and top-5 after fine-tuning, or after as many epochs from scratch, in percent."""
+    """Top-1 and top-5 after fine-tuning, or for the name of a size after as many epochs from scratch, in percent."""
+    start = None if isinstance(origin, str) else origin
     final = train(
-        Finetuning(settings(origin, epochs, seed), train_part.classes, origin, None), train_part.source, run,
+        Finetuning(settings(origin, epochs, seed), train_part.classes, start, None), train_part.source, run,
         Console(stderr=True, log_path=False), resume=(run / "config.json").exists(),
     )  # fmt: skip
     if final is None:
@@ -120,10 +123,12 @@ def tuned(
     return {"fine-tuned": accuracy.top1, "fine-tuned, top-5": accuracy.top5}
 
 
-def settings(origin: Start | None, epochs: int, seed: int) -> FinetuneConfig:
+def settings(origin: Start | str, epochs: int, seed: int) -> FinetuneConfig:
     """The recipe, shortened; from scratch every layer has the full learning rate, after a longer warm-up."""
     config = replace(tiny_finetune_cpu().with_epochs(epochs), seed=seed)
-    return config if origin else replace(config, size="tiny", layer_decay=1.0, warmup_epochs=0.2 * epochs)
+    if not isinstance(origin, str):
+        return config
+    return replace(config, size=origin, layer_decay=1.0, warmup_epochs=0.2 * epochs)
 
 
 def rows(out: Path) -> Iterator[str]:

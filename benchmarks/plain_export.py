@@ -37,7 +37,7 @@ import openvino
 import torch
 from numpy.typing import NDArray
 from openvino import properties
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.plain_encoder import PlainEncoder
 from benchmarks.provenance import command, commit
@@ -142,8 +142,8 @@ def random_weights(size: str, folder: Path) -> Path:
     return checkpoint
 
 
-def export_plain(plain: PlainEncoder, pixels: Tensor, target: Path) -> None:
-    """Export the plain encoder in the usual way."""
+def export_plain(plain: nn.Module, pixels: Tensor, target: Path) -> None:
+    """Export a module, pixels to embedding, in the usual way."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(

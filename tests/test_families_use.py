@@ -175,11 +175,11 @@ def test_a_class_token_gives_no_reconstruction(checkpoints: dict[str, Path]) -> 
 def bundles(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
     """Of every kind, verified in ONNX Runtime and OpenVINO by the export itself."""
     folder = tmp_path_factory.mktemp("bundles")
-    options = Options(("fp32", "fp16", "bf16"), ("onnx", "openvino"))
     built = {}
     for name, checkpoint in checkpoints.items():
-        exported = export_bundle(checkpoint, folder / name, options)
-        assert exported.agreement.keys() == {"fp32", "fp16", "bf16", "fp32, OpenVINO"}
+        precisions = ("fp32", "fp16", "bf16") if name in FAMILIES else ("fp32",)  # a minute each
+        exported = export_bundle(checkpoint, folder / name, Options(precisions, ("onnx", "openvino")))
+        assert exported.agreement.keys() == {*precisions, "fp32, OpenVINO"}
         for outputs in (exported.agreement["fp32"], exported.agreement["fp32, OpenVINO"]):
             assert all(each.within(TOLERANCES["fp32"]) for each in outputs.values())
         built[name] = exported.bundle
