@@ -56,6 +56,8 @@ class DistillObjective(Objective):
     mixture has no embedding of a whole photo.
     """
 
+    sums: Tensor
+
     def __init__(self, model: Encoder, teacher: Encoder, config: DistillConfig) -> None:
         super().__init__()
         self.model, self.config = model, config
@@ -98,7 +100,8 @@ class DistillObjective(Objective):
             grid = min(own.shape[-1], target.shape[-1])
             own, target = (area_average(each.float(), grid).permute(0, 2, 3, 1) for each in (own, target))
         predicted = self.projections[part](own).float()
-        return (predicted - (target.float() - mean_E) / scale_E).square().mean()
+        mismatch: Tensor = (predicted - (target.float() - mean_E) / scale_E).square().mean()
+        return mismatch
 
     def standardise(self, features: Mapping[str, Tensor]) -> None:
         """Take the channels' means and deviations from features (N, E) of the teacher, by part."""
@@ -143,13 +146,14 @@ class Distillation(Pretraining):
     ) -> None:
         self.teacher, self.teacher_preprocessing = frozen(teacher), teacher.description.preprocessing
         super().__init__(config, samples, labelled, cast(type[MixMIM], build_model))
-        self.objective: DistillObjective = DistillObjective(self.model, self.teacher, config)
+        objective = DistillObjective(self.model, self.teacher, config)
         self.start = f"{SCRATCH}, teacher {teacher.identity}"
         size = size_name(teacher.description.arch)
         about = {"path": str(teacher.path.absolute()), "size": size, "image_size": self.teacher.arch.image_size}
         self.origin = {"teacher": teacher.origin() | about}
         if samples is not None:
-            self.objective.standardise(self.teacher_features(samples))
+            objective.standardise(self.teacher_features(samples))
+        self.objective = objective
         self.to(torch.device("cpu"))
 
     @property
@@ -201,7 +205,7 @@ def matched(output: EncoderOutput) -> dict[str, Tensor]:
 
 
 def widths(encoder: Encoder) -> dict[str, int]:
-    """The channels of what is compared, found with one empty image: families of networks count them in their own way."""
+    """The channels of what is compared, found with an empty image: families of networks count them differently."""
     was_training, size = encoder.training, encoder.arch.image_size
     with torch.no_grad():
         features = matched(encoder.eval()(torch.zeros(1, 3, size, size)))
