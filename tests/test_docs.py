@@ -24,7 +24,7 @@ from mixmim_serve.errors import ImageError
 from mixmim_serve.extract import lead
 from mixmim_serve.service.metrics import Metrics
 from mixmim_serve.service.settings import Settings
-from training.config import AugmentConfig, FinetuneConfig, PretrainConfig
+from training.config import AugmentConfig, DistillConfig, FinetuneConfig, PretrainConfig
 
 DOCS = REPOSITORY / "docs"
 PAGES = sorted([*DOCS.rglob("*.md"), *REPOSITORY.glob("*.md"), *(REPOSITORY / "examples").glob("*.md")])
@@ -136,6 +136,13 @@ def test_training_settings() -> None:
             expected |= fields_of(AugmentConfig(), "augment.")
         found = defaults("reference/settings.md", "Training", column)
         assert {key: value for key, value in found.items() if value} == expected
+
+
+def test_distillation_settings() -> None:
+    """What pretraining does not have, or has otherwise."""
+    ours, theirs = fields_of(DistillConfig()), fields_of(PretrainConfig())
+    expected = {key: value for key, value in ours.items() if theirs.get(key) != value}
+    assert defaults("reference/settings.md", "Distillation") == expected
 
 
 def test_metrics() -> None:

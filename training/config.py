@@ -186,6 +186,44 @@ class PretrainConfig(RunConfig):
 
 
 @dataclass(frozen=True)
+class DistillConfig(PretrainConfig):
+    """A distillation run (distillation.py): a small network learns the features of a larger, frozen one."""
+
+    size: str = "tiny"
+    match_embedding: float = 1.0  # weight of the pooled embedding in the loss
+    match_stages: float = 1.0  # weight of the feature maps of stages 3 and 4 together
+    mixmim_weight: float = 0.0  # weight of MixMIM's own loss; 0: the student needs no decoder, and has none
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        weights = (self.match_embedding, self.match_stages, self.mixmim_weight)
+        if min(weights) < 0 or not any(weights[:2]):
+            raise ConfigError(
+                "match_embedding, match_stages and mixmim_weight must be 0 or more, and one of the first two above 0, "
+                f"got {', '.join(map(str, weights))}."
+            )
+        if self.shard:
+            raise ConfigError("distillation needs a whole copy of the student in each process: set shard=false.")
+        if self.beyond_pixels:
+            raise ConfigError(
+                "a distilled network has no feature_weight and embedding_weight: set mixmim_weight for the loss of "
+                "pixels, match_embedding and match_stages for the teacher's features."
+            )
+
+    @property
+    def arch(self) -> Architecture:
+        """The student; it has a decoder if MixMIM's loss is part of the run.
+
+        Raises:
+            ConfigError: for no size or an unknown one, or an impossible input size.
+        """
+        if not self.size:
+            raise ConfigError("the student needs a size: add --size tiny, or another size.")
+        arch = super().arch
+        return arch if self.mixmim_weight else dataclasses.replace(arch, decoder=None)
+
+
+@dataclass(frozen=True)
 class AugmentConfig:
     """Augmentation for fine-tuning, on the device (timm's `rand-m9-mstd0.5-inc1`); 0 switches an operation off."""
 

@@ -223,15 +223,15 @@ def continued(config: PretrainConfig, start: Start) -> Architecture:
     return dataclasses.replace(arch, decoder=decoder, num_classes=0, class_token=False)
 
 
-def sample_pixels(source: Source, preprocessing: Preprocessing) -> list[np.ndarray]:
-    """An even number of readable images, spread over the source: normalised float32 (3, size, size)."""
+def sample_pixels(source: Source, preprocessing: Preprocessing, wanted: int = 2 * PAIRS) -> list[np.ndarray]:
+    """Up to `wanted`, an even number of readable images, spread over the source: normalised (3, size, size)."""
     samples: list[np.ndarray] = []
     count = len(source.keys)
-    for index in range(0, count, max(1, count // (4 * PAIRS))):
+    for index in range(0, count, max(1, count // (2 * wanted))):
         try:
             samples.append(normalize(preprocess(source.read(index), preprocessing), preprocessing))
         except ImageError:
             continue
-        if len(samples) == 2 * PAIRS:
+        if len(samples) == wanted:
             break
     return samples[: len(samples) // 2 * 2]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from mixmim_serve.config import unknown
-from training.config import AugmentConfig, FinetuneConfig, PretrainConfig
+from training.config import AugmentConfig, DistillConfig, FinetuneConfig, PretrainConfig
 
 Config = TypeVar("Config")
 
@@ -54,6 +54,25 @@ def tiny_continue_cpu() -> PretrainConfig:
     return dataclasses.replace(tiny_cpu(), size="", epochs=10, warmup_epochs=1, base_lr=5e-4)
 
 
+def tiny_distill_cpu() -> DistillConfig:
+    """Distil a larger model into tiny at 128 px, on some thousands of photos without labels, on a CPU.
+
+    Command: mixmim distill photos --teacher runs/large --recipe tiny-distill-cpu --out runs/small
+    Hardware: two CPU cores. Time and number: not measured by us; `python -m benchmarks.distill` measures both against
+        tiny-cpu at an equal budget.
+    Epochs, batch, rate and crops are those of tiny-cpu (ours), so that the two differ in what is learned alone.
+    """
+    return DistillConfig(
+        epochs=25,
+        warmup_epochs=3,
+        batch_size=128,
+        base_lr=2e-3,
+        workers=1,
+        keep_every=5,
+        compile="auto",
+    )
+
+
 def base_finetune_100ep() -> FinetuneConfig:
     """Fine-tune base on ImageNet-1K: the official recipe.
 
@@ -95,6 +114,7 @@ PRETRAIN: dict[str, Callable[[], PretrainConfig]] = {
     "tiny-cpu": tiny_cpu,
     "tiny-continue-cpu": tiny_continue_cpu,
 }
+DISTILL: dict[str, Callable[[], DistillConfig]] = {"tiny-distill-cpu": tiny_distill_cpu}
 FINETUNE: dict[str, Callable[[], FinetuneConfig]] = {
     "base-finetune-100ep": base_finetune_100ep,
     "tiny-finetune-cpu": tiny_finetune_cpu,

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from mixmim_serve.errors import DataError
 from mixmim_serve.settings import from_dict
 from training.augment import step_seed
-from training.config import FinetuneConfig, PretrainConfig
+from training.config import DistillConfig, FinetuneConfig, PretrainConfig
 from training.data import Batch
+from training.distillation import Distillation, read_teacher
 from training.finetuning import Finetuning
 from training.pretraining import Pretraining
 from training.start import Start, read_start
@@ -27,7 +28,7 @@ def replay(run: Path, rank: int = 0) -> list[str]:
     """Run the saved step again in bf16 and in float32; one line per part says where it stops being finite.
 
     Raises:
-        DataError: when the run saved no such step.
+        DataError: when the run saved no such step, or its teacher is not the same any more.
     """
     folder = run / "nonfinite"
     if not (folder / "report.json").is_file():
@@ -53,6 +54,11 @@ def rebuild(run: Path, saved: Start) -> Task:
     if saved_run["task"] == Pretraining.name:
         config = dataclasses.replace(from_dict(PretrainConfig, saved_run["config"]), size="")
         task = Pretraining(config, None, start=saved)
+    elif saved_run["task"] == Distillation.name:
+        teacher = read_teacher(Path(saved_run["origin"]["teacher"]["path"]))
+        task = Distillation(from_dict(DistillConfig, saved_run["config"]), None, teacher)
+        if task.start != saved_run["start"]:
+            raise DataError(f"{teacher.path} is not the teacher that {run} began with: put that one back in its place.")
     else:
         tuning = dataclasses.replace(from_dict(FinetuneConfig, saved_run["config"]), size="")
         task = Finetuning(tuning, saved.description.labels, saved, None)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from training.config import AUTO, FinetuneConfig, PretrainConfig, RunConfig
+from training.config import AUTO, DistillConfig, FinetuneConfig, PretrainConfig, RunConfig
 
 # Fields that a row of the summary holds already.
 _SHOWN = {"size", "image_size", "epochs", "warmup_epochs", "batch_size", "accumulate", "base_lr", "weight_decay"}
 _SHOWN |= {"bf16", "compile", "workers", "seed", "min_crop", "mask_ratio", "layer_decay", "drop_path"}
+_SHOWN |= {"match_embedding", "match_stages", "mixmim_weight"}
 COMPILE = {True: "compiled", False: "not compiled", AUTO: "compiled once that pays"}
 
 
@@ -40,6 +41,14 @@ def _network(config: RunConfig) -> str:
 
 def _objective(config: RunConfig) -> list[tuple[str, str]]:
     crops = f"crops of {config.min_crop:.0%} of an image or more"
+    if isinstance(config, DistillConfig):
+        parts = {
+            "embedding": config.match_embedding,
+            "stages 3 and 4": config.match_stages,
+            f"MixMIM with {config.mask_ratio:.0%} mixed in": config.mixmim_weight,
+        }
+        matched = ", ".join(f"{name} (weight {weight:g})" for name, weight in parts.items() if weight)
+        return [("images", crops), ("learns", matched)]
     if isinstance(config, PretrainConfig):
         return [("images", f"{crops}, {config.mask_ratio:.0%} mixed in")]
     if isinstance(config, FinetuneConfig):

@@ -24,6 +24,11 @@ class Objective(nn.Module):
     crops: int = 1  # crops of each image in a batch, one below the other
 
     @property
+    def crop_size(self) -> int:
+        """Pixels on one side of the crops in a batch."""
+        return self.model.arch.image_size
+
+    @property
     def kept(self) -> Encoder:
         """The network that is evaluated and becomes the final checkpoint."""
         return self.model
@@ -48,7 +53,7 @@ class Objective(nn.Module):
 
 
 class Task(Protocol):
-    """Pretraining (pretraining.py) or fine-tuning (finetuning.py)."""
+    """Pretraining (pretraining.py), distillation (distillation.py) or fine-tuning (finetuning.py)."""
 
     name: str
     objective: Objective

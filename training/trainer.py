@@ -94,7 +94,7 @@ class Trainer:
         torch.manual_seed(self.config.seed)
         task.to(world.device)
         self.model = task.objective.model
-        size, crops = self.model.arch.image_size, task.objective.crops
+        size, crops = task.objective.crop_size, task.objective.crops
         self.dataset = TrainingImages(source, size, self.config, task.classes, crops)
         self.loader, self.sampler = build_loader(self.dataset, self.config, world.rank, world.size)
         self.module = wrap(task.objective.train(), world, self.config)

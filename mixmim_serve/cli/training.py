@@ -74,16 +74,16 @@ def pretrain(
         size = ""  # the checkpoint's own, whatever the recipe says
     options = {"size": size, "image_size": image_size, "batch_size": batch_size, "workers": workers}
     chosen = recipe or ("tiny-continue-cpu" if start else "tiny-cpu")
-    config = _with_options(named_recipe(chosen, PRETRAIN), options, epochs, settings)
+    config = with_options(named_recipe(chosen, PRETRAIN), options, epochs, settings)
     source, checkpoint = open_source(data), read_start(bundle_path(Path(start))) if start else None
-    config = _follow_data(config, source, options | {"epochs": epochs}, settings, out if resume else None)
+    config = follow_data(config, source, options | {"epochs": epochs}, settings, out if resume else None)
     labelled = None
     if knn:
         train_part, val_part = open_labelled(knn)
         if val_part is None:
             raise DataError(f"{knn} has no folders train and val: k-NN needs reference images and queries.")
         labelled = train_part, val_part
-    _print_config(config, named_recipe(chosen, PRETRAIN), verbose)
+    print_config(config, named_recipe(chosen, PRETRAIN), verbose)
     task = Pretraining(config, source, labelled, start=checkpoint, new_decoder=new_decoder)
     if task.loaded and not resume:
         progress_console().print(task.loaded, soft_wrap=True, highlight=False, markup=False)
@@ -124,11 +124,11 @@ def finetune(
     from training.trainer import train
 
     options = {"image_size": image_size, "batch_size": batch_size, "workers": workers}
-    config = _with_options(named_recipe(recipe, FINETUNE), options, epochs, settings)
+    config = with_options(named_recipe(recipe, FINETUNE), options, epochs, settings)
     images, validation = open_labelled(data, val)
-    config = _follow_data(config, images.source, options | {"epochs": epochs}, settings, out if resume else None)
+    config = follow_data(config, images.source, options | {"epochs": epochs}, settings, out if resume else None)
     checkpoint = None if start == SCRATCH else read_start(bundle_path(Path(start)))
-    _print_config(config, named_recipe(recipe, FINETUNE), verbose)
+    print_config(config, named_recipe(recipe, FINETUNE), verbose)
     task = Finetuning(config, images.classes, checkpoint, validation)
     final = train(
         task, images.source, out, progress_console(), resume=resume, overwrite=overwrite, trackers=track or ()
@@ -300,7 +300,7 @@ def replay(
         typer.echo(line)
 
 
-def _with_options(config: Any, options: dict[str, Any], epochs: int | None, settings: list[str] | None) -> Any:
+def with_options(config: Any, options: dict[str, Any], epochs: int | None, settings: list[str] | None) -> Any:
     """The recipe with the options that are set, then with `--set` settings."""
     import dataclasses
 
@@ -312,9 +312,7 @@ def _with_options(config: Any, options: dict[str, Any], epochs: int | None, sett
     return override(dataclasses.replace(config, **changes), settings or ())
 
 
-def _follow_data(
-    config: Any, source: Any, options: dict[str, Any], settings: list[str] | None, run: Path | None
-) -> Any:
+def follow_data(config: Any, source: Any, options: dict[str, Any], settings: list[str] | None, run: Path | None) -> Any:
     """The configuration for the number of images, printing each change; that of `run` when it is resumed."""
     import os
 
@@ -331,7 +329,7 @@ def _follow_data(
     return config
 
 
-def _print_config(config: Any, recipe: Any, verbose: bool) -> None:
+def print_config(config: Any, recipe: Any, verbose: bool) -> None:
     """Print the settings that matter as a table; with `verbose` all of them as JSON."""
     import dataclasses
     import json
