@@ -30,7 +30,7 @@ from mixmim_serve.bundle import CONFIG, WEIGHTS, open_bundle
 from mixmim_serve.config import size_name, units_from_partner
 from mixmim_serve.errors import CheckpointError
 from mixmim_serve.model import Encoder, EncoderOutput, MixMIM, build_model
-from mixmim_serve.model.encoder import initialize
+from mixmim_serve.model.blocks import initialize
 from mixmim_serve.model.mixmim import random_units
 from mixmim_serve.model.normalize import Normalize
 from mixmim_serve.runs import is_run
