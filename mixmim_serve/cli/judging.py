@@ -77,7 +77,7 @@ def compare(
 
 
 def _start(model: str) -> Any:
-    """The weights of a model, a `training.start.Start`; of a run that has not finished those of its newest checkpoint, which is said."""
+    """A `training.start.Start`; of a run that has not finished that of its newest checkpoint, which is said."""
     from mixmim_serve.runs import checkpoint_of, is_run
     from training.start import read_start
 
