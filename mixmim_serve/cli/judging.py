@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
 from mixmim_serve.cli.common import app, bundle_path, first_process, progress_console, say_passed_over
 from mixmim_serve.cli.environment import prepare_training
-
-if TYPE_CHECKING:
-    from training.start import Start
 
 
 @app.command()
@@ -79,8 +76,8 @@ def compare(
         typer.echo(note, err=True)
 
 
-def _start(model: str) -> Start:
-    """The weights of a model; of a run that has not finished those of its newest checkpoint, which is said."""
+def _start(model: str) -> Any:
+    """A `training.start.Start`; of a run that has not finished that of its newest checkpoint, which is said."""
     from mixmim_serve.runs import checkpoint_of, is_run
     from training.start import read_start
 

@@ -82,8 +82,8 @@ CHARTS = (
     Chart(
         "Decay of the spectrum",
         {"spectrum_decay": "exponent"},
-        "How fast the directions lose weight (alpha-ReQ). Near 1 many of them carry information; far above 2, a few "
-        "hold everything.",
+        "How fast the directions lose weight (alpha-ReQ). A slow rise means that fewer of them "
+        "carry information. Once the effective rank is near 1 it only measures noise.",
     ),
     Chart(
         "Uniformity",
