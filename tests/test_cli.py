@@ -256,9 +256,9 @@ def test_help_ends_with_an_example(command: str) -> None:
 
 def test_all_commands_are_there() -> None:
     assert COMMANDS == [
-        "anomaly", "bench", "calibrate", "check", "classify", "drift", "duplicates", "embed", "evaluate", "export",
-        "extract", "finetune", "import", "info", "map", "neighbours", "pretrain", "probe", "pull", "push",
-        "reconstruct", "replay", "score", "serve",
+        "anomaly", "bench", "calibrate", "check", "classify", "compare", "distill", "drift", "duplicates", "embed",
+        "evaluate", "export", "extract", "finetune", "import", "info", "map", "neighbours", "pretrain", "probe", "pull",
+        "push", "reconstruct", "replay", "score", "serve",
     ]  # fmt: skip
 
 

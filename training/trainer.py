@@ -285,11 +285,9 @@ class Trainer:
         """
         if (ago := self.meter.nonfinite()) is None:
             return
-        step = self.step - ago
-        bad = BadStep(step, self.config.seed, *load_step(self.dataset, self.sampler, step))
-        weights, description = gather_weights(self.model), self.task.describe(self.provenance())
-        state = self.task.objective.resume_state()
-        raise save_nonfinite(self.folder.path, self.world, weights, description, bad, state)
+        bad = BadStep(self.step - ago, self.config.seed, *load_step(self.dataset, self.sampler, self.step - ago))
+        saved = gather_weights(self.model), self.task.describe(self.provenance()), bad
+        raise save_nonfinite(self.folder.path, self.world, *saved, self.task.objective.resume_state())
 
     def evaluate(self, epochs: int, console: Console) -> None:
         """Log the metrics and write the pictures that are due after `epochs` epochs, then the report."""

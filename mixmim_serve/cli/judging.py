@@ -15,7 +15,7 @@ from mixmim_serve.cli.environment import prepare_training
 @app.command()
 def compare(
     models: Annotated[
-        list[str], typer.Argument(metavar="MODEL...", help="Checkpoints, bundles, folders of runs, tags, or tiny.")
+        list[str], typer.Argument(metavar="MODEL", help="Checkpoints, bundles, folders of runs, tags, or tiny.")
     ],
     data: Annotated[
         str, typer.Option(metavar="DATA", help="Photos in one folder per class, or train and val with such folders.")
