@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def head(
     bundle: BundleArgument,
     data: Annotated[
-        str, typer.Argument(metavar="[DATA]", help="Photos in one folder per class, or DATA/train and DATA/val.")
+        str, typer.Argument(metavar="DATA", help="Photos in one folder per class, or DATA/train and DATA/val.")
     ] = "",
     name: Annotated[str, typer.Option(help="The head's name, for `classify --head` and /classify?head=.")] = "",
     val: Annotated[str, typer.Option(help="Photos to judge the head by, if not DATA/val.")] = "",
