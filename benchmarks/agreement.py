@@ -21,8 +21,8 @@ from mixmim_serve.engines import open_engine
 from mixmim_serve.engines.hardware import processor
 from mixmim_serve.errors import MixMIMError
 from mixmim_serve.extract.pipeline import run_files
+from mixmim_serve.heads import read_heads
 from mixmim_serve.sources.names import list_images
-from mixmim_serve.tasks import require_head
 
 CONTENDERS = [("torch", "fp32"), ("torch", "bf16")] + [
     (kind, precision) for kind in ("onnx", "openvino") for precision in ("fp32", "fp16", "bf16")
@@ -34,16 +34,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, help="a bundle folder, or tiny")
     parser.add_argument("data", type=Path, help="a folder of CLASS/photo")
+    parser.add_argument("--head", default="", help="the head to judge; default: the bundle's default")
     arguments = parser.parse_args()
     bundle = open_bundle(bundle_path(arguments.bundle))
-    require_head(bundle)
+    head = read_heads(bundle).choose(arguments.head)
     paths = list_images(arguments.data)
-    truth = np.array([bundle.description.labels.index(path.relative_to(arguments.data).parts[0]) for path in paths])
+    truth = np.array([head.classes.index(path.relative_to(arguments.data).parts[0]) for path in paths])
     rows, reference = [], None
     for kind, precision in CONTENDERS:
         try:
             engine = open_engine(bundle, kind, precision)
-            logits = np.stack([result.outputs["logits"] for result in run_files(engine, paths, ["logits"])])
+            logits = np.stack([head.logits(result.outputs) for result in run_files(engine, paths, head.inputs)])
         except MixMIMError as error:
             print(f"{kind} {precision}: {error}")
             continue
@@ -59,6 +60,7 @@ def main() -> None:
             }
         )
     about = {"date": date.today().isoformat(), "hardware": processor(), "fingerprint": bundle.fingerprint}
+    about["head"] = head.name
     print(json.dumps(about | {"photos": len(paths), "rows": rows}, indent=2))
 
 

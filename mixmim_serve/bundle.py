@@ -5,6 +5,7 @@ config.json            name, description (architecture, preprocessing, labels, p
 weights.safetensors    the checkpoint itself; the graphs refer to it, so weights are stored once
 encoder.onnx           pixels -> embedding, stage1..stage4, and logits with a head
 reconstruct.onnx       image_a, image_b, from_partner -> mixed, reconstruction_a, reconstruction_b; with a decoder
+heads-SHA.safetensors  named classification heads, if there are any (heads.py)
 golden.safetensors     real photos and torch's float32 outputs: `encoder.pixels`, `encoder.embedding`...
 
 On request also:
@@ -42,6 +43,7 @@ from mixmim_serve.strict_json import read_json
 CONFIG = "config.json"
 WEIGHTS = "weights.safetensors"
 GOLDEN = "golden.safetensors"
+HEADS = "heads-"  # begins the name of the file with named heads; see heads.py
 CACHE = "cache"  # folder for what runtimes compile when they open the bundle
 FORMAT = 2  # increased when an older reader would misread the folder
 MAX_NAME = 100  # characters of a bundle's name
@@ -121,8 +123,9 @@ class Bundle:
 
     @property
     def content(self) -> str:
-        """SHA-256 of all checksums: of everything that an engine can load from the folder."""
-        return hashlib.sha256(canonical_json(dict(self.checksums))).hexdigest()
+        """SHA-256 of the checksums of everything that an engine can load from the folder, which heads are not."""
+        loaded = {name: digest for name, digest in self.checksums.items() if not name.startswith(HEADS)}
+        return hashlib.sha256(canonical_json(loaded)).hexdigest()
 
     def verify(self) -> None:
         """Compare every file with its checksum, and the weights with the fingerprint.

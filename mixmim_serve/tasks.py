@@ -14,6 +14,7 @@ from mixmim_serve.config import TARGET_EPS, UNIT_SIZE, units_from_partner
 from mixmim_serve.engines import Engine
 from mixmim_serve.engines.base import largest_batch
 from mixmim_serve.errors import BundleError
+from mixmim_serve.heads import Head
 from mixmim_serve.preprocess import Pixels, normalize
 
 Floats = NDArray[np.float32]
@@ -30,18 +31,6 @@ class Class:
     probability: float
 
 
-def require_head(bundle: Bundle) -> None:
-    """Check that the bundle can classify.
-
-    Raises:
-        BundleError: when it cannot.
-    """
-    if not bundle.arch.num_classes:
-        raise BundleError(
-            "this model has no classification head: fine-tune it on labelled images, or use its embeddings."
-        )
-
-
 def require_decoder(bundle: Bundle) -> None:
     """Check that the bundle can reconstruct.
 
@@ -52,12 +41,11 @@ def require_decoder(bundle: Bundle) -> None:
         raise BundleError("this model has no decoder: only pretraining checkpoints can reconstruct images.")
 
 
-def top_classes(bundle: Bundle, logits: Floats, count: int = 5) -> list[Class]:
-    """The most probable classes of one image, best first; `logits` is (classes,)."""
+def top_classes(head: Head, logits: Floats, count: int = 5) -> list[Class]:
+    """The most probable classes of one image, best first; `logits` is (classes,), those of the head."""
     likelihood = probabilities(logits)
     order = np.argsort(-likelihood, kind="stable")[:count]
-    labels = bundle.description.labels
-    return [Class(int(index), labels[index] if labels else str(index), float(likelihood[index])) for index in order]
+    return [Class(int(index), head.classes[index], float(likelihood[index])) for index in order]
 
 
 def probabilities(logits: Floats) -> NDArray[np.float64]:

@@ -257,8 +257,8 @@ def test_help_ends_with_an_example(command: str) -> None:
 def test_all_commands_are_there() -> None:
     assert COMMANDS == [
         "anomaly", "bench", "calibrate", "check", "classify", "compare", "distill", "drift", "duplicates", "embed",
-        "evaluate", "export", "extract", "finetune", "import", "info", "map", "neighbours", "pretrain", "probe", "pull",
-        "push", "reconstruct", "replay", "score", "serve",
+        "evaluate", "export", "extract", "finetune", "head", "import", "info", "map", "neighbours", "pretrain", "probe",
+        "pull", "push", "reconstruct", "replay", "score", "serve",
     ]  # fmt: skip
 
 

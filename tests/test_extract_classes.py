@@ -12,11 +12,12 @@ from extracting import features, files_of, small
 from serving import take_out
 from test_cli import Mixmim, mixmim  # noqa: F401 - a fixture
 
+from mixmim_serve import shipped
 from mixmim_serve.bundle import DEFAULT_BUNDLE, open_bundle
 from mixmim_serve.engines import Engine, open_engine
 from mixmim_serve.errors import ConfigError, OutputError
-from mixmim_serve.extract import options as module
 from mixmim_serve.extract.options import ExtractOptions
+from mixmim_serve.heads import read_heads
 
 CLASSES = ["class", "probability"]
 
@@ -24,7 +25,7 @@ CLASSES = ["class", "probability"]
 @pytest.fixture
 def is_shipped(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The small model as the one that comes with the package."""
-    monkeypatch.setattr(module, "_shipped_fingerprint", lambda: engine.bundle.fingerprint)
+    monkeypatch.setattr(shipped, "_shipped", lambda: (engine.bundle.fingerprint, ""))
 
 
 def columns(folder: Path) -> list[str]:
@@ -40,13 +41,13 @@ def extracted(engine: Engine, photos: Path, out: Path, classes: bool | None = No
 
 
 def test_the_shipped_model_is_known_by_its_fingerprint() -> None:
-    shipped = open_bundle(DEFAULT_BUNDLE)
-    assert module.has_head(shipped)
-    assert ExtractOptions().decided(shipped).classes is False
-    assert ExtractOptions(classes=True).decided(shipped).classes is True
-    assert ExtractOptions().decided(dataclasses.replace(shipped, fingerprint="0" * 32)).classes is True
-    moved = dataclasses.replace(shipped, path=Path("/elsewhere"), name="mine")
-    assert ExtractOptions().decided(moved).classes is False
+    bundle = open_bundle(DEFAULT_BUNDLE)
+    assert read_heads(bundle).names
+    assert ExtractOptions().decided(bundle).classes is False
+    assert ExtractOptions(classes=True).decided(bundle).classes is True
+    assert ExtractOptions(head=read_heads(bundle).default).decided(bundle).classes is True
+    assert not shipped.is_shipped(dataclasses.replace(bundle, fingerprint="0" * 32))
+    assert shipped.is_shipped(dataclasses.replace(bundle, path=Path("/elsewhere"), name="mine"))
 
 
 def test_a_model_of_ones_own_writes_classes(engine: Engine, photos: Path, tmp_path: Path) -> None:

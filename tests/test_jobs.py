@@ -281,7 +281,9 @@ def test_options_that_cannot_be(engine: Engine, options: object, message: str) -
 
 
 def test_options_are_complete_and_equal_to_those_of_the_command(engine: Engine) -> None:
-    assert parse_options({}, engine.bundle) == ExtractOptions(classes=True).to_dict() | {"max_failures": 0.1}
+    assert parse_options({}, engine.bundle) == ExtractOptions(classes=True, head="main").to_dict() | {
+        "max_failures": 0.1
+    }
     assert parse_options({"classes": False}, engine.bundle)["classes"] is False
     assert parse_options({}, open_bundle(DEFAULT_BUNDLE))["classes"] is False
     given = {"features": ["stage4"], "dtype": "float16", "max_failures": 1}

@@ -46,6 +46,7 @@ OPERATIONS = [(method.upper(), path) for path, item in document(ENDPOINTS)["path
 KNOWN: dict[str, tuple[Callable[[Any], bool], Any]] = {
     "top": (lambda value: type(value) is int and value > 3, 3),
     "ratio": (lambda value: type(value) in (int, float) and 0 <= value <= 1, 0.5),
+    "head": (lambda value: type(value) is str, "main"),
     "dimensions": (lambda value: type(value) is int, 64),
     "model": (lambda value: type(value) is str, MODEL),
     "X-Request-Timeout": (lambda value: _is_number(value) and 0 < float(value) < PATIENCE, str(PATIENCE)),

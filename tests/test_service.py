@@ -133,6 +133,9 @@ def test_model_says_what_is_served(client: TestClient, engine: Engine) -> None:
         **json.loads(json.dumps(engine.bundle.description.to_dict())),
         "anomaly": None,
         "embedding_size": 64,
+        "heads": [
+            {"default": True, "name": "main", "classes": CLASS_NAMES, "inputs": ["logits"], "fingerprint": ""},
+        ],
         "outputs": {graph: list(outputs) for graph, outputs in engine.bundle.graphs.items()},
     }
     assert body["labels"] == CLASS_NAMES

@@ -1,6 +1,6 @@
 """The `mixmim` command. Each body builds a configuration and calls one function; heavy imports stay inside."""
 
-from mixmim_serve.cli import anomaly, bench, distill, features, images, judging, models, publish, training
+from mixmim_serve.cli import anomaly, bench, distill, features, heads, images, judging, models, publish, training
 from mixmim_serve.cli.common import app, main
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "bench",
     "distill",
     "features",
+    "heads",
     "images",
     "judging",
     "main",

@@ -31,6 +31,7 @@ def extract(
         bool | None,
         typer.Option("--classes/--no-classes", help="Store each image's class; by default with a model of your own."),
     ] = None,
+    head: Annotated[str, typer.Option(help="The head of classes and logits, as `mixmim info` lists them.")] = "",
     format: Annotated[str, typer.Option(help="parquet, npy or lance.")] = "parquet",  # noqa: A002
     float16: Annotated[bool, typer.Option(help="Store float16 instead of float32: half the size.")] = False,
     fast_jpeg: Annotated[bool, typer.Option(help="Decode large JPEGs at reduced resolution.")] = False,
@@ -58,6 +59,7 @@ def extract(
         dtype="float16" if float16 else "float32",
         fast_jpeg=fast_jpeg,
         classes=classes,
+        head=head,
     )
     job = ExtractJob(
         bundle_path(bundle),

@@ -17,6 +17,7 @@ from mixmim_serve.cli.common import BundleArgument, EngineOption, app, bundle_pa
 if TYPE_CHECKING:
     from mixmim_serve.config import Preprocessing
     from mixmim_serve.engines import Engine
+    from mixmim_serve.engines.base import Arrays
     from mixmim_serve.preprocess import Pixels
 
 Seed = Annotated[int, typer.Option(min=0, help="Selects the units that image B covers.")]
@@ -42,7 +43,8 @@ def embed(
     paths, vectors = [], []
     engine = open_engine(bundle_path(bundle), runtime)
     with _skipping() as skipped:
-        for path, vector in _each_image(engine, images, "embedding", skipped):
+        for path, outputs in _each_image(engine, images, ["embedding"], skipped):
+            vector = outputs["embedding"]
             if output is None:
                 line = {"path": str(path), "embedding": vector.tolist()} | identity(engine)
                 typer.echo(json.dumps(line))
@@ -58,24 +60,28 @@ def classify(
     bundle: BundleArgument,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGES", help="Image files, or folders of them.")],
     top: Annotated[int, typer.Option(min=1, help="Number of classes per image.")] = 5,
+    head: Annotated[
+        str, typer.Option(help="Name of a head, as `mixmim info` lists them; the default one without.")
+    ] = "",
     runtime: EngineOption = "auto",
 ) -> None:
     """Classify images: one JSON line per image. The bundle needs a classification head.
 
-    Example: mixmim classify my-bundle examples/hat.jpg --top 3
+    Example: mixmim classify tiny examples/hat.jpg --top 3
     """
     import dataclasses
     import json
 
     from mixmim_serve.engines import open_engine
-    from mixmim_serve.tasks import require_head, top_classes
+    from mixmim_serve.heads import read_heads
+    from mixmim_serve.tasks import top_classes
 
     engine = open_engine(bundle_path(bundle), runtime)
-    require_head(engine.bundle)
+    chosen = read_heads(engine.bundle).choose(head)
     with _skipping() as skipped:
-        for path, logits in _each_image(engine, images, "logits", skipped):
-            guesses = [dataclasses.asdict(guess) for guess in top_classes(engine.bundle, logits, top)]
-            typer.echo(json.dumps({"path": str(path), "classes": guesses}))
+        for path, outputs in _each_image(engine, images, chosen.inputs, skipped):
+            guesses = [dataclasses.asdict(guess) for guess in top_classes(chosen, chosen.logits(outputs), top)]
+            typer.echo(json.dumps({"path": str(path), "classes": guesses} | chosen.identity))
 
 
 @app.command()
@@ -154,19 +160,21 @@ def reconstruct(
     typer.echo(f"wrote {output}")
 
 
-def _each_image(engine: Engine, images: list[Path], output: str, skipped: list[Path]) -> Iterator[tuple[Path, Any]]:
-    """One encoder output per image, in order; unreadable ones are named and added to `skipped`."""
+def _each_image(
+    engine: Engine, images: list[Path], outputs: Sequence[str], skipped: list[Path]
+) -> Iterator[tuple[Path, Arrays]]:
+    """These encoder outputs of each image, in order; unreadable ones are named and added to `skipped`."""
     from mixmim_serve.extract.pipeline import run_files
     from mixmim_serve.sources.names import expand
 
     files, passed_over = expand(images)
     say_passed_over(passed_over)
-    for result in run_files(engine, files, [output]):
+    for result in run_files(engine, files, outputs):
         if result.error:
             skipped.append(result.path)
             _name(result.path, result.error)
         else:
-            yield result.path, result.outputs[output]
+            yield result.path, result.outputs
     _count(skipped, files)
 
 

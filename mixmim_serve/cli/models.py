@@ -104,6 +104,7 @@ def info(
     from mixmim_serve.config import size_name
     from mixmim_serve.description import read_description
     from mixmim_serve.engines.certificate import certificates
+    from mixmim_serve.heads import read_heads
 
     if path.is_file():
         description = read_description(path)
@@ -121,6 +122,7 @@ def info(
             "precisions": bundle.precisions,
             "built": [dataclasses.asdict(engine) for engine in bundle.built],
             "outputs": bundle.graphs,
+            "heads": read_heads(bundle).describe(),
             "versions": bundle.versions,
             "calibrations": [dataclasses.asdict(about) for about in abouts(bundle)],
             "certificates": [certificate.summary() for certificate in certificates(bundle)],

@@ -216,11 +216,11 @@ def evaluate(
     from rich.progress import Progress
 
     from mixmim_serve.sources import open_source
+    from mixmim_serve.sources.parts import train_and_val
     from training.distributed import join_world
     from training.evaluation.confusion import per_class
     from training.evaluation.evaluate import evaluate as run_evaluation
     from training.evaluation.evaluate import write_report
-    from training.evaluation.labelled import train_and_val
     from training.evaluation.tables import class_table, headline, trained_on
     from training.start import read_start
 
@@ -264,9 +264,9 @@ def check(
 
     from mixmim_serve.errors import DataError
     from mixmim_serve.sources import open_source
+    from mixmim_serve.sources.parts import train_and_val
     from training.check import IMAGE_SIZE
     from training.check import check as run_check
-    from training.evaluation.labelled import train_and_val
 
     data, val = train_and_val(data, val)
     source, validation = open_source(data), open_source(val) if val else None

@@ -50,9 +50,9 @@ class AsyncClient:
             raise result
         return result
 
-    async def classify(self, image: Image, *, top: int | None = None) -> Classes:
-        """The `top` most probable classes of an image, best first; 5 by default."""
-        return await self._call(calls.classify(await _encoded(image), top))
+    async def classify(self, image: Image, *, top: int | None = None, head: str | None = None) -> Classes:
+        """The `top` (5) most probable classes of an image, best first, by the model's default head or a named one."""
+        return await self._call(calls.classify(await _encoded(image), top, head))
 
     async def features(
         self, image: Image, stages: Sequence[str] = ("stage4",), *, layout: Layout = "map", dtype: Dtype = "float32"

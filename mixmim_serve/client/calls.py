@@ -47,14 +47,16 @@ def embed(images: Sequence[bytes], normalize: bool, dtype: Dtype) -> Call[list[E
     return Call("/embed", read, images, {"normalize": _as_text(normalize), "dtype": dtype})
 
 
-def classify(image: bytes, top: int | None) -> Call[Classes]:
+def classify(image: bytes, top: int | None, head: str | None) -> Call[Classes]:
     """POST /classify, as JSON, which includes the labels."""
 
     def read(reply: Reply) -> Classes:
         values = read_json(reply)
-        return Classes(classes=tuple(Class(**entry) for entry in values["classes"]), **_model_of(values))
+        classes = tuple(Class(**entry) for entry in values["classes"])
+        return Classes(classes=classes, head=values.get("head"), **_model_of(values))
 
-    return Call("/classify", read, [image], {} if top is None else {"top": str(top)}, JSON)
+    options = {} if top is None else {"top": str(top)}
+    return Call("/classify", read, [image], options | ({} if head is None else {"head": head}), JSON)
 
 
 def features(image: bytes, stages: Sequence[str], layout: Layout, dtype: Dtype) -> Call[Features]:
@@ -114,6 +116,7 @@ def _model_info(reply: Reply) -> ModelInfo:
     return ModelInfo(
         embedding_size=values["embedding_size"],
         labels=tuple(values["labels"]),
+        heads={head["name"]: tuple(head["classes"]) for head in values.get("heads", ())},
         outputs={graph: tuple(names) for graph, names in values["outputs"].items()},
         about=values,
         **_model_of(values),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ class Classes(Result):
     """The most probable classes of one image."""
 
     classes: tuple[Class, ...]  # best first
+    head: str | None = None  # that answered; None for the one inside the network
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -82,6 +83,7 @@ class ModelInfo(Result):
     """The served model."""
 
     embedding_size: int
-    labels: tuple[str, ...]  # empty without a head
+    labels: tuple[str, ...]  # of the default head; empty without a head
     outputs: Mapping[str, tuple[str, ...]]  # by graph
     about: Mapping[str, Any]  # the complete response of GET /model
+    heads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # classes by head; empty from an older server

@@ -51,9 +51,9 @@ class Client:
             raise result
         return result
 
-    def classify(self, image: Image, *, top: int | None = None) -> Classes:
-        """The `top` most probable classes of an image, best first; 5 by default."""
-        return self._call(calls.classify(encoded(image), top))
+    def classify(self, image: Image, *, top: int | None = None, head: str | None = None) -> Classes:
+        """The `top` (5) most probable classes of an image, best first, by the model's default head or a named one."""
+        return self._call(calls.classify(encoded(image), top, head))
 
     def features(
         self, image: Image, stages: Sequence[str] = ("stage4",), *, layout: Layout = "map", dtype: Dtype = "float32"

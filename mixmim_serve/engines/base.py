@@ -48,7 +48,12 @@ def engine_fingerprint(engine: Engine) -> str:
 
     The runtime's version does not count: releases differ in the rounding of the last bits, as processors do.
     """
-    identity = {"bundle": engine.bundle.fingerprint, "engine": engine.name, "precision": engine.precision}
+    return combined_fingerprint(engine.bundle.fingerprint, engine.name, engine.precision)
+
+
+def combined_fingerprint(model_fingerprint: str, engine: str, precision: str) -> str:
+    """The engine fingerprint of a model in an engine that need not be open."""
+    identity = {"bundle": model_fingerprint, "engine": engine, "precision": precision}
     return hashlib.sha256(canonical_json(identity)).hexdigest()[:32]
 
 

@@ -19,6 +19,7 @@ from mixmim_serve.extract.manifest import SHOWN, made_by, read_manifest
 from mixmim_serve.extract.sinks import read_npy, read_parquet
 from mixmim_serve.extract.table import engine_metadata, matrix
 from mixmim_serve.preprocess import preprocess
+from mixmim_serve.shipped import earlier_advice
 
 Vectors = NDArray[np.float32]
 VALUES = ("class", "probability", "width", "height")  # columns of single values for people; see table.py
@@ -152,9 +153,10 @@ def embed_query(manifest: Mapping[str, Any], data: bytes, bundle: Path | None = 
         bundle or Path(manifest["bundle"]), manifest["engine"].partition("-")[0], manifest["precision"]
     )
     if engine_fingerprint(engine) != manifest["fingerprint"]:
+        advice = earlier_advice(manifest)
         raise OutputError(
-            f"{made_by(engine_metadata(engine))} did not make these features, but {made_by(manifest)}: name their "
-            "bundle with --bundle."
+            f"{made_by(engine_metadata(engine))} did not make these features, but {made_by(manifest)}: "
+            f"{f'{advice} with --bundle' if advice else 'name their bundle with --bundle'}."
         )
     pixels = preprocess(data, engine.bundle.description.preprocessing)
     vector: Vectors = engine.run("encoder", {"pixels": pixels[None]}, ["embedding"])["embedding"][0]

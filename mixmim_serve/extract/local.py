@@ -30,7 +30,7 @@ class LocalExecutor:
 
     def engine_metadata(self) -> Mapping[str, object]:
         """See `Executor.engine_metadata`."""
-        return engine_metadata(self.engine)
+        return engine_metadata(self.engine, self.job.options)
 
     def run(
         self, shards: Sequence[Shard], retried: Mapping[str, ShardResult], folder: Folder, meter: Meter

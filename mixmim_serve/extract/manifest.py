@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from mixmim_serve.errors import OutputError
 from mixmim_serve.extract.folder import DATASET, ERRORS, FEATURES, LEDGER, MANIFEST, Folder
 from mixmim_serve.extract.plan import ShardResult
+from mixmim_serve.shipped import earlier_advice
 from mixmim_serve.strict_json import parse_json
 
 FORMAT = 1  # of the manifest; increased when an older reader would misread the folder
@@ -40,7 +41,7 @@ class Origin:
     options: Mapping[str, Any]
     images: int
     digest: str  # of the source
-    has_head: bool = False  # of the model
+    has_head: bool = False  # inside the network
 
     def check_same(self, place: str, manifest: Mapping[str, Any]) -> None:
         """Compare with the manifest of a folder.
@@ -53,16 +54,24 @@ class Origin:
                 f"{place} has format {manifest.get('format')}, this version writes {FORMAT}: choose another folder."
             )
         if manifest["fingerprint"] != self.engine["fingerprint"]:
+            advice = earlier_advice(manifest)
             raise OutputError(
-                f"{place} has features of {made_by(manifest)}, not of {made_by(self.engine)}: choose another folder, "
-                "or that bundle and engine."
+                f"{place} has features of {made_by(manifest)}, not of {made_by(self.engine)}: "
+                f"{advice or 'choose another folder, or that bundle and engine'}."
             )
         recorded = {"classes": self.has_head} | manifest["options"]  # older versions always wrote the classes
         different = [name for name, value in recorded.items() if self.options.get(name) != value]
+        if "classes" in different and "head" in different:
+            different.remove("head")  # it follows from the other
         if different:
             values = ", ".join(f"{name} {recorded[name]}" for name in different)
             raise OutputError(
                 f"{place} was started with other options ({values}): use those, or choose another folder."
+            )
+        if (was := manifest.get("head")) != (now := self.engine.get("head")):
+            name = (now or was or {}).get("name")
+            raise OutputError(
+                f"the head {name} of this bundle is not the one with which {place} was started: choose another folder."
             )
         if manifest["source"]["sha256"] != self.digest:
             raise OutputError(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mixmim_serve.bundle import DEFAULT_BUNDLE, Bundle, open_bundle
-from mixmim_serve.errors import BundleError, ConfigError, quoted
+from mixmim_serve.bundle import STAGE_OUTPUTS, Bundle
+from mixmim_serve.errors import ConfigError, quoted
 from mixmim_serve.extract.pipeline import BATCH
+from mixmim_serve.heads import MAIN, read_heads
+from mixmim_serve.shipped import is_shipped
 
 FORMATS = ("parquet", "npy", "lance")
 DTYPES = ("float32", "float16")
@@ -27,6 +28,7 @@ class ExtractOptions:
     fast_jpeg: bool = False  # decode large JPEGs at a fraction of their size
     images: int = 0  # per shard; 0: `plan.images_per_shard`
     classes: bool | None = None  # the most probable class and its probability; None: see `decided`
+    head: str = ""  # that classes and logits are from; empty: the default one
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "features", tuple(self.features))
@@ -38,14 +40,19 @@ class ExtractOptions:
             raise ConfigError("batch must be at least 1, and images per shard at least 1, or 0 for the default.")
 
     def check(self, bundle: Bundle) -> None:
-        """Check that the bundle has the features, and a head for classes.
+        """Check that the bundle has the features, and the head for classes.
 
         Raises:
-            ConfigError: for a feature that it lacks, listing those it has.
+            ConfigError: for a feature or head that it lacks, listing those it has.
         """
-        if self.classes and not has_head(bundle):
+        heads = read_heads(bundle)
+        if (self.classes or self.head) and not heads.by_name:
             raise ConfigError("this model has no classification head: extract without classes.")
-        available = [name for name in bundle.graphs["encoder"] if name != "embedding"]
+        if self.head:
+            heads.choose(self.head)
+            if self.classes is False and "logits" not in self.features:
+                raise ConfigError(f"the head {self.head} is chosen, but no classes or logits: leave one of them out.")
+        available = [*STAGE_OUTPUTS, *(("logits",) if heads.by_name else ())]
         for name in self.features:
             if name not in available:
                 raise ConfigError(f"this model has no features {quoted(name)}: choose among {', '.join(available)}.")
@@ -55,15 +62,20 @@ class ExtractOptions:
     def decided(self, bundle: Bundle, begun: Mapping[str, Any] | None = None) -> ExtractOptions:
         """The options with `classes` true or false: as given, else as in the options of a begun folder, else by model.
 
-        The shipped model's classes mean nothing to other photos, so they have to be asked for; those of any other
-        model with a head are written.
+        `head` is then the name of one, or empty where neither classes nor logits are stored. The shipped model's
+        classes mean nothing to other photos, so they have to be asked for, as has any head by its name; those of any
+        other model with a head are written.
         """
+        heads = read_heads(bundle)
         classes = self.classes
+        if classes is None and self.head:
+            classes = True
         if classes is None and begun is not None:
-            classes = bool(begun.get("classes", True)) and has_head(bundle)
+            classes = bool(begun.get("classes", True)) and bool(heads.by_name)
         if classes is None:
-            classes = has_head(bundle) and bundle.fingerprint != _shipped_fingerprint()
-        return dataclasses.replace(self, classes=classes)
+            classes = bool(heads.by_name) and not is_shipped(bundle)
+        head = self.head or _begun_head(begun) or heads.default
+        return dataclasses.replace(self, classes=classes, head=head if classes or "logits" in self.features else "")
 
     def to_dict(self) -> dict[str, Any]:
         """The options as JSON values, for the manifest."""
@@ -71,16 +83,13 @@ class ExtractOptions:
 
 
 def has_head(bundle: Bundle) -> bool:
-    """Whether a bundle can classify. Folders of older versions then have classes, and their manifests do not say so."""
+    """Whether a head is inside the network. Folders of older versions then have classes; their manifests do not say."""
     return "logits" in bundle.graphs["encoder"]
 
 
-@functools.cache
-def _shipped_fingerprint() -> str:
-    try:
-        return open_bundle(DEFAULT_BUNDLE).fingerprint
-    except BundleError:  # a package that leaves it out
-        return ""
+def _begun_head(begun: Mapping[str, Any] | None) -> str:
+    """The head of a begun folder; older versions knew only the one inside the network."""
+    return "" if begun is None else str(begun.get("head", MAIN if begun.get("classes", True) else ""))
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from mixmim_serve.extract.manifest import record
 from mixmim_serve.extract.plan import Shard, ShardResult
 from mixmim_serve.extract.progress import Meter
 from mixmim_serve.extract.shard import CancelledError, Worker, extract_shard
-from mixmim_serve.extract.table import engine_metadata
 from mixmim_serve.sources import Source
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # report nothing
@@ -46,7 +45,7 @@ class Actor:
 
     def engine_metadata(self) -> dict[str, Any]:
         """See `Executor.engine_metadata`."""
-        return engine_metadata(self._open().runner.engine)
+        return self._open().table.engine
 
     def do(self, shard: Shard, previous: ShardResult | None) -> ShardResult:
         """Do a shard and record it."""

@@ -4,6 +4,7 @@ key             the source's name of the image
 embedding       fixed-size list of float32 or float16
 class, probability    the most probable class, with `ExtractOptions.classes`
 stage1..., logits     on request: flat fixed-size lists; `shapes` in the file's metadata has their shapes
+                      (classes and logits are those of `ExtractOptions.head`)
 width, height   of the upright image
 sha256          of the encoded image, in hex
 """
@@ -23,6 +24,7 @@ from mixmim_serve.engines import Engine, identity
 from mixmim_serve.engines.base import Arrays
 from mixmim_serve.errors import DataError
 from mixmim_serve.extract.options import ExtractOptions
+from mixmim_serve.heads import Head, read_heads
 from mixmim_serve.tasks import top_classes
 
 try:
@@ -49,10 +51,11 @@ class Table:
 
     def __init__(self, engine: Engine, options: ExtractOptions) -> None:
         options.check(engine.bundle)
-        self.bundle, self.options = engine.bundle, options
+        self.options = options
         self.has_classes = bool(options.decided(engine.bundle).classes)
-        shapes = _shapes(engine.bundle, options)
-        self.engine: dict[str, Any] = engine_metadata(engine)
+        self.head = chosen_head(engine.bundle, options)
+        shapes = _shapes(engine.bundle, options, self.head)
+        self.engine: dict[str, Any] = engine_metadata(engine, options)
         self.lists = {name: int(np.prod(shape)) for name, shape in shapes.items()}
         metadata = {METADATA_KEY: json.dumps({**self.engine, "shapes": shapes}, sort_keys=True)}
         self.schema = pa.schema(_fields(self.lists, options.dtype, self.has_classes), metadata)
@@ -62,16 +65,19 @@ class Table:
     @property
     def outputs(self) -> tuple[str, ...]:
         """The encoder outputs that the columns need."""
-        return tuple(dict.fromkeys((*self.lists, *(("logits",) if self.has_classes else ()))))
+        read = (name for name in self.lists if name != "logits")
+        return tuple(dict.fromkeys((*read, *(self.head.inputs if self.head else ()))))
 
     def rows(self, rows: Sequence[Row], arrays: Arrays) -> pa.Table:
         """A table of images and their outputs, (rows, ...) each."""
         columns: dict[str, Any] = {name: [getattr(row, name) for row in rows] for name in Row.__dataclass_fields__}
+        if self.head:
+            arrays = {**arrays, "logits": _logits(self.head, arrays)}
         for name, size in self.lists.items():
             flat = arrays[name].astype(self.options.dtype).reshape(-1)
             columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(flat), size)
-        if self.has_classes:
-            best = [top_classes(self.bundle, logits, 1)[0] for logits in arrays["logits"]]
+        if self.head and self.has_classes:
+            best = [top_classes(self.head, logits, 1)[0] for logits in arrays["logits"]]
             columns |= {"class": [top.label for top in best], "probability": [top.probability for top in best]}
         arrays_in_order = [pa.array(columns[field.name], field.type) for field in self.schema]
         return pa.Table.from_arrays(arrays_in_order, schema=self.schema)
@@ -88,14 +94,32 @@ class Table:
             yield rest.combine_chunks()
 
 
-def engine_metadata(engine: Engine) -> dict[str, Any]:
-    """Name, fingerprints, engine, precision and preprocessing behind the features, as JSON values."""
+def engine_metadata(engine: Engine, options: ExtractOptions | None = None) -> dict[str, Any]:
+    """Name, fingerprints, engine, precision and preprocessing behind the features, as JSON values.
+
+    With options whose classes or logits are from a named head, also name and fingerprint of that.
+    """
+    head = chosen_head(engine.bundle, options) if options else None
+    named = {} if head is None or head.is_main else {"head": {"name": head.name, "fingerprint": head.fingerprint}}
     return {
         **identity(engine),
         "engine": engine.name,
         "precision": engine.precision,
         "preprocessing": engine.bundle.description.to_dict()["preprocessing"],
+        **named,
     }
+
+
+def chosen_head(bundle: Bundle, options: ExtractOptions) -> Head | None:
+    """The head that classes and logits are from; None where neither is stored."""
+    name = options.decided(bundle).head
+    return read_heads(bundle).choose(name) if name else None
+
+
+def _logits(head: Head, arrays: Arrays) -> NDArray[np.float32]:
+    """The head's logits, (rows, classes): of each image alone, so that they do not depend on its batch."""
+    rows = len(next(iter(arrays.values())))
+    return np.stack([head.logits({name: arrays[name][row] for name in head.inputs}) for row in range(rows)])
 
 
 def matrix(column: Any) -> NDArray[Any]:
@@ -116,13 +140,13 @@ def _fields(lists: dict[str, int], dtype: str, has_classes: bool) -> list[Any]:
     return [pa.field("key", pa.string()), features[0], *classes, *features[1:], *image]
 
 
-def _shapes(bundle: Bundle, options: ExtractOptions) -> dict[str, list[int]]:
+def _shapes(bundle: Bundle, options: ExtractOptions, head: Head | None) -> dict[str, list[int]]:
     """Shapes of the embedding and each feature of one image."""
     arch = bundle.arch
     shapes = {"embedding": [arch.embedding_size]}
     for name in options.features:
         if name == "logits":
-            shapes[name] = [arch.num_classes]
+            shapes[name] = [len(head.classes) if head else 0]
         else:
             stage = int(name.removeprefix("stage")) - 1
             shapes[name] = [arch.dims[stage], arch.grids[stage], arch.grids[stage]]

@@ -14,6 +14,7 @@ from types import ModuleType
 from mixmim_serve.bundle import Bundle, open_bundle
 from mixmim_serve.config import size_name
 from mixmim_serve.errors import BundleError
+from mixmim_serve.heads import read_heads
 from mixmim_serve.version import __version__
 
 _WORD = r"[a-z0-9](?:[-._a-z0-9]{0,61}[a-z0-9])?"  # BentoML's rule: at most 63 characters
@@ -45,6 +46,7 @@ def store_bundle(bundle: Bundle, tag: str) -> str:
     """
     check_new_tag(tag)
     bentoml = _bentoml()
+    heads = read_heads(bundle)
     metadata = {
         "name": bundle.name,
         "fingerprint": bundle.fingerprint,
@@ -53,7 +55,8 @@ def store_bundle(bundle: Bundle, tag: str) -> str:
         "embedding_size": bundle.arch.embedding_size,
         "precisions": list(bundle.precisions),
         "outputs": {graph: list(outputs) for graph, outputs in bundle.graphs.items()},
-        "classes": bundle.arch.num_classes,
+        "classes": len(heads.choose().classes) if heads.by_name else 0,
+        "heads": list(heads.names),
     }
     labels = {"architecture": size_name(bundle.arch), "made_by": f"mixmim-serve-{__version__}"}
     try:

@@ -13,6 +13,7 @@ from mixmim_serve.service.middleware import RequestMiddleware, exception_handler
 from mixmim_serve.service.options import (
     DTYPE,
     FILE_NAME,
+    HEAD,
     JOB_ID,
     JOB_LIMIT,
     JOB_STATES,
@@ -38,7 +39,7 @@ EXPOSED_HEADERS = ["X-Request-Id", "Server-Timing", "Retry-After"]  # to pages o
 # The middleware, the metrics and the OpenAPI document read this table too.
 ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("/embed", "POST", images.embed, (NORMALIZE, DTYPE), takes_place=True),
-    Endpoint("/classify", "POST", images.classify, (TOP, DTYPE), takes_place=True),
+    Endpoint("/classify", "POST", images.classify, (HEAD, TOP, DTYPE), takes_place=True),
     Endpoint("/features", "POST", images.features, (STAGES, LAYOUT, DTYPE), takes_place=True),
     Endpoint("/score", "POST", images.score, (MASKS, WITH_MAP, DTYPE), takes_place=True),
     Endpoint("/anomaly", "POST", anomaly.anomaly, (WITH_PLACES, OVERLAY, DTYPE), takes_place=True),

@@ -163,6 +163,7 @@ class Text(Option):
 
 NORMALIZE = Switch("normalize", "Scale each vector to length 1.")
 DTYPE = Choice("dtype", "Type of the floats in the result.", ("float32", "float16"))
+HEAD = Text("head", "Name of a classification head of this model, as /model lists them; the default one without.")
 TOP = Number("top", "Number of classes, at most all of them.", default=5, minimum=1)
 STAGES = Words(
     "stages", f"One or more of {', '.join(STAGE_OUTPUTS)}, separated by commas.", tuple(STAGE_OUTPUTS), "stage4"

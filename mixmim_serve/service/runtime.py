@@ -21,6 +21,7 @@ from mixmim_serve.engines.base import Arrays
 from mixmim_serve.engines.buckets import buckets_between
 from mixmim_serve.engines.certificate import TOLERANCES, agreement, certify
 from mixmim_serve.errors import BundleError, NotFiniteError
+from mixmim_serve.heads import Head, read_heads
 from mixmim_serve.preprocess import Pixels
 from mixmim_serve.service.batcher import Batcher, PendingDecodes, RecentClients
 from mixmim_serve.service.decoding import Decoder
@@ -28,7 +29,7 @@ from mixmim_serve.service.errors import RequestError
 from mixmim_serve.service.metrics import Metrics
 from mixmim_serve.service.request import RequestContext
 from mixmim_serve.service.settings import Settings
-from mixmim_serve.tasks import RECONSTRUCT_OUTPUTS, random_mask, reconstruct_inputs
+from mixmim_serve.tasks import RECONSTRUCT_OUTPUTS, Floats, random_mask, reconstruct_inputs
 
 DECODE_WAIT = 0.02, 0.08  # seconds, least and most, that a batch on a CPU waits for images being decoded
 CANARY_SECONDS = 10.0  # for an answer, behind at most one batch
@@ -51,6 +52,7 @@ class Runtime:
         self.certificate.require()
         self.fingerprint = engine_fingerprint(engine)
         self.model_name = engine.bundle.name
+        self.heads = read_heads(engine.bundle)
         # No two of these share threads, so that none of them waits for another kind of work.
         self.engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self.stack_thread = ThreadPoolExecutor(1, thread_name_prefix="stack")
@@ -160,6 +162,18 @@ class Runtime:
             EngineError: when the engine fails on it.
         """
         return await self.run("encoder", {"pixels": await self.decode(image, context)}, outputs, context)
+
+    async def classify(self, image: bytes, head: Head, context: RequestContext) -> Floats:
+        """A head's logits for one image, (classes,); images for other heads share its batch.
+
+        Raises:
+            ImageError: when the image is refused, or its logits are not finite.
+            EngineError: when the engine fails on it.
+        """
+        logits = head.logits(await self.encode(image, head.inputs, context))
+        if not np.isfinite(logits).all():
+            raise NotFiniteError("the logits of this image have inf or NaN: send another image.")
+        return logits
 
     async def run(self, graph: str, inputs: Arrays, outputs: Sequence[str], context: RequestContext) -> Arrays:
         """The chosen outputs of a graph for one item, which joins the next batch.

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
@@ -23,6 +23,7 @@ from mixmim_serve.service.settings import Settings
 FIELD = "image"  # of a form
 KEY = "input"  # of JSON
 MAX_FIELDS = 32  # parts of a form that are not images
+MAX_TEXT = 1024  # bytes of a text field that a route reads
 HOW_TO_SEND = (
     f"send a form with files named {FIELD!r}, one image as the body with an image/* content type, "
     f'or JSON such as {{"{KEY}": ["data:image/jpeg;base64,..."]}}.'
@@ -35,10 +36,11 @@ class Uploads:
 
     images: Sequence[bytes | RequestError]
     alone: bool
+    texts: Mapping[str, str] = field(default_factory=dict)  # text fields of a form that the route reads
 
 
-async def read_images(request: Request, settings: Settings) -> Uploads:
-    """The images of a request, with a place reserved for each.
+async def read_images(request: Request, settings: Settings, texts: Sequence[str] = ()) -> Uploads:
+    """The images of a request, with a place reserved for each; of a form also the text fields named `texts`.
 
     Raises:
         RequestError: when there are none, too many, or the body is of another type.
@@ -47,10 +49,12 @@ async def read_images(request: Request, settings: Settings) -> Uploads:
     if kind.startswith("image/"):
         uploads = Uploads([await request.body()], alone=True)
     elif kind == "multipart/form-data":
-        images = [part.data async for part in form_images(request, settings, settings.max_items)]
+        found: dict[str, str] = {}
+        parts = form_images(request, settings, settings.max_items, texts, found)
+        images = [part.data async for part in parts]
         if not images:
             raise RequestError(400, "no_image", f"the form has no field {FIELD!r}: {HOW_TO_SEND}", FIELD)
-        uploads = Uploads(images, alone=len(images) == 1)
+        uploads = Uploads(images, len(images) == 1, found)
     elif kind == "application/json":
         uploads = _from_json(await request.body(), settings.max_items)
     else:
@@ -65,8 +69,10 @@ def media_type(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-async def form_images(request: Request, settings: Settings, most: int) -> AsyncIterator[Part]:
-    """The images of a multipart form, each as soon as it is complete.
+async def form_images(
+    request: Request, settings: Settings, most: int, texts: Sequence[str] = (), found: dict[str, str] | None = None
+) -> AsyncIterator[Part]:
+    """The images of a multipart form, each as soon as it is complete; text fields named `texts` go into `found`.
 
     Raises:
         RequestError: for more than `most` images, or a form that cannot be read.
@@ -78,6 +84,8 @@ async def form_images(request: Request, settings: Settings, most: int) -> AsyncI
             fields += 1
             if fields > MAX_FIELDS:
                 raise RequestError(413, "too_many_fields", f"more than {MAX_FIELDS} other fields: leave them out.")
+            if found is not None and part.name in texts and not part.is_file:
+                found[part.name] = part.data[:MAX_TEXT].decode("utf-8", "replace")
             continue
         images += 1
         if images > most:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from mixmim_serve.config import Preprocessing
 from mixmim_serve.errors import DataError
 from mixmim_serve.model import Encoder
 from mixmim_serve.sources import Source, open_source
+from mixmim_serve.sources.parts import train_and_val
 from training.distributed import World
 from training.evaluation.confusion import Accuracy, Counts, accuracy, confusion_matrix
 from training.evaluation.embed import OnImages, Outputs, run_network
@@ -79,15 +79,6 @@ def open_labelled(data: str, val: str = "") -> tuple[Labelled, Labelled | None]:
     if missing := sorted(set(train.classes) - set(validation.source.labels or ())):
         raise DataError(f"{val} has no image of {_listed(missing)} of {data}: add some, or give another --val.")
     return train, validation
-
-
-def train_and_val(data: str, val: str = "") -> tuple[str, str]:
-    """DATA/train and DATA/val where these folders exist and `val` is not given, else both unchanged."""
-    folder = Path(data)
-    if val or not (folder / "train").is_dir():
-        return data, val
-    part = next((name for name in ("val", "validation", "test") if (folder / name).is_dir()), "")
-    return str(folder / "train"), str(folder / part) if part else ""
 
 
 def evaluate_knn(

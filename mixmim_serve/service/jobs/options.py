@@ -16,6 +16,11 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "type": "boolean",
         "description": "Also store each image's most probable class; by default unless the model is the shipped one.",
     },
+    "head": {
+        "type": "string",
+        "default": ExtractOptions.head,
+        "description": "The head that classes and logits are from, as /model lists them; empty: the default one.",
+    },
     # Lance's files are read only by its own library, and from a folder.
     "format": {"enum": ["parquet", "npy"], "default": ExtractOptions.format},
     "dtype": {"enum": list(DTYPES), "default": ExtractOptions.dtype},
@@ -32,6 +37,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 }
 _TYPES: dict[str, tuple[str, tuple[type, ...]]] = {
     "array": ("a list of names", (list,)),
+    "string": ("a name", (str,)),
     "integer": ("a whole number", (int,)),
     "boolean": ("true or false", (bool,)),
     "number": ("a number", (int, float)),

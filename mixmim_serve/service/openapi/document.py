@@ -25,6 +25,7 @@ from mixmim_serve.service.request import Endpoint
 from mixmim_serve.version import __version__
 
 PLAIN: Json = {"type": "string"}
+BOOLEAN: Json = {"type": "boolean"}
 OPERATIONS: dict[tuple[str, str], Callable[[Sequence[Json]], Json]] = {
     ("POST", "/embed"): images.embed,
     ("POST", "/classify"): images.classify,
@@ -43,7 +44,7 @@ OPERATIONS: dict[tuple[str, str], Callable[[Sequence[Json]], Json]] = {
     ("POST", "/jobs/resume"): jobs.resume,
     ("GET", "/jobs/file"): jobs.file,
     ("GET", "/model"): lambda _: get_operation(
-        "Describe the served model: name, network, preprocessing, labels, engine, fingerprints", ref("Model")
+        "Describe the served model: name, network, preprocessing, heads, engine, fingerprints", ref("Model")
     ),
     ("GET", "/livez"): lambda _: _plain("Check that the process is alive"),
     ("GET", "/healthz"): lambda _: _plain("Same as /livez"),
@@ -101,6 +102,10 @@ def _plain(summary: str, *, media: str = "text/plain", errors: tuple[int, ...] =
     return get_operation(summary, PLAIN, media=media, errors=errors)
 
 
+def _list_of(items: Json, description: str) -> Json:
+    return {"type": "array", "items": items, "description": description}
+
+
 def _schemas() -> Json:
     return (
         images.answer_schemas()
@@ -115,8 +120,22 @@ def _schemas() -> Json:
                     "engine_fingerprint": STRING | {"description": "The same as `fingerprint`."},
                     "size": STRING | {"description": "Named size of the network, or custom."},
                     "embedding_size": INTEGER,
+                    "labels": _list_of(STRING, "Classes of the default head."),
+                    "heads": _list_of(ref("Head"), "Classification heads, for `head` of /classify."),
                     "outputs": {"type": "object"},
                 }
+            ),
+            "Head": object_schema(
+                {
+                    "name": STRING,
+                    "default": BOOLEAN,
+                    "classes": _list_of(STRING, "In the order of the probabilities in binary formats."),
+                    "inputs": _list_of(STRING, "Outputs of the encoder that it reads."),
+                    "fingerprint": STRING | {"description": "Of classes and weights; empty for `main`."},
+                    "accuracy": {"type": "object", "description": "In percent, and what it was judged on."},
+                    "provenance": {"type": "object"},
+                },
+                required=("name", "default", "classes", "inputs", "fingerprint"),
             ),
             "Error": object_schema(
                 {

@@ -36,7 +36,8 @@ def embed(parameters: Sequence[Json]) -> Json:
 def classify(parameters: Sequence[Json]) -> Json:
     """POST /classify."""
     example = {"classes": [{"index": 3, "label": "hat", "probability": 0.91}]}
-    return _operation("Classify images", "Classes", parameters, example, ("x-npy", "x-npz", "x-safetensors"))
+    binary = ("x-npy", "x-npz", "x-safetensors")
+    return _operation("Classify images", "Classes", parameters, example, binary, form="FormForHead")
 
 
 def features(parameters: Sequence[Json]) -> Json:
@@ -91,7 +92,9 @@ def embed_stream(parameters: Sequence[Json]) -> Json:
     return image_operation("Embed a stream of images", parameters, body, answer)
 
 
-def _operation(summary: str, schema: str, parameters: Sequence[Json], example: Json, binary: tuple[str, ...]) -> Json:
+def _operation(
+    summary: str, schema: str, parameters: Sequence[Json], example: Json, binary: tuple[str, ...], form: str = "Form"
+) -> Json:
     """A route with one entry per image: flat JSON for one, a list for several, or binary arrays."""
     several = {"data": [{"index": 0, "status": "ok"} | example]} | IDENTITY
     content: Json = {
@@ -102,7 +105,7 @@ def _operation(summary: str, schema: str, parameters: Sequence[Json], example: J
     }
     content |= {f"application/{media}": {"schema": BINARY} for media in binary}
     body = {
-        "multipart/form-data": {"schema": ref("Form")},
+        "multipart/form-data": {"schema": ref(form)},
         "application/json": {"schema": ref("Input"), "example": {"input": [PHOTO]}},
         "image/*": {"schema": BINARY},
     }
@@ -130,12 +133,14 @@ def answer_schemas() -> Json:
             "map": {"type": "array", "items": NUMBERS},
         },
     }
+    head = {"head": STRING | {"description": "The head that answers; missing for the one inside the network, main."}}
     schemas: Json = {}
     for name, properties in flat.items():
-        schemas[name] = object_schema(properties | IDENTITY_SCHEMA, required=IDENTITY_SCHEMA)
+        identity = IDENTITY_SCHEMA | (head if name == "Classes" else {})
+        schemas[name] = object_schema(properties | identity, required=IDENTITY_SCHEMA)
         one = {"index": INTEGER, "status": {"enum": ["ok", "error"]}, "error": ref("Error")} | properties
         data = {"data": {"type": "array", "items": object_schema(one, required=("index", "status"))}}
-        schemas[f"{name}List"] = object_schema(data | IDENTITY_SCHEMA)
+        schemas[f"{name}List"] = object_schema(data | identity, required=("data", *IDENTITY_SCHEMA))
     return schemas
 
 
@@ -145,6 +150,7 @@ def body_schemas() -> Json:
     two = {"minItems": 2, "maxItems": 2}
     return {
         "Form": object_schema({"image": files}),
+        "FormForHead": object_schema({"image": files, "head": STRING}, required=("image",)),
         "FormOfMany": object_schema({"image": {"type": "array", "items": BINARY}}, required=()),
         "FormOfTwo": object_schema({"image": files | two}),
         "Input": object_schema({"input": {"oneOf": [IMAGE, IMAGES]}}) | CLOSED,

@@ -54,9 +54,10 @@ PURPOSES: dict[tuple[str, str], tuple[str, str]] = {
     ),
     ("POST", "/classify"): (
         IMAGES,
-        "The most probable classes, best first, if the model has a classification head; 404 without one. The classes "
-        "are those that the model was trained on: any other image gets the least wrong of them. Binary formats hold "
-        "the probabilities of all classes.",
+        "The most probable classes, best first, if the model has a classification head; 404 without one. A model may "
+        "have several heads, each for other classes: `head`, in the URL or as a text field of the form, chooses one "
+        "of those that `/model` lists. The classes are those that the head was trained on: any other image gets the "
+        "least wrong of them. Binary formats hold the probabilities of all classes.",
     ),
     ("POST", "/features"): (
         IMAGES,
@@ -101,8 +102,9 @@ PURPOSES: dict[tuple[str, str], tuple[str, str]] = {
     ("GET", "/jobs/file"): (JOBS, "A file of the results by its name; supports ranges, so a download can resume."),
     ("GET", "/model"): (
         MODEL,
-        "Name, network, preprocessing, labels, engine with its measured agreement with torch, and both fingerprints: "
-        "the model's, which `mixmim export` prints, and the engine's, which also covers runtime and precision.",
+        "Name, network, preprocessing, heads with their classes and measured accuracies, engine with its measured "
+        "agreement with torch, and both fingerprints: the model's, which `mixmim export` prints, and the engine's, "
+        "which also covers runtime and precision.",
     ),
     ("GET", "/livez"): (OPERATIONS, "200 as long as the process answers; it says nothing about the model."),
     ("GET", "/healthz"): (OPERATIONS, "Another name of `/livez`."),

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, RedirectResponse, Response
 
 from mixmim_serve.config import size_name
+from mixmim_serve.heads import MAIN
 from mixmim_serve.service.errors import RequestError
 from mixmim_serve.service.metrics import Metrics
 from mixmim_serve.service.openapi.document import document
@@ -28,9 +29,9 @@ PAGE = """<!doctype html>
 
 
 async def model(request: Request) -> Response:
-    """Name, description, fingerprints, engine and outputs of the bundle that is served."""
+    """Name, description, heads, fingerprints, engine and outputs of the bundle that is served."""
     runtime = require_runtime(request.app.state)
-    bundle = runtime.bundle
+    bundle, heads = runtime.bundle, runtime.heads
     return json_response(
         {
             **runtime.identity,
@@ -40,6 +41,8 @@ async def model(request: Request) -> Response:
             "engine": runtime.certificate.summary(),
             **bundle.description.to_dict(),
             "anomaly": runtime.detector.summary() if runtime.detector else None,
+            "labels": list(bundle.description.labels if heads.default in ("", MAIN) else heads.choose().classes),
+            "heads": heads.describe(),
             "embedding_size": bundle.arch.embedding_size,
             "outputs": {graph: list(outputs) for graph, outputs in bundle.graphs.items()},
         }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -20,11 +20,12 @@ from starlette.responses import Response
 
 from mixmim_serve.bundle import STAGE_OUTPUTS
 from mixmim_serve.engines.base import Arrays
-from mixmim_serve.errors import ConfigError, ImageError
+from mixmim_serve.errors import ConfigError, ImageError, quoted
+from mixmim_serve.heads import Head, Heads
 from mixmim_serve.panel import TILES, draw_panel, png
 from mixmim_serve.preprocess import Pixels
 from mixmim_serve.service.errors import RequestError, image_refused
-from mixmim_serve.service.options import LAYOUT, MASKS, NORMALIZE, RATIO, SEED, STAGES, TOP, WITH_MAP
+from mixmim_serve.service.options import HEAD, LAYOUT, MASKS, NORMALIZE, RATIO, SEED, STAGES, TOP, WITH_MAP
 from mixmim_serve.service.request import RequestContext, check_options, context_of
 from mixmim_serve.service.responses import (
     ImageResult,
@@ -39,13 +40,13 @@ from mixmim_serve.service.runtime import Runtime
 from mixmim_serve.service.uploads import Uploads, read_images
 from mixmim_serve.tasks import (
     RECONSTRUCT_OUTPUTS,
+    Floats,
     partner_of,
     probabilities,
     random_mask,
     reconstruct_inputs,
     reconstructed,
     require_decoder,
-    require_head,
     score_map,
     scoring_masks,
     top_classes,
@@ -69,21 +70,43 @@ async def embed(request: Request) -> Response:
 
 
 async def classify(request: Request) -> Response:
-    """The `top` (5) most probable classes of each image; in binary formats all `probabilities`, (classes,)."""
+    """The `top` (5) most probable classes of each image; in binary formats all `probabilities`, (classes,).
+
+    `head` names one of the model's heads, in the URL or as a text field of the form.
+    """
     runtime, context = runtime_of(request), context_of(request)
-    require_head(runtime.bundle)
+    runtime.heads.require()
     check_options(request)
-    top = TOP.read(request, maximum=runtime.bundle.arch.num_classes)
+    _chosen_head(request, runtime.heads)
+    TOP.read(request, maximum=max(len(head.classes) for head in runtime.heads.by_name.values()))
     format_ = negotiate(request, "json", *BINARY)
-    uploads = await read_images(request, runtime.settings)
-    outputs = await map_images(uploads, lambda image: runtime.encode(image, ["logits"], context))
+    uploads = await read_images(request, runtime.settings, texts=(HEAD.name,))
+    head = _chosen_head(request, runtime.heads, uploads.texts.get(HEAD.name, ""))
+    top = TOP.read(request, maximum=len(head.classes))
+    outputs = await map_images(uploads, lambda image: runtime.classify(image, head, context))
 
-    def finish(arrays: Arrays) -> dict[str, Any]:
+    def finish(logits: Floats) -> dict[str, Any]:
         if format_.kind != "json":
-            return {"probabilities": probabilities(arrays["logits"])}
-        return {"classes": [dataclasses.asdict(guess) for guess in top_classes(runtime.bundle, arrays["logits"], top)]}
+            return {"probabilities": probabilities(logits)}
+        return {"classes": [dataclasses.asdict(guess) for guess in top_classes(head, logits, top)]}
 
-    return await respond(runtime, context, format_, [finish_result(output, finish) for output in outputs], uploads)
+    results = [finish_result(output, finish) for output in outputs]
+    return await respond(runtime, context, format_, results, uploads, head.identity)
+
+
+def _chosen_head(request: Request, heads: Heads, in_form: str = "") -> Head:
+    """The head that a request asks for, in its URL or its form.
+
+    Raises:
+        RequestError: 400 for a name that is not among the heads, or two different ones.
+    """
+    name = HEAD.read(request)
+    if name and in_form and name != in_form:
+        raise HEAD.refuse(f"the same in the URL and the form ({quoted(name)} in the URL)", in_form)
+    name = name or in_form
+    if name and name not in heads.names:
+        raise HEAD.refuse(f"one of {', '.join(heads.names)}", name)
+    return heads.choose(name)
 
 
 async def features(request: Request) -> Response:
@@ -201,16 +224,22 @@ def finish_result(output: Result | RequestError, finish: Callable[[Result], dict
 
 
 async def respond(
-    runtime: Runtime, context: RequestContext, format_: ResponseFormat, results: list[ImageResult], uploads: Uploads
+    runtime: Runtime,
+    context: RequestContext,
+    format_: ResponseFormat,
+    results: list[ImageResult],
+    uploads: Uploads,
+    about: Mapping[str, str] | None = None,
 ) -> Response:
-    """Write the response, and count the reason of each refused image."""
+    """Write the response, with what `about` adds to its identity, and count the reason of each refused image."""
+    identity = runtime.identity | dict(about or {})
     began = time.perf_counter()
     arrays = [value for result in results if isinstance(result, dict) for value in result.values()]
     size = sum(getattr(array, "nbytes", 0) for array in arrays)
 
     def make() -> tuple[list[ImageResult], Response]:
         cast = [cast_floats(result, format_.dtype, f"input[{index}]") for index, result in enumerate(results)]
-        return cast, write(format_, cast, runtime.identity, flat=uploads.alone)
+        return cast, write(format_, cast, identity, flat=uploads.alone)
 
     cast, response = await off_loop(runtime, make) if size > LARGE_RESPONSE else make()
     for result in cast:
