@@ -66,6 +66,9 @@ def test_the_script_builds_a_bundle_with_heads(
 ) -> None:
     for name in ("one", "two"):
         shutil.copytree(labelled, tmp_path / "data" / name)
+        for path in (tmp_path / "data" / name / "val").rglob("*.png"):  # in the fixture they are those of train
+            with Image.open(path) as image:
+                image.convert("RGB").rotate(3).save(path)
     monkeypatch.setattr(ship, "TASKS", (Task("garments", "one", "val"), Task("colours", "two", "val")))
     monkeypatch.setattr(ship, "DEFAULT_BUNDLE", exported_bundle)
     monkeypatch.setattr(ship, "STARTS", 1)
