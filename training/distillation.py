@@ -30,7 +30,6 @@ from mixmim_serve.bundle import CONFIG, WEIGHTS, open_bundle
 from mixmim_serve.config import size_name, units_from_partner
 from mixmim_serve.errors import CheckpointError
 from mixmim_serve.model import Encoder, EncoderOutput, MixMIM, build_model
-from mixmim_serve.model.blocks import initialize
 from mixmim_serve.model.mixmim import random_units
 from mixmim_serve.model.normalize import Normalize
 from mixmim_serve.runs import is_run
@@ -65,7 +64,8 @@ class DistillObjective(Objective):
         self.partner_units = units_from_partner(model.arch.units, config.mask_ratio)
         own, theirs = widths(model), widths(teacher)
         self.projections = nn.ModuleDict({part: nn.Linear(own[part], theirs[part]) for part in PARTS})
-        self.projections.apply(initialize)
+        for weight in self.projections.parameters():
+            nn.init.zeros_(weight)  # a run begins with the teacher's mean, whatever the untrained features' scale
         for part in PARTS:
             self.register_buffer(f"{part}_mean", torch.zeros(theirs[part]))
             self.register_buffer(f"{part}_scale", torch.ones(theirs[part]))
