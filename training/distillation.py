@@ -36,11 +36,10 @@ from mixmim_serve.runs import is_run
 from mixmim_serve.sources import Source
 from training.config import DistillConfig
 from training.data import Batch
-from training.distributed import World
 from training.evaluation.labelled import Labelled
 from training.pretraining import Pretraining, sample_pixels
 from training.start import SCRATCH, Start, read_start
-from training.task import Objective
+from training.task import MeanReadings
 
 PARTS = ("embedding", "stage3", "stage4")
 SAMPLES = 128  # images that the teacher's means and deviations are taken from
@@ -48,14 +47,12 @@ SAMPLES_AT_ONCE = 16
 DEAD = 0.01  # of the mean variance, added to each channel's: noise in nearly constant channels is not enlarged
 
 
-class DistillObjective(Objective):
+class DistillObjective(MeanReadings):
     """The mismatch of the student's features and the teacher's, and with `mixmim_weight` MixMIM's loss beside it.
 
     MixMIM's loss takes a second pass of the student: the first sees whole photos, as it will after training, and a
     mixture has no embedding of a whole photo.
     """
-
-    sums: Tensor
 
     def __init__(self, model: Encoder, teacher: Encoder, config: DistillConfig) -> None:
         super().__init__()
@@ -69,9 +66,7 @@ class DistillObjective(Objective):
         for part in PARTS:
             self.register_buffer(f"{part}_mean", torch.zeros(theirs[part]))
             self.register_buffer(f"{part}_scale", torch.ones(theirs[part]))
-        self.names = [f"distill_{part}" for part in PARTS] + ["mixmim_loss"] * bool(config.mixmim_weight)
-        # Of what the log reads since its last line, and of the steps. One tensor, so that a compiled step can add.
-        self.register_buffer("sums", torch.zeros(len(self.names) + 1))
+        self.log_means_of([f"distill_{part}" for part in PARTS] + ["mixmim_loss"] * bool(config.mixmim_weight))
 
     @property
     def crop_size(self) -> int:
@@ -87,7 +82,7 @@ class DistillObjective(Objective):
             model = cast(MixMIM, self.model)
             losses.append(model.pretrain(pixels_BCHW, from_partner_MU, self.partner_units).loss)
             loss = loss + self.config.mixmim_weight * losses[-1]
-        self.sums += torch.stack([*(each.detach().float() for each in losses), torch.ones_like(self.sums[0])])
+        self.note(losses)
         return loss
 
     def mismatch(self, part: str, own: Tensor, target: Tensor) -> Tensor:
@@ -112,19 +107,15 @@ class DistillObjective(Objective):
             self.get_buffer(f"{part}_mean").copy_(mean_E)
             self.get_buffer(f"{part}_scale").copy_(scale_E)
 
-    def readings(self, world: World) -> dict[str, float]:
-        """The parts of the loss, each without its weight."""
-        *means, _ = world.mean(self.sums / self.sums[-1]).tolist()
-        self.sums.zero_()
-        return {name: round(value, 6) for name, value in zip(self.names, means, strict=True)}
-
     def resume_state(self) -> dict[str, Any]:
         """See `Objective`: projections, means and deviations, sums for the log."""
-        return {name: value for name, value in self.state_dict().items() if not name.startswith("model.")}
+        own = {name: value for name, value in self.state_dict().items() if not name.startswith("model.")}
+        return own | {"sums": self.sums}
 
     def load_resume_state(self, state: Mapping[str, Any]) -> None:
         """See `Objective`."""
-        self.load_state_dict({**self.state_dict(), **state})
+        self.load_state_dict({**self.state_dict(), **{name: state[name] for name in state if name != "sums"}})
+        self.sums.copy_(state["sums"])
 
 
 class Distillation(Pretraining):

@@ -29,22 +29,19 @@ from mixmim_serve.model import Encoder, MixMIM
 from mixmim_serve.model.blocks import Stage, initialize
 from mixmim_serve.model.mixmim import where_hidden
 from training.config import PretrainConfig
-from training.distributed import World
-from training.task import Objective
+from training.task import MeanReadings
 
 EPS = 1e-5  # added to a channel's variance
 PROJECTED = 128  # channels in which embeddings are compared
 TEMPERATURE = 0.2  # of their cosine similarities
 
 
-class FeatureObjective(Objective):
+class FeatureObjective(MeanReadings):
     """The weighted sum of the losses.
 
     Raises:
         ConfigError: when the network has no decoder.
     """
-
-    sums: Tensor
 
     def __init__(self, model: MixMIM, config: PretrainConfig) -> None:
         super().__init__()
@@ -54,17 +51,16 @@ class FeatureObjective(Objective):
         self.config = config
         self.partner_units = units_from_partner(model.arch.units, config.mask_ratio)
         self.average = copy.deepcopy(model).requires_grad_(False)
-        self.names = ["pixel_loss"]
+        names = ["pixel_loss"]
         if config.feature_weight:
-            self.names += ["feature_loss", "target_std"]
+            names += ["feature_loss", "target_std"]
             self.feature_pred = nn.Linear(model.arch.decoder.dim, model.arch.embedding_size)
             self.feature_pred.apply(initialize)
         if config.embedding_weight:
-            self.names += ["embedding_loss"]
+            names += ["embedding_loss"]
             self.projector = two_layers(model.arch.embedding_size, model.arch.embedding_size, PROJECTED)
             self.crops = config.embedding_crops
-        # Of what the log reads since its last line, and of the steps. One tensor, so that a compiled step can add.
-        self.register_buffer("sums", torch.zeros(len(self.names) + 1), persistent=False)
+        self.log_means_of(names)
 
     @property
     def kept(self) -> Encoder:
@@ -90,7 +86,7 @@ class FeatureObjective(Objective):
         if self.config.embedding_weight:
             embedding_loss = same_photo(self.projector(embeddings_of_halves(output.encoded_BUD, from_partner_MU)))
             loss, read = loss + self.config.embedding_weight * embedding_loss, [*read, embedding_loss]
-        self.sums += torch.stack([*(each.detach().float() for each in read), torch.ones_like(self.sums[0])])
+        self.note(read)
         return loss
 
     @torch.no_grad()
@@ -112,12 +108,6 @@ class FeatureObjective(Objective):
         """Move the average towards the weights."""
         share = 1 - momentum(progress, self.config)
         torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), share)
-
-    def readings(self, world: World) -> dict[str, float]:
-        """See `Objective`."""
-        *means, _ = world.mean(self.sums / self.sums[-1]).tolist()
-        self.sums.zero_()
-        return {name: round(value, 6) for name, value in zip(self.names, means, strict=True)}
 
     def resume_state(self) -> dict[str, Any]:
         """See `Objective`."""

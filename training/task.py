@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -50,6 +50,29 @@ class Objective(nn.Module):
 
     def load_resume_state(self, state: Mapping[str, Any]) -> None:
         """The inverse of `resume_state`."""
+
+
+class MeanReadings(Objective):
+    """An objective that logs means of what each step notes, by name; a compiled step can note it too."""
+
+    names: Sequence[str]
+    sums: Tensor
+
+    def log_means_of(self, names: Sequence[str]) -> None:
+        """Say what each step will note; call it once, in `__init__`."""
+        self.names = names
+        # Of what the log reads since its last line, and of the steps. One tensor, so that a compiled step can add.
+        self.register_buffer("sums", torch.zeros(len(names) + 1), persistent=False)
+
+    def note(self, values: Sequence[Tensor]) -> None:
+        """Add a step's values, in the order of `names`."""
+        self.sums += torch.stack([*(each.detach().float() for each in values), torch.ones_like(self.sums[0])])
+
+    def readings(self, world: World) -> dict[str, float]:
+        """See `Objective`."""
+        *means, _ = world.mean(self.sums / self.sums[-1]).tolist()
+        self.sums.zero_()
+        return {name: round(value, 6) for name, value in zip(self.names, means, strict=True)}
 
 
 class Task(Protocol):

@@ -14,6 +14,7 @@ from mixmim_serve.cli.training import (
     BatchSize,
     Epochs,
     ImageSize,
+    Knn,
     Out,
     Overwrite,
     Resume,
@@ -40,7 +41,7 @@ def distill(
     epochs: Epochs = None,
     batch_size: BatchSize = None,
     workers: Workers = None,
-    knn: Annotated[str, typer.Option(metavar="DATA", help="Labelled photos (train, val) for k-NN accuracy.")] = "",
+    knn: Knn = "",
     settings: Set = None,
     track: Track = None,
     resume: Resume = False,
@@ -52,10 +53,9 @@ def distill(
     Example: mixmim distill photos --teacher runs/large --size tiny --out runs/small
     """
     prepare_training()
-    from mixmim_serve.errors import DataError
     from mixmim_serve.sources import open_source
     from training.distillation import Distillation, read_teacher
-    from training.evaluation.labelled import open_labelled
+    from training.evaluation.labelled import open_for_knn
     from training.recipes import DISTILL
     from training.recipes import recipe as named_recipe
     from training.trainer import train
@@ -64,12 +64,7 @@ def distill(
     config = with_options(named_recipe(recipe, DISTILL), options, epochs, settings)
     source, checkpoint = open_source(data), read_teacher(bundle_path(teacher))
     config = follow_data(config, source, options | {"epochs": epochs}, settings, out if resume else None)
-    labelled = None
-    if knn:
-        train_part, val_part = open_labelled(knn)
-        if val_part is None:
-            raise DataError(f"{knn} has no folders train and val: k-NN needs reference images and queries.")
-        labelled = train_part, val_part
+    labelled = open_for_knn(knn) if knn else None
     print_config(config, named_recipe(recipe, DISTILL), verbose)
     task = Distillation(config, source, checkpoint, labelled)
     progress_console().print(task.loaded, soft_wrap=True, highlight=False, markup=False)

@@ -20,6 +20,7 @@ Set = Annotated[
 Epochs = Annotated[int | None, typer.Option(help="Passes over the images; warm-up keeps its share.")]
 BatchSize = Annotated[int | None, typer.Option(help="Images per update, over all processes.")]
 ImageSize = Annotated[int | None, typer.Option(help="Input size in pixels, a multiple of 32.")]
+Knn = Annotated[str, typer.Option(metavar="DATA", help="Labelled photos (train, val) for k-NN accuracy.")]
 Workers = Annotated[int | None, typer.Option(help="Processes that decode images.")]
 Track = Annotated[list[str] | None, typer.Option(help="Also log to mlflow or wandb, besides TensorBoard.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in RUN.")]
@@ -46,7 +47,7 @@ def pretrain(
     epochs: Epochs = None,
     batch_size: BatchSize = None,
     workers: Workers = None,
-    knn: Annotated[str, typer.Option(metavar="DATA", help="Labelled photos (train, val) for k-NN accuracy.")] = "",
+    knn: Knn = "",
     settings: Set = None,
     track: Track = None,
     resume: Resume = False,
@@ -58,9 +59,9 @@ def pretrain(
     Example: mixmim pretrain photos --from tiny --out runs/mine
     """
     prepare_training()
-    from mixmim_serve.errors import ConfigError, DataError
+    from mixmim_serve.errors import ConfigError
     from mixmim_serve.sources import open_source
-    from training.evaluation.labelled import open_labelled
+    from training.evaluation.labelled import open_for_knn
     from training.pretraining import Pretraining
     from training.recipes import PRETRAIN
     from training.recipes import recipe as named_recipe
@@ -77,12 +78,7 @@ def pretrain(
     config = with_options(named_recipe(chosen, PRETRAIN), options, epochs, settings)
     source, checkpoint = open_source(data), read_start(bundle_path(Path(start))) if start else None
     config = follow_data(config, source, options | {"epochs": epochs}, settings, out if resume else None)
-    labelled = None
-    if knn:
-        train_part, val_part = open_labelled(knn)
-        if val_part is None:
-            raise DataError(f"{knn} has no folders train and val: k-NN needs reference images and queries.")
-        labelled = train_part, val_part
+    labelled = open_for_knn(knn) if knn else None
     print_config(config, named_recipe(chosen, PRETRAIN), verbose)
     task = Pretraining(config, source, labelled, start=checkpoint, new_decoder=new_decoder)
     if task.loaded and not resume:

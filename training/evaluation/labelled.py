@@ -81,6 +81,18 @@ def open_labelled(data: str, val: str = "") -> tuple[Labelled, Labelled | None]:
     return train, validation
 
 
+def open_for_knn(data: str) -> tuple[Labelled, Labelled]:
+    """The reference images and the queries of k-NN, from folders train and val.
+
+    Raises:
+        DataError: see `open_labelled`, or when there is no val.
+    """
+    train, val = open_labelled(data)
+    if val is None:
+        raise DataError(f"{data} has no folders train and val: k-NN needs reference images and queries.")
+    return train, val
+
+
 def evaluate_knn(
     model: Encoder, preprocessing: Preprocessing, train: Labelled, val: Labelled, world: World, workers: int = 0
 ) -> dict[str, float]:
