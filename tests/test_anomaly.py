@@ -274,6 +274,27 @@ def test_arrays_that_do_not_belong_together_are_refused(copied: Path, engine: En
         open_detector(dataclass_engine(copied, engine))
 
 
+@pytest.mark.parametrize(
+    ("values", "arrays"),
+    [
+        ({}, {"patches.around": np.zeros((200, 9), np.float32)}),
+        ({}, {"normal.parts": np.zeros((0, 2), np.float32), "normal.folds": np.zeros(0, np.float32)}),
+        ({}, {"normal.places": np.full(4, np.nan, np.float32)}),
+        ({}, {"normal.places": np.zeros(3, np.float32)}),
+        ({"stage": "logits"}, {}),
+        ({"rate": "0.01"}, {}),
+    ],
+)
+def test_what_no_calibration_writes_is_refused_when_it_is_opened(
+    copied: Path, engine: Engine, values: dict[str, object], arrays: dict[str, np.ndarray]
+) -> None:
+    """And not with a traceback later, in the middle of a request."""
+    (name,) = files(open_bundle(copied))
+    rewrite(copied, name, values, arrays)
+    with pytest.raises(BundleError, match=r"cannot be read .*: run mixmim calibrate again"):
+        open_detector(dataclass_engine(copied, engine))
+
+
 class FakeEngine:
     """An engine by name only, of a folder that `open_engine` would refuse."""
 

@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from mixmim_serve.anomaly.heatmap import PLACE_QUANTILES
 from mixmim_serve.anomaly.memory import Memory
 from mixmim_serve.anomaly.nearest import References
 from mixmim_serve.anomaly.patches import Floats, Whitening
-from mixmim_serve.bundle import Bundle, open_bundle
+from mixmim_serve.bundle import STAGE_OUTPUTS, Bundle, open_bundle
 from mixmim_serve.engines import Engine, engine_fingerprint
 from mixmim_serve.errors import BundleError
 from mixmim_serve.files import atomic_path
@@ -101,13 +102,20 @@ def from_arrays(about: About, arrays: Mapping[str, Any]) -> Calibration:
     normal = {name: arrays[f"normal.{name}"] for name in ("parts", "folds", "places", "reconstruction")}
     indices = memory.around
     if (
-        indices.ndim != 2
+        indices.dtype.kind != "i"
+        or indices.ndim != 2
         or len(indices) != len(references[0])
         or not 0 <= indices.min() <= indices.max() < len(indices)
     ):
         raise ValueError("its arrays do not belong together")
-    if normal["parts"].shape != (len(normal["folds"]), len(_PARTS)):
+    if normal["parts"].shape != (len(normal["folds"]), len(_PARTS)) or normal["places"].shape != (
+        len(PLACE_QUANTILES),
+    ):
         raise ValueError("its arrays do not belong together")
+    if not len(normal["folds"]) or not all(np.isfinite(values).all() for values in arrays.values()):
+        raise ValueError("it knows of no photo, or has inf or NaN")
+    if about.stage not in STAGE_OUTPUTS or not isinstance(about.rate, float):
+        raise ValueError(f"stage {about.stage!r} and rate {about.rate!r} cannot be")
     return Calibration(about, memory, patches, **normal)
 
 
