@@ -11,10 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
-from sklearn.neighbors import NearestCentroid
-from torch import Tensor
 
 from benchmarks.learning import ALONE, Photos, record, tuned
 from mixmim_serve.description import Description
@@ -22,9 +19,9 @@ from mixmim_serve.files import atomic_path
 from mixmim_serve.model import Encoder
 from mixmim_serve.model.checkpoint import save_checkpoint
 from mixmim_serve.sources import Source
+from training.evaluation.compare import few_shot, knn
 from training.evaluation.confusion import accuracy
 from training.evaluation.embed import run_network
-from training.evaluation.knn import knn_accuracy
 from training.evaluation.labelled import Labelled
 from training.evaluation.linear import linear_probe
 from training.evaluation.probe import Embedded
@@ -32,8 +29,7 @@ from training.start import read_start
 from training.task import Task
 from training.trainer import train
 
-NEAREST = 10  # the k of k-NN
-SHOTS, DRAWS = 5, 10  # images per class of a few-shot classifier, and how often they are drawn
+SHOTS = 5  # images per class of a few-shot classifier
 VAL = (Photos("clothing10", "val"), Photos("caltech99", "val"))
 EVALUATED = (Photos("clothing10", "val"), Photos("clothing10", "test"), Photos("caltech99", "val"))
 
@@ -106,18 +102,12 @@ def frozen(
         if photos.name not in known:
             known[photos.name] = embed(train_part)
         reference, queries, on = known[photos.name], embed(other), f"{photos.name} {photos.evaluated}"
-        measured[f"{on}, k-NN"] = nearest(reference, queries, len(train_part.classes))
+        measured[f"{on}, k-NN"] = knn(reference, queries, len(train_part.classes))
         if not knn_only:
             head = linear_probe(reference.features_ND, reference.labels_N, len(train_part.classes))
             measured[f"{on}, linear"] = accuracy(head.scores(queries.features_ND), queries.labels_N).top1
-            measured[f"{on}, {SHOTS}-shot"] = few_shot(reference, queries)
+            measured[f"{on}, {SHOTS}-shot"], _ = few_shot(reference, queries, SHOTS)
     return measured
-
-
-def nearest(known: Embedded, queries: Embedded, classes: int) -> float:
-    """Top-1 in percent of the 10 nearest neighbours."""
-    pairs = (known.features_ND, known.labels_N, queries.features_ND, queries.labels_N)
-    return knn_accuracy(*pairs, classes, ks=(NEAREST,))[NEAREST].top1
 
 
 def tuned_all(
@@ -131,25 +121,6 @@ def tuned_all(
         record(path, tuned, start, *photos.open(data), path.with_suffix(""), epochs, seed)
         measured[f"{photos.name} {photos.evaluated}, fine-tuned"] = json.loads(path.read_text())["fine-tuned"]
     return measured
-
-
-def few_shot(known: Embedded, queries: Embedded, shots: int = SHOTS, draws: int = DRAWS) -> float:
-    """Mean top-1 in percent, over draws of `shots` images per class, of the nearest class mean of unit embeddings."""
-    scores = []
-    for draw in range(draws):
-        rows = drawn(known.labels_N, shots, torch.Generator().manual_seed(draw))
-        centre_D = known.features_ND[rows].mean(dim=0)
-        few, asked = (F.normalize(each - centre_D) for each in (known.features_ND[rows], queries.features_ND))
-        classifier = NearestCentroid().fit(few.numpy(), known.labels_N[rows].numpy())
-        scores.append(100 * float(classifier.score(asked.numpy(), queries.labels_N.numpy())))
-    return statistics.mean(scores)
-
-
-def drawn(labels_N: Tensor, shots: int, generator: torch.Generator) -> Tensor:
-    """Rows of `shots` random images of each class, of all if it has fewer."""
-    order = torch.randperm(len(labels_N), generator=generator)
-    rows = [order[labels_N[order] == label][:shots] for label in labels_N.unique()]
-    return torch.cat(rows)
 
 
 def figures(run: Path) -> dict[str, float]:

@@ -21,6 +21,7 @@ from mixmim_serve.model import Encoder
 from mixmim_serve.sources import open_source
 from training.config import PretrainConfig
 from training.data import TrainingImages
+from training.evaluation.compare import draw_few, few_shot
 from training.evaluation.probe import Embedded
 from training.recipes import tiny_cpu, tiny_finetune_cpu
 from training.task import Task
@@ -228,10 +229,10 @@ def test_few_shots_of_separate_classes_are_enough() -> None:
     labels = torch.arange(3).repeat(20)
     centres = 5 * torch.eye(3)
     features = centres[labels] + 0.1 * torch.randn(60, 3)
-    assert runs.few_shot(Embedded(features, labels), Embedded(features, labels)) == 100
-    noise = runs.few_shot(Embedded(torch.randn(60, 3), labels), Embedded(torch.randn(60, 3), labels))
+    assert few_shot(Embedded(features, labels), Embedded(features, labels), runs.SHOTS)[0] == 100
+    noise, _ = few_shot(Embedded(torch.randn(60, 3), labels), Embedded(torch.randn(60, 3), labels), runs.SHOTS)
     assert 10 < noise < 60
-    rows = runs.drawn(labels[:7], 5, torch.Generator().manual_seed(0))
+    rows = draw_few(labels[:7], 5, torch.Generator().manual_seed(0))
     assert sorted(labels[rows].tolist()) == [0, 0, 0, 1, 1, 2, 2]  # a class with fewer gives all
     assert len(set(rows.tolist())) == 7
 

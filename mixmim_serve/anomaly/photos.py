@@ -5,18 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from mixmim_serve.config import Preprocessing
-from mixmim_serve.cores import usable_cores
 from mixmim_serve.engines import Engine
 from mixmim_serve.engines.base import Arrays, largest_batch
 from mixmim_serve.errors import ImageError, NotFiniteError
-from mixmim_serve.extract.pipeline import AHEAD, BATCH, Loaded, Runner, map_ahead
+from mixmim_serve.extract.pipeline import BATCH, Loaded, run_ahead
 from mixmim_serve.preprocess import Pixels, preprocess
 from mixmim_serve.sources import Source, open_source
 from mixmim_serve.sources.files import open_folder
@@ -65,12 +63,9 @@ def run_photos(
         except ImageError as error:
             return Loaded(index, None, error)
 
-    with contextlib.ExitStack() as stack:
-        runner = stack.enter_context(contextlib.closing(Runner(engine)))
-        pool = stack.enter_context(ThreadPoolExecutor(usable_cores()))
-        chosen = range(len(source.keys)) if indices is None else indices
-        loaded = stack.enter_context(contextlib.closing(map_ahead(pool, load, chosen, AHEAD * batch)))
-        for entries, arrays in runner.batches(loaded, outputs, batch, full=False):
+    chosen = range(len(source.keys)) if indices is None else indices
+    with contextlib.closing(run_ahead(engine, load, chosen, outputs, batch)) as groups:
+        for entries, arrays in groups:
             yield _group(entries, arrays)
 
 

@@ -166,16 +166,24 @@ def run_files(
         except ImageError as error:
             return Loaded(path, None, error)
 
-    with contextlib.ExitStack() as stack:
-        runner = stack.enter_context(contextlib.closing(Runner(engine)))
-        pool = stack.enter_context(ThreadPoolExecutor(usable_cores()))
-        loaded = stack.enter_context(contextlib.closing(map_ahead(pool, load, paths, AHEAD * batch)))
-        for group, arrays in runner.batches(loaded, outputs, batch, full=False):
+    with contextlib.closing(run_ahead(engine, load, paths, outputs, batch)) as groups:
+        for group, arrays in groups:
             rows = iter(range(len(group)))
             for entry in group:
                 row = None if entry.error else next(rows)
                 own = {} if row is None else {name: array[row] for name, array in arrays.items()}
                 yield FileResult(entry.item, own, entry.error)
+
+
+def run_ahead(
+    engine: Engine, load: Callable[[In], Loaded[In]], items: Iterable[In], outputs: Sequence[str], batch: int
+) -> Generator[tuple[list[Loaded[In]], Arrays], None, None]:
+    """Items in groups of `batch`, in order, each with its outputs (`Runner.batches`); `load` runs in threads, ahead."""
+    with contextlib.ExitStack() as stack:
+        runner = stack.enter_context(contextlib.closing(Runner(engine)))
+        pool = stack.enter_context(ThreadPoolExecutor(usable_cores()))
+        loaded = stack.enter_context(contextlib.closing(map_ahead(pool, load, items, AHEAD * batch)))
+        yield from runner.batches(loaded, outputs, batch, full=False)
 
 
 def _stacked(pixels: Sequence[Pixels], rows: int) -> Pixels | None:

@@ -19,7 +19,6 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,7 +32,7 @@ from training.evaluation.embed import OnImages, Outputs, run_network
 from training.evaluation.knn import TEMPERATURE, knn_accuracy
 from training.evaluation.labelled import Labelled
 from training.evaluation.linear import LEARNING_RATES, LinearProbe, ProbeConfig, linear_probe, stratified_parts
-from training.evaluation.overlap import Pairs, hash_array, shared
+from training.evaluation.overlap import Pairs, first_of_each, hash_array, shared
 from training.evaluation.probe import Embedded
 from training.evaluation.spectrum import effective_rank
 
@@ -213,8 +212,7 @@ def rate(model: Encoder, world: World) -> float:
 
 def _held_out(train: Labelled, known: Embedded, outputs: Outputs) -> tuple[Embedded, Embedded]:
     """Four fifths to judge with and one to judge; of images with equal content one takes part."""
-    _, first_rows = np.unique(hash_array(outputs.hashes), return_index=True)
-    distinct = known[torch.from_numpy(np.sort(first_rows))]
+    distinct = known[torch.from_numpy(first_of_each(outputs.hashes))]
     part_N = stratified_parts(distinct.labels_N, HELD_OUT, seed=0)
     held_N = part_N == 0
     missing = set(distinct.labels_N.tolist()) - set(distinct.labels_N[~held_N].tolist())
@@ -229,8 +227,5 @@ def _held_out(train: Labelled, known: Embedded, outputs: Outputs) -> tuple[Embed
 
 def _in_both(train: Labelled, reference: Outputs, val: Labelled, queries: Outputs) -> Pairs:
     """The images of val whose content is also in train."""
-    val_keys, train_keys = (
-        [part.source.keys[index] for index in outputs.indices_N.tolist()]
-        for part, outputs in ((val, queries), (train, reference))
-    )
+    val_keys, train_keys = val.keys_of(queries), train.keys_of(reference)
     return shared(val_keys, hash_array(queries.hashes), train_keys, hash_array(reference.hashes))

@@ -51,6 +51,10 @@ class Labelled:
         """Labels of the readable images, one per row of `outputs`."""
         return self.labels_N[outputs.indices_N]
 
+    def keys_of(self, outputs: Outputs) -> list[str]:
+        """Keys of the readable images, one per row of `outputs`."""
+        return [self.source.keys[index] for index in outputs.indices_N.tolist()]
+
 
 @dataclass(frozen=True)
 class ClassifierResult:
@@ -123,8 +127,7 @@ def evaluate_classifier(
     outputs = run_network(model, images.source, preprocessing, world, logits=True, workers=workers, progress=progress)
     labels_M = images.labels_of(outputs)
     matrix = confusion_matrix(labels_M, outputs.values_NX.argmax(dim=1), len(images.classes))
-    keys = [images.source.keys[index] for index in outputs.indices_N.tolist()]
-    hashes = dict(zip(keys, outputs.hashes, strict=True))
+    hashes = dict(zip(images.keys_of(outputs), outputs.hashes, strict=True))
     return ClassifierResult(accuracy(outputs.values_NX, labels_M), matrix, outputs.unreadable, hashes=hashes)
 
 

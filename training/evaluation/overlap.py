@@ -26,6 +26,12 @@ def hash_array(hashes: Sequence[bytes]) -> Hashes:
     return np.array(hashes, "S32")
 
 
+def first_of_each(hashes: Sequence[bytes]) -> NDArray[np.int64]:
+    """Indices of the first image of each content, in source order."""
+    _, first = np.unique(hash_array(hashes), return_index=True)
+    return np.sort(first)
+
+
 def equal_contents(hashes: Hashes) -> list[list[int]]:
     """Indices of images with equal content, one list per content that occurs more than once, in source order."""
     order = np.argsort(hashes, kind="stable")

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,7 +29,7 @@ from training.evaluation.embed import OnImages, Outputs, run_network
 from training.evaluation.knn import knn_accuracy, neighbour_counts
 from training.evaluation.labelled import Labelled
 from training.evaluation.linear import FOLDS, LinearProbe, ProbeConfig, linear_probe, smallest_class, stratified_parts
-from training.evaluation.overlap import Pairs, hash_array, shared
+from training.evaluation.overlap import Pairs, first_of_each, hash_array, shared
 from training.start import Start
 
 REPEATED = 2  # times that a cross-validation of up to `MANY` images is run, each with other parts
@@ -111,7 +110,7 @@ def probe(
         return _by_cross_validation(train, reference, known, config)
     queries = embed(val)
     neighbours, head, linear = judge(known, Embedded(queries.values_NX, val.labels_of(queries)), classes, config)
-    train_keys, val_keys = _keys(train, reference), _keys(val, queries)
+    train_keys, val_keys = train.keys_of(reference), val.keys_of(queries)
     in_both = shared(val_keys, hash_array(queries.hashes), train_keys, hash_array(reference.hashes))
     scores = {k: Score(**dataclasses.asdict(each)) for k, each in neighbours.items()}
     unreadable = reference.unreadable + queries.unreadable
@@ -131,8 +130,7 @@ def judge(
 
 def _by_cross_validation(train: Labelled, outputs: Outputs, known: Embedded, config: ProbeConfig) -> ProbeResult:
     """Judge each image by the others; of images with equal content one takes part, or it would judge itself."""
-    _, first_rows = np.unique(hash_array(outputs.hashes), return_index=True)
-    distinct = known[torch.from_numpy(np.sort(first_rows))]
+    distinct = known[torch.from_numpy(first_of_each(outputs.hashes))]
     smallest = smallest_class(distinct.labels_N)
     if smallest < 2:
         alone = train.classes[int((distinct.labels_N.bincount(minlength=len(train.classes)) == 1).nonzero()[0])]
@@ -202,10 +200,6 @@ def save_with_head(path: Path, start: Start, train: Labelled, result: ProbeResul
     }
     provenance = dict(start.description.provenance) | {"head": head}
     save_checkpoint(path, weights, Description(arch, start.description.preprocessing, train.classes, provenance))
-
-
-def _keys(part: Labelled, outputs: Outputs) -> list[str]:
-    return [part.source.keys[index] for index in outputs.indices_N.tolist()]
 
 
 def _rounded(result: Score) -> dict[str, float]:
