@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from mixmim_serve.signals import Stop
+from training.compile_cache import remove_unfinished
 from training.config import AUTO
 from training.distributed import World
 from training.meter import Meter, can_compile
@@ -130,6 +131,7 @@ class Compiler:
     def compiling(self) -> Iterator[None]:
         """Give signs of life, and end at once on a signal, without leaving a process of the compiler behind."""
         before, began = descendants(), time.monotonic()
+        remove_unfinished()
         self.say("compiling: a minute or two is usual, more on busy cores", True)
         try:
             with beating(self.still_compiling(began)), self.stop.at_once():
@@ -141,6 +143,7 @@ class Compiler:
             if not self.stop.is_set():
                 raise
             end_compilers(before)
+            remove_unfinished(0)
             raise CompilationStoppedError from None
 
 
